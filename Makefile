@@ -1,0 +1,56 @@
+# Every target sets up what it needs from nothing: a virtual environment in .venv with the package installed for development.
+# PYTHON=python3.12 make test    another interpreter
+# WORKERS=4 make test            more test processes
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export JAX_PLATFORMS ?= cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast test-slow bench lint typecheck format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# A new environment and every change of the dependencies install again; an interrupted install leaves no stamp.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing dpsgd_optax and its development tools into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+venv: $(STAMP) ## the environment only
+
+demo: $(STAMP) ## train on real handwritten digits with every optimizer, about two minutes
+	$(BIN)/python -m benchmarks demo
+
+test: lint typecheck ## lint, types and all tests but the slow ones
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+test-fast: $(STAMP) ## the tests alone, until the first failure
+	$(BIN)/python -m pytest -q -x -n $(WORKERS)
+
+test-slow: $(STAMP) ## the tests that take longer than a few seconds each
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+bench: $(STAMP) ## the benchmarks; `make bench ARGS="--help"` lists what there is
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(STAMP) ## ruff, rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(STAMP) ## pyrefly
+	$(BIN)/pyrefly check
+
+format: $(STAMP) ## ruff, with repairs
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## caches, not the environment
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

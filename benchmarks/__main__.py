@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line.
+
+python -m benchmarks demo                              digits, all optimizers, a table and a picture, in a few minutes
+python -m benchmarks mnist curves --setting author     the paper's runs, in the author's setting
+python -m benchmarks mnist --optimizers ablation       the four cells: damping and averaging, each on and off
+python -m benchmarks mnist --optimizers betas          the sweep over the weight of the average
+python -m benchmarks mnist --optimizers "psgd,dpsgd(average=0.5, judge_every=10)"
+python -m benchmarks tune mnist                        choose the learning rates, the same number of trials for each
+python -m benchmarks report                            Markdown tables from the results kept in --out
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import hyperparameters, tune
+from benchmarks.data import DataError
+from benchmarks.optimizers import SpecError, split
+from benchmarks.problems import PROBLEMS
+from benchmarks.progress import say
+from benchmarks.records import Results, ResumeError, load
+from benchmarks.report import claim_table, tables
+from benchmarks.session import prepare, run
+
+RESULTS = Path(__file__).parent / "results"
+COMMANDS = ("demo", "tune", "report")
+
+
+def positive(kind: type) -> Any:
+  """An argparse type: a number above zero."""
+
+  def convert(text: str) -> Any:
+    if not (value := kind(text)) > 0:
+      raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+  convert.__name__ = f"positive {kind.__name__}"
+  return convert
+
+
+def parser() -> argparse.ArgumentParser:
+  known = f"problems: {', '.join(PROBLEMS)}; or one of the commands {', '.join(COMMANDS)}"
+  found = argparse.ArgumentParser(
+    "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = found.add_argument
+  add("what", nargs="*", default=["demo"], metavar="PROBLEM", help=known)
+  names = ", ".join(hyperparameters.GRIDS)
+  add("--optimizers", default="", help=f"comma-separated: {names}; or {', '.join(hyperparameters.GROUPS)}")
+  add("--setting", choices=("author", "tuned"), default="tuned", help="whose hyper-parameters (default: tuned)")
+  add("--seeds", type=positive(int), help="how many, from 1 on (default: 5 on small problems, 3 on large ones)")
+  add("--epochs", type=positive(float), help="passes over the training data (default: the problem's)")
+  add("--batch-size", type=positive(int), help="samples per step (default: the problem's)")
+  add("--train-size", type=positive(int), help="use only the first N training samples")
+  add("--evaluations", type=positive(int), help="points of each curve (default: the problem's)")
+  add("--decay", type=positive(float), help="learning-rate factor after each epoch (default: the setting's)")
+  add("--folded", action=argparse.BooleanOptionalAction, help="biases as a row of the kernels (default: by setting)")
+  add("--target", type=positive(float), action="append", default=[], help="another target loss; may be repeated")
+  add("--data-dir", help="folder with mnist/, fashion_mnist/ (default: $DPSGD_OPTAX_DATA, or a download)")
+  add("--out", type=Path, default=RESULTS, help="where JSON and PNG go (default: benchmarks/results)")
+  add("--name", help="name of the files (default: PROBLEM-SETTING)")
+  add("--resume", action="store_true", help="keep the finished seeds of an earlier run")
+  return found
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+  """The arguments that `prepare` takes as they are."""
+  names = ("data_dir", "epochs", "batch_size", "train_size", "evaluations", "decay", "folded")
+  return {name: getattr(arguments, name) for name in names}
+
+
+def show(results: Results, out: Path, targets: list[float]) -> None:
+  """Tables, and the picture beside the JSON."""
+  from benchmarks.plots import plot  # matplotlib is slow to import
+
+  for table in tables(results, targets):
+    table.show()
+  if results.seeds():
+    picture = out / f"{results.name}.png"
+    plot(results, picture)
+    say(f"wrote {out / results.name}.json and {picture}")
+
+
+def run_problem(name: str, arguments: argparse.Namespace) -> None:
+  problem, plan, entered = prepare(name, arguments.setting, arguments.optimizers, **overrides(arguments))
+  path = arguments.out / f"{arguments.name or f'{name}-{arguments.setting}'}.json"
+  seeds = range(1, 1 + (arguments.seeds or problem.default_seeds))
+  try:
+    results = run(problem, plan, entered, seeds, path, arguments.resume)
+  except KeyboardInterrupt:
+    done = load(path) if path.exists() else None
+    say(f"\nstopped; seeds kept in {path}: {done.seeds() if done else 'none'}. Go on with --resume.")
+    if done:
+      show(done, arguments.out, arguments.target)
+    raise
+  show(results, arguments.out, arguments.target)
+
+
+def tune_problem(name: str, arguments: argparse.Namespace) -> None:
+  optimizers = split(arguments.optimizers or "all")
+  unknown = [optimizer for optimizer in optimizers if optimizer not in hyperparameters.GRIDS]
+  if unknown:
+    raise SpecError(f"{unknown} cannot be tuned: there is no grid of that name in hyperparameters.py.")
+  problem, plan, entered = prepare(name, "tuned", tune.grid_of(optimizers), **overrides(arguments))
+  path = arguments.out / f"{arguments.name or f'trials-{name}'}.json"
+  results = run(problem, plan, entered, [hyperparameters.TUNING_SEED], path, arguments.resume)
+  tune.trial_table(name, tune.trials(results)).show()
+  chosen = tune.save_trials(results, arguments.out / f"tune-{name}.json")
+  say(f'for TUNED in hyperparameters.py:\n    "{name}": {chosen!r},')
+
+
+def report(arguments: argparse.Namespace) -> None:
+  """Markdown for every document in the folder."""
+  paths = [path for path in sorted(arguments.out.glob("*.json")) if not path.stem.startswith(("tune-", "trials-"))]
+  documents = [load(path) for path in paths]
+  if claim := claim_table(documents):
+    say(claim.markdown() + "\n")
+  for results in documents:
+    for table in tables(results, arguments.target):
+      say(table.markdown() + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+  arguments = parser().parse_args(argv)
+  first, *rest = arguments.what
+  command, names = (first, rest) if first in COMMANDS else ("run", arguments.what)
+  if command == "demo":
+    names, arguments.name = ["digits"], arguments.name or "demo"
+    arguments.optimizers = arguments.optimizers or "all"
+  if unknown := [name for name in names if name not in PROBLEMS]:
+    parser().error(f"no problem is called {unknown}; known are {', '.join(PROBLEMS)}")
+  if command == "tune" and not names:
+    parser().error("tune needs a problem, for example: python -m benchmarks tune digits")
+  try:
+    if command == "report":
+      report(arguments)
+    for name in names:
+      tune_problem(name, arguments) if command == "tune" else run_problem(name, arguments)
+  except (DataError, SpecError, ResumeError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

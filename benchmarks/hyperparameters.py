@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every number of the benchmarks: the author's settings, the learning-rate grids, and what was chosen from them.
+
+Options are written as on the command line: numbers, or the text of a value of `dpsgd_optax` ("additive").
+Reference of the author's values: specs/DPSGD.md, section 11 (notebooks of usmanqadeer1/DPSGD).
+"""
+
+from dataclasses import dataclass, field
+
+Options = dict[str, float | int | str | None]
+
+
+@dataclass(frozen=True)
+class Setting:
+  """How a problem is trained: decay of every learning rate per epoch, layout of the biases, options by optimizer."""
+
+  optimizers: dict[str, Options] = field(default_factory=dict)
+  decay: float = 1.0
+  folded: bool = False
+
+
+# --- (i) the author's setting -----------------------------------------------------------------------------------------
+
+SLOW_FACTORS: Options = {"normalizer": "max_abs", "step_size": 0.01}  # in every notebook of his
+CLASSIFICATION_DECAY = 0.01 ** (1 / 9)  # of the learning rate, per epoch, in his classification notebooks
+
+
+def _author(sgd: float, adam: float, newton: float, decay: float = 1.0, **dpsgd: float | int | str | None) -> Setting:
+  """One column of the table in section 11; the four ablation cells share the learning rate, T1 and the factor step."""
+  shared: Options = {"learning_rate": newton, "every": 1, **SLOW_FACTORS}
+  averaging: Options = {"average": dpsgd.pop("average")}
+  return Setting(
+    {
+      "sgd": {"learning_rate": sgd},
+      "adam": {"learning_rate": adam},
+      "psgd": shared,
+      "psgd+damping": shared | dpsgd,
+      "psgd+averaging": shared | averaging,
+      "dpsgd": shared | averaging | dpsgd,
+    },
+    decay,
+    folded=True,
+  )
+
+
+AUTHOR = {
+  "curves": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5, form="factored"),
+  "mnist": _author(
+    0.1, 5e-3, 0.05, CLASSIFICATION_DECAY, average="two_tap(0.9, 0.1)", judge_every=1, eta=1e-5, form="factored"
+  ),
+  "fashion_mnist": _author(0.1, 5e-3, 0.1, CLASSIFICATION_DECAY, average=0.7, judge_every=5, eta=1e-5, form="additive"),
+  "addition": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5, form="additive"),
+  "mnist_autoencoder": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5, form="factored"),
+}
+
+# --- (ii) every optimizer tuned by the same number of trials ----------------------------------------------------------
+
+SECOND_ORDER_GRID = (0.02, 0.05, 0.1, 0.2, 0.5)
+ADAPTIVE_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRIDS = {
+  "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
+  "momentum": (0.01, 0.03, 0.1, 0.3, 1.0),
+  "adam": ADAPTIVE_GRID,
+  "muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+  "psgd": SECOND_ORDER_GRID,
+  "psgd_whiten": ADAPTIVE_GRID,
+  "psgd+damping": SECOND_ORDER_GRID,
+  "psgd+averaging": SECOND_ORDER_GRID,
+  "dpsgd": SECOND_ORDER_GRID,
+}
+
+# Chosen by `python -m benchmarks tune PROBLEM`: seed 0, lowest final training loss; all trials: results/tune-*.json.
+TUNED: dict[str, dict[str, float]] = {}
+
+# --- names for groups of contestants ----------------------------------------------------------------------------------
+
+ABLATION = ("psgd", "psgd+damping", "psgd+averaging", "dpsgd")
+GROUPS = {
+  "all": tuple(GRIDS),
+  "ablation": ABLATION,
+  "betas": ("psgd+damping", *(f"dpsgd(average={beta})" for beta in (0.3, 0.5, 0.7, 0.9, 0.97))),
+  "models": tuple(f"dpsgd(model={model})" for model in ("newton_model", "half_slope", "quadratic_model")),
+}
+TUNING_SEED = 0  # the results use seeds 1, 2, ...
+
+
+def setting(name: str, problem: str) -> Setting:
+  """The setting `author` or `tuned` of a problem. What it lacks must be given on the command line."""
+  if name == "author":
+    return AUTHOR.get(problem, Setting(folded=True))
+  return Setting({optimizer: {"learning_rate": rate} for optimizer, rate in TUNED.get(problem, {}).items()})

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train all contestants of one problem, interleaved, and time nothing but training.
+
+Round robin: every contestant takes the steps between two evaluations, in a fresh random order each round, so that the
+noise of a shared machine hits all alike. Same initial parameters, same batches. Compilation happens before and
+evaluation between the timed regions.
+
+The host chooses the steps on which curvature is fitted (t mod T1 = 0) and on which Levenberg-Marquardt judges
+((t + 1) mod T2 = 0), and calls the variant of the step that was compiled for it: on a CPU a convolution inside
+`lax.cond` is 5 to 20 times slower.
+
+Gradient evaluations: a gradient counts 1, a Hessian-vector product 1 more (it shares forward and backward pass with
+the gradient), the extra forward pass of a judged step 1/3.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dpsgd_optax as dpo
+from benchmarks.optimizers import Contestant
+from benchmarks.problems import Problem, batches
+from benchmarks.records import Plan, Run
+
+EVALUATED_SAMPLES = 10_000  # at most, of each split
+CHUNK = 2_000  # samples evaluated at once
+Variant = tuple[bool | None, bool | None]  # (refresh, judge); None: not for the host to choose
+
+
+def make_plan(problem: Problem, setting: str, epochs: float, decay: float, folded: bool, evaluations: int) -> Plan:
+  steps = max(1, round(epochs * problem.steps_per_epoch))
+  return Plan(
+    problem=problem.name,
+    setting=setting,
+    data=problem.arrays.note,
+    train_size=problem.train_size,
+    test_size=len(problem.arrays.test["x"]),
+    evaluated_train_samples=min(problem.train_size, EVALUATED_SAMPLES),
+    batch_size=problem.batch_size,
+    epochs=epochs,
+    steps=steps,
+    evaluate_every=max(1, round(steps / evaluations)),
+    steps_per_epoch=problem.steps_per_epoch,
+    decay_per_epoch=decay,
+    folded_biases=folded,
+  )
+
+
+class Evaluator:
+  """Metrics over a fixed set of samples: the first ones of the training set, and the test set."""
+
+  def __init__(self, problem: Problem):
+    self.metrics = jax.jit(problem.metrics)
+    self.splits = {
+      split: [
+        {name: jnp.asarray(array[:EVALUATED_SAMPLES][start : start + CHUNK]) for name, array in part.items()}
+        for start in range(0, min(len(part["x"]), EVALUATED_SAMPLES), CHUNK)
+      ]
+      for split, part in {"train": problem.arrays.train, "test": problem.arrays.test}.items()
+    }
+
+  def __call__(self, params: Any) -> dict[str, float]:
+    """train_loss, test_loss and, for a classifier, train_accuracy and test_accuracy."""
+    found = {}
+    for split, chunks in self.splits.items():
+      sizes = [len(chunk["x"]) for chunk in chunks]
+      values = [jax.device_get(self.metrics(params, chunk)) for chunk in chunks]
+      for name in values[0]:
+        found[f"{split}_{name}"] = float(np.average([value[name] for value in values], weights=sizes))
+    return found
+
+
+def variant_at(contestant: Contestant, t: int) -> Variant:
+  fit, judge = contestant.fit_period, contestant.judge_period
+  if fit is None:
+    return None, None
+  return t % fit == 0, judge is not None and (t + 1) % judge == 0
+
+
+def gradients_of(variant: Variant) -> float:
+  refresh, judge = variant
+  return 1 + bool(refresh) + bool(judge) / 3
+
+
+def make_step(problem: Problem, tx: optax.GradientTransformationExtraArgs) -> Callable:
+  """(params, opt_state, training data, rows of the batch) -> (params, opt_state), both donated."""
+
+  def step(params: Any, opt_state: Any, train: Any, rows: jax.Array, variant: Variant) -> tuple[Any, Any]:
+    batch = {name: array[rows] for name, array in train.items()}
+
+    def loss(p: Any) -> jax.Array:
+      return problem.loss(p, batch)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    refresh, judge = variant
+    extra = {"value": value, "value_fn": loss, "refresh": refresh, "judge": judge}
+    if refresh:
+      extra["hvp"] = dpo.hvp(loss, params)
+    updates, opt_state = tx.update(grads, opt_state, params, **extra)
+    return optax.apply_updates(params, updates), opt_state
+
+  return jax.jit(step, static_argnums=4, donate_argnums=(0, 1))
+
+
+def fresh(tree: Any) -> Any:
+  """Copies of all arrays, so that donating them leaves the originals alone."""
+  return jax.tree.map(jnp.copy, tree)
+
+
+@dataclass
+class Racer:
+  """A contestant, compiled: it can start from any seed."""
+
+  contestant: Contestant
+  plan: Plan
+  steps: dict[Variant, Callable]
+  compile_seconds: float
+
+  def start(self, params: Any, seed: int) -> "Lane":
+    params = fresh(params)
+    return Lane(self, params, fresh(_transform(self.contestant, self.plan, seed).init(params)))
+
+
+@dataclass
+class Lane:
+  """A contestant on its way."""
+
+  racer: Racer
+  params: Any
+  opt_state: Any
+  gradients: float = 0.0
+  seconds: float = 0.0
+  cpu_seconds: float = 0.0
+  diverged: bool = False
+
+  def train(self, data: Any, chunk: Iterable[np.ndarray], first: int) -> None:
+    """The timed region."""
+    planned = [(variant_at(self.racer.contestant, t), rows) for t, rows in enumerate(chunk, first)]
+    params, opt_state, steps = self.params, self.opt_state, self.racer.steps
+    wall, cpu = time.perf_counter(), time.process_time()
+    for variant, rows in planned:
+      params, opt_state = steps[variant](params, opt_state, data, rows)
+    jax.block_until_ready((params, opt_state))
+    self.seconds += time.perf_counter() - wall
+    self.cpu_seconds += time.process_time() - cpu
+    self.gradients += sum(gradients_of(variant) for variant, _ in planned)
+    self.params, self.opt_state = params, opt_state
+
+  def point(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """One point of every curve."""
+    counters = {
+      "step": step,
+      "gradients": self.gradients,
+      "seconds": self.seconds,
+      "cpu_seconds": self.cpu_seconds,
+    }
+    if self.racer.contestant.judge_period is None:
+      return counters | metrics
+    return counters | metrics | {name: float(self.diagnostic(name)) for name in ("damping", "ratio")}
+
+  def diagnostic(self, name: str) -> Any:
+    """A number that the optimizer keeps in its state under this name, or None."""
+    return optax.tree.get(self.opt_state, name)
+
+
+def _transform(contestant: Contestant, plan: Plan, key: int) -> optax.GradientTransformationExtraArgs:
+  return contestant.build(plan.decay_per_epoch, plan.steps_per_epoch, key)
+
+
+def compiled(problem: Problem, contestant: Contestant, plan: Plan, train: Any) -> Racer:
+  """Compile every variant of the step that the run will need, and run each once on copies."""
+  params = problem.init(jax.random.key(0))
+  tx = _transform(contestant, plan, key=0)
+  opt_state, rows = tx.init(params), np.zeros(problem.batch_size, np.int32)
+  step, steps, seconds = make_step(problem, tx), {}, 0.0
+  for variant in dict.fromkeys(variant_at(contestant, t) for t in range(plan.steps)):
+    start = time.perf_counter()
+    steps[variant] = step.lower(params, opt_state, train, rows, variant).compile()
+    seconds += time.perf_counter() - start
+    jax.block_until_ready(steps[variant](fresh(params), fresh(opt_state), train, rows))
+  return Racer(contestant, plan, steps, seconds)
+
+
+def describe(problem: Problem, contestant: Contestant, plan: Plan) -> dict[str, Any]:
+  """What the results say about a contestant before it has run."""
+  params = jax.eval_shape(problem.init, jax.random.key(0))
+  return {
+    "name": contestant.name,
+    "options": dict(contestant.options),
+    "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+    "state_bytes": dpo.state_bytes(_transform(contestant, plan, 0), params),
+  }
+
+
+def race(
+  problem: Problem,
+  racers: list[Racer],
+  plan: Plan,
+  train: Any,
+  evaluate: Evaluator,
+  seed: int,
+  tell: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
+  """One seed, all contestants. `tell` hears of every new point."""
+  params = problem.init(jax.random.key(seed))
+  lanes = [racer.start(params, seed) for racer in racers]
+  runs = [Run(lane.racer.contestant.label, seed) for lane in lanes]
+  start = evaluate(params)
+  for lane, run in zip(lanes, runs, strict=True):
+    run.append(lane.point(0, start))
+  order, rows = np.random.default_rng(seed), batches(problem, seed, math.ceil(plan.epochs))
+  for first in range(0, plan.steps, plan.evaluate_every):
+    chunk = list(itertools.islice(rows, min(plan.evaluate_every, plan.steps - first)))
+    for i in order.permutation(len(lanes)):
+      lane, run = lanes[i], runs[i]
+      if not lane.diverged:
+        lane.train(train, chunk, first)
+        run.append(lane.point(first + len(chunk), evaluate(lane.params)))
+        lane.diverged = not math.isfinite(run.curves["train_loss"][-1])
+      tell(run)
+  for lane, run in zip(lanes, runs, strict=True):
+    skipped = lane.diagnostic("skipped")
+    run.finished, run.skipped = not lane.diverged, None if skipped is None else int(skipped)
+  return runs

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damped preconditioned SGD and its relatives as pure Optax gradient transformations.
+
+DPSGD here is *damped preconditioned* SGD, not differentially private SGD (that is ``optax.contrib.dpsgd``).
+Flax helpers live in ``dpsgd_optax.training``, which is not imported here.
+"""
+
+from dpsgd_optax.base import Curvature, Preconditioner, Probe
+from dpsgd_optax.curvature import newton, whitening
+from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
+from dpsgd_optax.optimizers import dpsgd, psgd
+from dpsgd_optax.preconditioners._geometry import eq, lipschitz, max_abs, pro, qeq, quad, spectral
+from dpsgd_optax.preconditioners._lift import per_leaf, raveled
+from dpsgd_optax.preconditioners.damped_kron import additive, damped_kron, factored, recursive, two_tap, undamped
+from dpsgd_optax.preconditioners.diagonal import diagonal
+from dpsgd_optax.preconditioners.kron import kron
+from dpsgd_optax.products import ggnvp, hvp, hvp_finite_difference, value_and_grad_and_hvp
+from dpsgd_optax.transform import annealed_probability, clipped_learning_rate, scale_by_preconditioner, state_bytes
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "Curvature",
+  "Preconditioner",
+  "Probe",
+  "adapt_damping",
+  "additive",
+  "annealed_probability",
+  "clipped_learning_rate",
+  "damped_kron",
+  "diagonal",
+  "dpsgd",
+  "eq",
+  "factored",
+  "ggnvp",
+  "half_slope",
+  "hvp",
+  "hvp_finite_difference",
+  "kron",
+  "levenberg_marquardt",
+  "lipschitz",
+  "max_abs",
+  "newton",
+  "newton_model",
+  "per_leaf",
+  "pro",
+  "psgd",
+  "qeq",
+  "quad",
+  "quadratic_model",
+  "raveled",
+  "recursive",
+  "scale_by_preconditioner",
+  "spectral",
+  "state_bytes",
+  "two_tap",
+  "undamped",
+  "value_and_grad_and_hvp",
+  "whitening",
+]

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three types everything else is made of, and the checks whose messages they share.
+
+OBSERVE   Curvature       (key, updates, params, **extra) -> observation      what to fit on
+FIT       Preconditioner  (state, observation, *, key, damping) -> state      how P is shaped
+APPLY     Preconditioner  (state, updates) -> P @ updates                     how it is used
+
+Nothing else is asked of a preconditioner: not its inverse, not its powers, not its eigenvalues.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Curvature = Callable[..., Any]
+"""(key, updates, params, **extra) -> observation. Ignores the extra arguments it does not know."""
+
+
+class Preconditioner(NamedTuple):
+  """A symmetric positive P, as pure functions on a pytree.
+
+  Attributes:
+    init: ``(params) -> state``. Reads shapes and dtypes only.
+    fit: ``(state, observation, *, key, damping) -> state``. Moves P towards what was observed.
+    apply: ``(state, updates) -> updates``. P @ updates, in the dtype of the updates.
+    advance: ``(state, *, damping) -> state``, or None. What ``fit`` does on a step on which nothing
+      new is observed: running averages move on and a new damping takes effect. Most
+      preconditioners have no such part and leave it None.
+
+  Example:
+    A preconditioner of one number, ‖v‖ / ‖Hv‖:
+
+    >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> def scalar(decay=0.9):
+    ...   def fit(state, probe, *, key, damping):
+    ...     size = optax.tree.norm(probe.vector) / (optax.tree.norm(probe.product) + damping)
+    ...     return decay * state + (1 - decay) * size
+    ...   return dpo.Preconditioner(lambda params: jnp.ones(()), fit, optax.tree.scale)
+    >>> loss = lambda p: 2.0 * jnp.sum(p**2)
+    >>> tx, params = dpo.psgd(0.1, scalar(), dpo.newton()), jnp.ones(3)
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(jnp.ones(3), state, params, hvp=dpo.hvp(loss, params))
+    >>> updates.round(4)
+    Array([-0.0925, -0.0925, -0.0925], dtype=float32)
+  """
+
+  init: Callable[..., Any]
+  fit: Callable[..., Any]
+  apply: Callable[..., Any]
+  advance: Callable[..., Any] | None = None
+
+
+class Probe(NamedTuple):
+  """What the Lie groups are fitted on.
+
+  Attributes:
+    vector: v ~ N(0, I), shaped like the params; None: v is integrated out (whitening).
+    product: h = H v (Newton), or h = g (whitening); shaped like the params.
+  """
+
+  vector: Any
+  product: Any
+
+
+def is_static(value: Any) -> bool:
+  """True for a plain Python number: only those can be checked when an optimizer is built."""
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check(ok: Callable[[Any], bool], value: Any, name: str, needed: str, hint: str) -> None:
+  """Raises a ValueError in three parts, unless ``value`` is traced, a schedule, None, or fine."""
+  if is_static(value) and not ok(value):
+    raise ValueError(f"`{name}` must be {needed}, got {value!r}. {hint}")
+
+
+def check_step_size(value: Any, name: str = "step_size") -> None:
+  check(
+    lambda x: 0 < x <= 1,
+    value,
+    name,
+    "in (0, 1]",
+    "It bounds the relative change of the factors per fit; a larger one could make P singular. Try 0.1.",
+  )
+
+
+def check_period(value: Any, name: str) -> None:
+  if isinstance(value, float):
+    raise ValueError(f"`{name}` counts steps and must be an int, got {value!r}. Type `{name}={max(1, round(value))}`.")
+  check(lambda x: x >= 1, value, name, "at least 1", f"`{name}=10` means: on every tenth step.")
+
+
+def check_learning_rate(value: Any) -> None:
+  check(
+    lambda x: x >= 0,
+    value,
+    "learning_rate",
+    "a schedule or a number that is not negative",
+    "The sign is flipped inside: `learning_rate=0.1` descends.",
+  )
+
+
+def check_not_negative(value: Any, name: str, hint: str) -> None:
+  check(lambda x: x >= 0, value, name, "not negative", hint)
+
+
+def check_fraction(value: Any, name: str) -> None:
+  check(
+    lambda x: 0 <= x < 1,
+    value,
+    name,
+    "in [0, 1)",
+    "It is the weight kept of the old value; 1 would never take anything new in. Try 0.9, or None to switch it off.",
+  )
+
+
+def same_structure(tree: Any, other: Any, what: str, of: str) -> None:
+  """Raises unless ``tree`` has the pytree structure of ``other``."""
+  came, needed = jax.tree.structure(tree), jax.tree.structure(other)
+  if came != needed:
+    raise ValueError(f"{what} must have the structure of {of}, {needed}; got {came}.")
+
+
+def working_dtype(dtype: Any) -> Any:
+  """The dtype of state and arithmetic for a parameter of this dtype: float32 at least."""
+  return jnp.promote_types(dtype, jnp.float32)

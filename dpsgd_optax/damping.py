@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Levenberg-Marquardt: judge a step by the loss, and choose the next damping λ from the verdict.
+
+Notation
+  θ, s    params and the step really taken, learning rate and clipping included
+  g, H    gradient and Hessian at θ
+  M       predicted reduction of the loss;  actual = loss(θ) − loss(θ + s), on the same batch
+  λ       the damping;  ω the factor by which it shrinks
+
+The ratio is signed (an increase of the loss is a failure) and never divided out: actual ≥ threshold · M is compared.
+
+Sources: Levenberg (1944), Marquardt (1963); thresholds and ω of arXiv:1503.05671 §6.5; DPSGD Eqs. 29 to 33.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpsgd_optax.base import check, check_not_negative, check_period, is_static
+from dpsgd_optax.products import hvp as hessian_product
+from dpsgd_optax.transform import choose, scalar_dtype, where
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+  """Re⟨a, b⟩ over all leaves, in float32 at least."""
+  products = jax.tree.map(
+    lambda x, y: jnp.sum(jnp.real(jnp.conj(x) * y).astype(jnp.promote_types(jnp.real(x).dtype, jnp.float32))), a, b
+  )
+  return sum(jax.tree.leaves(products), jnp.zeros(()))
+
+
+def half_slope(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
+  """M = −½⟨g, s⟩: right for a full Newton step; for s = −α P g with P = H⁻¹ the ratio is then 2 − α.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> float(dpo.half_slope(jnp.array([2.0]), jnp.array([-1.0])))
+    1.0
+  """
+  del hvp, rate
+  return -_dot(grads, step) / 2
+
+
+def newton_model(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
+  """M = −⟨g, s⟩ (1 − a/2) for s = −a U: the quadratic model whose curvature is the inverse of the preconditioner.
+
+  DPSGD's Eqs. 30 and 31 for the step really taken; a = ``rate`` is the learning rate after clipping, which
+  ``levenberg_marquardt`` reads from the state of :func:`dpsgd_optax.clipped_learning_rate`. No extra Hvp.
+
+  Raises:
+    ValueError: if no rate is given.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> float(dpo.newton_model(jnp.array([2.0]), jnp.array([-1.0]), rate=0.5))
+    1.5
+  """
+  del hvp
+  if rate is None:
+    raise ValueError(
+      "`newton_model` needs the learning rate of the step, but no state of the inner transform has a field `rate`. "
+      "End it in `clipped_learning_rate(...)`, or pass `model=quadratic_model` or `model=half_slope`."
+    )
+  return -_dot(grads, step) * (1 - rate / 2)
+
+
+def quadratic_model(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
+  """M = −⟨g, s⟩ − ½⟨s, Hs⟩: right for every step, at the cost of one Hessian-vector product per judged step.
+
+  Raises:
+    ValueError: if no ``hvp`` is given.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> float(dpo.quadratic_model(jnp.array([2.0]), jnp.array([-1.0]), lambda v: 2.0 * v))
+    1.0
+  """
+  del rate
+  if hvp is None:
+    raise ValueError(
+      "`quadratic_model` needs a Hessian-vector product, but `update` received neither `hvp` nor `value_fn`. "
+      "Pass `hvp=hvp(loss, params)`."
+    )
+  return -_dot(grads, step) - _dot(step, hvp(step)) / 2
+
+
+def adapt_damping(
+  damping: jax.typing.ArrayLike,
+  actual: jax.typing.ArrayLike,
+  predicted: jax.typing.ArrayLike,
+  *,
+  factor: jax.typing.ArrayLike = 19 / 20,
+  thresholds: tuple[float, float] = (0.25, 0.75),
+  bounds: tuple[Any, Any] = (1e-10, 1e10),
+) -> jax.Array:
+  """The rule, DPSGD Eq. 33: shrink λ after a step as good as predicted, grow it after a bad one, then clip it.
+
+  λ ← ω λ    if M > 0 and actual > hi · M
+  λ ← λ / ω  unless M > 0 and actual ≥ lo · M     (NaN counts as bad)
+  λ ← clip(λ, bounds)
+
+  Args:
+    damping: λ, scalar.
+    actual: loss(θ) − loss(θ + s), scalar; positive if the loss fell.
+    predicted: M, scalar.
+    factor: ω.
+    thresholds: (lo, hi).
+    bounds: smallest and largest λ.
+
+  Example:
+    >>> import dpsgd_optax as dpo
+    >>> [round(float(dpo.adapt_damping(1.0, actual, 1.0)), 3) for actual in (0.9, 0.5, 0.1)]
+    [0.95, 1.0, 1.053]
+  """
+  low, high = thresholds
+  damping, actual, predicted = jnp.asarray(damping), jnp.asarray(actual), jnp.asarray(predicted)
+  good = (predicted > 0) & (actual > high * predicted)
+  bad = ~((predicted > 0) & (actual >= low * predicted))
+  moved = jnp.where(good, damping * factor, jnp.where(bad, damping / factor, damping))
+  return jnp.clip(moved, bounds[0], bounds[1])
+
+
+class LevenbergMarquardtState(NamedTuple):
+  """Attributes:
+  count: (), int32, calls of ``update``.
+  damping: (), float32 (here and below; float64 for such params), λ of the next step.
+  ratio: (), float32, actual / predicted of the last judged step; NaN before the first.
+  actual: (), float32, reduction of the loss on the last judged step.
+  predicted: (), float32, what the model said.
+  previous: (), float32, the loss at the last step to be judged by looking back; NaN if none is waiting.
+  rejected: (), int32, steps zeroed: the loss was not finite, or it rose and ``reject`` is set.
+  inner: state of the wrapped transform.
+  """
+
+  count: jax.Array
+  damping: jax.Array
+  ratio: jax.Array
+  actual: jax.Array
+  predicted: jax.Array
+  previous: jax.Array
+  rejected: jax.Array
+  inner: Any
+
+
+def _rate(state: Any) -> Any:
+  found = optax.tree.get_all_with_path(state, "rate")
+  return found[0][1] if len(found) == 1 else None
+
+
+def levenberg_marquardt(
+  inner: optax.GradientTransformation,
+  *,
+  damping: float = 1.0,
+  factor: float = 19 / 20,
+  thresholds: tuple[float, float] = (0.25, 0.75),
+  bounds: tuple[float, float] = (1e-10, 1e10),
+  every: int = 1,
+  model: Callable = half_slope,
+  reject: bool = False,
+  reject_factor: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps any transform, hands it λ as ``damping=``, and adapts λ by comparing the loss with a model of it.
+
+  It stands outermost, so that the step it judges is the step taken.
+
+  *Look-ahead* (``value_fn`` given): on every ``every``-th step the loss is computed once more at θ + s, on the same
+  batch. ``value`` saves the loss at θ. *Look-back* (only ``value`` given): the step is judged on the next call, by
+  that call's ``value``; free, but the batch differs. Either way step t uses a λ known before it.
+
+  Which way is safe depends on what λ damps. Of the *curvature* (every group: fit on Hv + λv), more λ is a shorter
+  step. Of the *factors* (``damped_kron``), more λ is a longer, more gradient-like step; ``dpsgd`` therefore bounds λ
+  by its initial value and turns it down on a rejected step.
+
+  Args:
+    inner: any optax transform; one that ignores ``damping`` is judged all the same.
+    damping: the initial λ.
+    factor: ω in (0, 1), per judged step.
+    thresholds: (lo, hi) of the ratio.
+    bounds: λ stays between them.
+    every: judge every ``every``-th step.
+    model: (grads, step, hvp, *, rate) → predicted reduction: ``half_slope``, ``newton_model``, ``quadratic_model``.
+    reject: zero a judged step on which the loss rose (look-ahead only), and multiply λ by ``reject_factor``.
+    reject_factor: None: 1 / factor.
+
+  Returns:
+    The corresponding :class:`optax.GradientTransformationExtraArgs`. ``update`` also takes ``judge``: True or False
+    chooses at trace time whether the step is judged, in place of the count. λ, ratio, actual and predicted are fields
+    of the state: ``optax.tree.get(opt_state, "ratio")``.
+
+  Raises:
+    ValueError: at construction for a factor outside (0, 1), bad thresholds or bounds, ``every`` below 1; at trace time
+      if neither ``value`` nor ``value_fn`` came, or ``params`` is missing for ``value_fn``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> tx = dpo.levenberg_marquardt(optax.sgd(0.1))
+    >>> loss, params = lambda p: jnp.sum(p**2), jnp.ones(2)
+    >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+    >>> round(float(optax.tree.get(state, "ratio")), 3), round(float(optax.tree.get(state, "damping")), 3)
+    (1.8, 0.95)
+  """
+  check_period(every, "every")
+  check(lambda x: 0 < x < 1, factor, "factor", "in (0, 1)", "λ shrinks by it after a good step. Try 19/20.")
+  check_not_negative(damping, "damping", "It is the initial λ. Try 1.0.")
+  for pair, name, example in ((thresholds, "thresholds", "(0.25, 0.75)"), (bounds, "bounds", "(1e-10, 1e10)")):
+    if all(map(is_static, pair)) and not pair[0] <= pair[1]:
+      raise ValueError(f"`{name}` must be (low, high) with low ≤ high, got {pair}. Try {example}.")
+  rule = {"factor": factor, "thresholds": thresholds, "bounds": bounds}
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    dtype = scalar_dtype(params)
+    nan, zero, count = jnp.full((), jnp.nan, dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+    return LevenbergMarquardtState(
+      count, jnp.asarray(damping, dtype), nan, zero, zero, nan, count, inner.init(params)
+    )
+
+  def verdict(state, actual, predicted):
+    """λ, ratio, actual and predicted after one judged step; a step of length zero says nothing."""
+    judged = predicted != 0
+    ratio = actual / jnp.where(judged, predicted, 1)
+    adapted = adapt_damping(state.damping, actual, predicted, **rule).astype(state.damping.dtype)
+    new = (adapted, ratio, actual, predicted)
+    return where(judged, new, (state.damping, state.ratio, state.actual, state.predicted))
+
+  def update(updates, state, params=None, *, value=None, value_fn=None, hvp=None, judge=None, damping=None, **extra):
+    del damping  # this wrapper's to choose
+    if value is None and value_fn is None:
+      raise ValueError(
+        "`levenberg_marquardt` judges steps by the loss, but `update` received neither `value` nor `value_fn`. "
+        "Pass `value=loss_value, value_fn=loss` (loss: params ↦ scalar), or only `value=loss_value` to judge a step by "
+        "the loss of the next."
+      )
+    if value_fn is not None and params is None:
+      raise ValueError("`value_fn` is evaluated at `params`, got None. Pass `params` to `update`.")
+    due = (state.count + 1) % every == 0 if judge is None else judge
+    finite = jnp.array(True) if value is None else jnp.all(jnp.isfinite(value))
+    product = hvp
+    if product is None and value_fn is not None:
+      product = hessian_product(value_fn, params)
+
+    dtype = state.damping.dtype
+    record = (state.damping, state.ratio, state.actual, state.predicted)
+    if value_fn is None:  # look back at the step that waits for its verdict
+      waiting = jnp.isfinite(state.previous) & finite
+      judged = verdict(state, (state.previous - value).astype(dtype), state.predicted)
+      record = where(waiting, judged, record)
+      state = state._replace(damping=record[0])
+
+    passed = {k: v for k, v in {"value": value, "value_fn": value_fn, "hvp": hvp}.items() if v is not None}
+    step, moved = inner.update(updates, state.inner, params, damping=state.damping, **passed, **extra)
+    predict = lambda: jnp.asarray(model(updates, step, product, rate=_rate(moved)), dtype)
+
+    previous, stop = state.previous, jnp.array(False)
+    if value_fn is None:
+      nan = jnp.full((), jnp.nan, dtype)
+      look = lambda: (jnp.asarray(value, dtype), predict())
+      previous, predicted = choose(due, look, lambda: (nan, record[3]))
+      record = (*record[:3], predicted)
+    else:
+
+      def look():
+        before = jnp.asarray(value_fn(params) if value is None else value, dtype)
+        after = jnp.asarray(value_fn(optax.apply_updates(params, step)), dtype)
+        actual = before - after
+        lost = ~jnp.isfinite(after) | ((actual < 0) if reject else False)
+        back = 1 / factor if reject_factor is None else reject_factor
+        turned = jnp.clip(state.damping * back, *bounds).astype(dtype)
+        new = verdict(state, actual, predict())
+        return (jnp.where(lost & reject, turned, new[0]), *new[1:]), lost
+
+      record, stop = choose(due, look, lambda: (record, stop))
+
+    # a loss that is not finite leaves the inner state as it was; a rejected step does not, its gradient was sound
+    moved = where(finite, moved, state.inner)
+    taken = finite & ~stop
+    step = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), step)
+    return step, LevenbergMarquardtState(
+      optax.safe_increment(state.count),
+      *record,
+      previous,
+      state.rejected + (~taken).astype(jnp.int32),
+      moved,
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From one array to a pytree: trees, batching by shape, keys and damping, once for all groups.
+
+`batched`   leaves of equal shape are stacked on a leading axis and `init`, `fit`, `apply` run once per shape under
+            `vmap`; every statistic stays one per matrix
+`per_leaf`  `batched` with the curvature damped before the fit: (v, Hv + λv), or g + λ·noise when whitening
+`raveled`   the whole tree as one vector
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpsgd_optax.base import Preconditioner, Probe, working_dtype
+
+
+class Bucket(NamedTuple):
+  """Leaves of one shape: static, made anew from shapes at every trace."""
+
+  name: str  # "64x10_float32", the key in the state
+  shape: tuple[int, ...]  # of one matrix
+  dtype: Any  # float32 at least
+  members: tuple[tuple[int, int], ...]  # (index of the leaf, matrices in it)
+
+  @property
+  def size(self) -> int:
+    return sum(count for _, count in self.members)
+
+
+class LiftState(NamedTuple):
+  """Attributes:
+  buckets: name -> state of the group, every array with a leading axis over the matrices of that shape;
+    for a tree without leaves one scalar, which stands for all buckets (`optax.tree.map_params` needs it).
+  """
+
+  buckets: Any
+
+
+Stacked = Any | Callable[[Any, jax.Array], int] | None
+
+
+def _stack_depths(params: Any, stacked: Stacked) -> list[int]:
+  paths, _ = jax.tree_util.tree_flatten_with_path(params)
+  if stacked is None:
+    return [0] * len(paths)
+  if callable(stacked):
+    return [int(stacked(path, leaf)) for path, leaf in paths]
+  depths = jax.tree.map(lambda depth, part: jax.tree.map(lambda _: int(depth), part), stacked, params)
+  return jax.tree.leaves(depths)
+
+
+def make_buckets(params: Any, stacked: Stacked = None) -> list[Bucket]:
+  """Groups the leaves by (shape, dtype), in the order in which they first appear; empty leaves in none."""
+  found: dict[tuple, list[tuple[int, int]]] = {}
+  paths, _ = jax.tree_util.tree_flatten_with_path(params)
+  for index, ((path, leaf), depth) in enumerate(zip(paths, _stack_depths(params, stacked), strict=True)):
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise ValueError(
+        f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)} has dtype {dtype}. "
+        "Leave it out with `optax.masked` or `optax.partition`, or make it a float."
+      )
+    if depth > len(shape):
+      raise ValueError(
+        f"`stacked` gives {depth} leading axes for {jax.tree_util.keystr(path)}, which has shape {shape}."
+      )
+    if math.prod(shape) > 0:
+      matrix = shape[depth:]
+      found.setdefault((matrix, working_dtype(dtype)), []).append((index, math.prod(shape[:depth])))
+  return [
+    Bucket(f"{'x'.join(map(str, shape)) or 'scalar'}_{jnp.dtype(dtype).name}", shape, dtype, tuple(members))
+    for (shape, dtype), members in found.items()
+  ]
+
+
+def stack(bucket: Bucket, leaves: list[jax.Array]) -> jax.Array:
+  """(size, *shape) in the working dtype."""
+  parts = [jnp.reshape(leaves[i], (count, *bucket.shape)).astype(bucket.dtype) for i, count in bucket.members]
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def unstack(bucket: Bucket, x: jax.Array, leaves: list[jax.Array]) -> None:
+  """Writes (size, *shape) back over the leaves it came from, in their shapes and dtypes."""
+  start = 0
+  for i, count in bucket.members:
+    part = x if count == bucket.size else jax.lax.slice_in_dim(x, start, start + count)
+    leaves[i] = part.reshape(jnp.shape(leaves[i])).astype(jnp.result_type(leaves[i]))
+    start += count
+
+
+def _match(state: LiftState, buckets: list[Bucket]) -> None:
+  have = {k: jax.tree.leaves(v) for k, v in state.buckets.items()} if isinstance(state.buckets, dict) else {}
+  same = set(have) == {b.name for b in buckets} and all(
+    not have[b.name] or have[b.name][0].shape[0] == b.size for b in buckets
+  )
+  if not same:
+    needed = ", ".join(f"{len(v) and v[0].shape[0]} of {k}" for k, v in have.items()) or "none"
+    came = ", ".join(f"{b.size} of {b.name}" for b in buckets) or "none"
+    raise ValueError(
+      "the updates must have the leaves that the params had at `init`. "
+      f"Leaves by shape at `init`: {needed}; now: {came}. Call `init` again for other params."
+    )
+
+
+def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
+  """A preconditioner of one array, run once per distinct shape on the stacked leaves of a pytree.
+
+  Args:
+    group: on one array; ``fit(state, probe, *, key, damping)``.
+    stacked: leaves that hold a stack of layers: the number of their leading axes, as a prefix tree of ints or a
+      callable on (path, leaf). None: no leaf does.
+  """
+
+  def init(params):
+    buckets = make_buckets(params, stacked)
+    if not buckets:
+      return LiftState(jnp.zeros(()))
+    return LiftState({b.name: jax.vmap(group.init)(jnp.zeros((b.size, *b.shape), b.dtype)) for b in buckets})
+
+  def over_buckets(state, run):
+    if not isinstance(state.buckets, dict):
+      return state
+    return LiftState({name: run(i, name, old) for i, (name, old) in enumerate(state.buckets.items())})
+
+  def fit(state, probe, *, key, damping):
+    buckets = {b.name: b for b in make_buckets(probe.product, stacked)}
+    _match(state, list(buckets.values()))
+    products = jax.tree.leaves(probe.product)
+    vectors = None if probe.vector is None else jax.tree.leaves(probe.vector)
+
+    def run(i, name, old):
+      bucket = buckets[name]
+      keys = jax.random.split(jax.random.fold_in(key, i), bucket.size)
+      vector = None if vectors is None else stack(bucket, vectors)
+      one = lambda s, v, h, k: group.fit(s, Probe(v, h), key=k, damping=damping)
+      return jax.vmap(one, in_axes=(0, None if vector is None else 0, 0, 0))(
+        old, vector, stack(bucket, products), keys
+      )
+
+    return over_buckets(state, run)
+
+  def apply(state, updates):
+    leaves, treedef = jax.tree.flatten(updates)
+    buckets = make_buckets(updates, stacked)
+    _match(state, buckets)
+    for bucket in buckets:
+      unstack(bucket, jax.vmap(group.apply)(state.buckets[bucket.name], stack(bucket, leaves)), leaves)
+    return jax.tree.unflatten(treedef, leaves)
+
+  def advance(state, *, damping):
+    return over_buckets(state, lambda i, name, old: jax.vmap(lambda s: group.advance(s, damping=damping))(old))
+
+  return Preconditioner(init, fit, apply, None if group.advance is None else advance)
+
+
+def noise(key: jax.Array, x: jax.Array) -> jax.Array:
+  """ξ ~ N(0, I) like x; complex: unit variance in total."""
+  return jax.random.normal(key, x.shape, x.dtype)
+
+
+def damp(probe: Probe, xi: jax.Array | None, damping) -> Probe:
+  """The probe of the damped curvature.
+
+  Newton: h ← h + λ v, that is H + λI.
+  Whitening: h ← h + (λ + ε|h|) ξ with ε the machine epsilon: E hhᴴ grows by at least λ² I, so P ≤ I/λ.
+  """
+  if probe.vector is not None:
+    return Probe(probe.vector, probe.product + jnp.asarray(damping, probe.product.dtype) * probe.vector)
+  size = jnp.abs(probe.product)
+  eps = jnp.finfo(probe.product.dtype).eps
+  return Probe(None, probe.product + (jnp.asarray(damping, size.dtype) + eps * size) * xi)
+
+
+def sampled(probe: Probe, key: jax.Array) -> Probe:
+  """The probe with v drawn, where it was integrated out."""
+  return probe if probe.vector is not None else Probe(noise(key, probe.product), probe.product)
+
+
+def unless_zero(x: jax.Array, new: Any, old: Any) -> Any:
+  """``old`` where x is zero throughout: nothing was seen, so nothing is learned and P cannot run away."""
+  seen = jnp.any(x != 0)
+  return jax.tree.map(lambda a, b: jnp.where(seen, a, b), new, old)
+
+
+def damped(group: Preconditioner) -> Preconditioner:
+  """A group whose ``fit(state, probe, *, key)`` knows no λ, fitted on the probe of the damped curvature."""
+
+  def fit(state, probe, *, key, damping):
+    noise_key, key = jax.random.split(key)
+    xi = noise(noise_key, probe.product) if probe.vector is None else None
+    seen = damp(probe, xi, damping)
+    # whitening: noise alone says nothing about a leaf whose gradient is zero; Newton: H + λI does
+    return unless_zero(
+      probe.product if probe.vector is None else seen.product, group.fit(state, seen, key=key), state
+    )
+
+  return group._replace(fit=fit)
+
+
+def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
+  """One P for each leaf (block diagonal), the leaves of equal shape batched.
+
+  Args:
+    group: a preconditioner of one array whose ``fit(state, probe, *, key)`` knows neither trees nor λ.
+    stacked: leaves that stand for a stack of layers (``nn.scan``, vmapped modules): the number of their leading
+      axes, as a prefix tree of ints or as a callable on (path, leaf). Each layer gets a P of its own.
+
+  Returns:
+    A preconditioner of any pytree of floating-point leaves. Its ``fit`` takes λ as ``damping``.
+
+  Raises:
+    ValueError: for integer leaves, at ``init``; for leaves other than at ``init``, when it is used.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
+    >>> p = dpo.diagonal(init_scale=2.0)
+    >>> state = p.init({"a": jnp.ones(3), "b": jnp.ones(3)})
+    >>> {name: jax.tree.map(jnp.shape, s.q) for name, s in state.buckets.items()}
+    {'3_float32': (2, 3)}
+    >>> p.apply(state, {"a": jnp.ones(3), "b": jnp.ones(3)})["b"]
+    Array([4., 4., 4.], dtype=float32)
+  """
+  return batched(damped(group), stacked)
+
+
+def raveled(group: Preconditioner) -> Preconditioner:
+  """One P for the whole tree as one vector: ``group`` is a preconditioner of a 1-D array, as for ``per_leaf``.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> group = dpo.Preconditioner(
+    ...   init=lambda x: jnp.zeros(x.shape), fit=lambda s, probe, *, key: s + probe.product, apply=lambda s, x: s * x)
+    >>> dpo.raveled(group).init({"a": jnp.ones((2, 2)), "b": jnp.ones(3)}).buckets["7_float32"].shape
+    (1, 7)
+  """
+  lifted = per_leaf(group)
+
+  def ravel(tree):
+    leaves = [x for x in jax.tree.leaves(tree) if math.prod(jnp.shape(x)) > 0]
+    make_buckets(tree)  # for its message about integer leaves
+    if not leaves:
+      return []
+    dtype = jnp.result_type(*(working_dtype(jnp.result_type(x)) for x in leaves))
+    return [jnp.concatenate([jnp.reshape(x, -1).astype(dtype) for x in leaves])]
+
+  def init(params):
+    shapes = jax.eval_shape(ravel, params)
+    return lifted.init(shapes)
+
+  def fit(state, probe, *, key, damping):
+    vector = None if probe.vector is None else ravel(probe.vector)
+    return lifted.fit(state, Probe(vector, ravel(probe.product)), key=key, damping=damping)
+
+  def apply(state, updates):
+    flat = lifted.apply(state, ravel(updates))
+    leaves, treedef = jax.tree.flatten(updates)
+    start = 0
+    for i, leaf in enumerate(leaves):
+      size = math.prod(jnp.shape(leaf))
+      if size:
+        leaves[i] = flat[0][start : start + size].reshape(jnp.shape(leaf)).astype(jnp.result_type(leaf))
+        start += size
+    return jax.tree.unflatten(treedef, leaves)
+
+  return lifted._replace(init=init, fit=fit, apply=apply)

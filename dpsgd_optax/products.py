@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Curvature products v ↦ C v at fixed parameters, without ever forming C.
+
+Notation
+  θ, L       the parameters (any pytree) and the real loss L(θ)
+  g, H       its gradient ∇L(θ) and Hessian ∇²L(θ)
+  v          a vector with the structure of θ
+  z = f(θ)   the outputs of a model, J its Jacobian ∂z/∂θ, ℓ the loss of the outputs: L(θ) = ℓ(f(θ))
+  G          the generalized Gauss-Newton matrix Jᵀ ∇²ℓ(z) J: H without the curvature of f
+
+| product                  | computes      | by                              | needs                        |
+|--------------------------|---------------|---------------------------------|------------------------------|
+| `hvp`                    | H v           | the derivative of a gradient    | two derivatives of L         |
+| `ggnvp`                  | G v           | J v, then ∇²ℓ, then Jᵀ          | L = ℓ∘f                      |
+| `hvp_finite_difference`  | H v + O(√eps) | two gradients                   | one derivative of L          |
+| `value_and_grad_and_hvp` | L, g and H v  | the derivative of a gradient    | v before the gradient        |
+
+The first three are lazy: `hvp(loss, params)` only remembers its arguments and differentiates when it is called, so that
+a call inside `jax.lax.cond` costs nothing in the steps that do not take it.
+
+**Holes.** Where θ has a leaf (or a whole subtree) the vector may have `optax.MaskedNode()` or `None`, as the transforms
+inside `optax.masked` and `optax.partition` see it. Those parameters are held constant and come back as the same hole.
+The product is then that of the diagonal block, H_bb v_b, exactly, and costs no derivative of the others.
+
+**Dtypes.** The vector is cast to the dtype of the parameters leaf by leaf, and the product has that dtype.
+
+**Complex parameters** θ = x + iy of a real loss: `jax.grad` returns ∂L/∂x − i ∂L/∂y, the conjugate of the direction of
+ascent. Every gradient and product here is that of ∂L/∂x + i ∂L/∂y, which is what Optax's transforms expect; pass them
+on as they are. The product then is the Hessian of L as a function of (x, y), applied to (Re v, Im v). Real leaves are
+not touched.
+
+References:
+  Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6(1), 1994: H v = ∂g(θ + rv)/∂r at r = 0.
+  Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation 14(7),
+  2002: G v = Jᵀ (∇²ℓ (J v)).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Product = Callable[[Any], Any]  # v ↦ C v, at fixed parameters
+
+
+def hvp(loss: Callable[..., Any], params: optax.Params, has_aux: bool = False) -> Product:
+  """The Hessian-vector product v ↦ H v, forward over reverse: H v = ∂/∂r g(θ + r v) at r = 0.
+
+  Exact. Nothing is differentiated before the product is called.
+
+  Args:
+    loss: L, from the parameters to a real scalar, or to (scalar, aux) if `has_aux`.
+    params: θ, where the Hessian is taken.
+    has_aux: whether `loss` returns auxiliary data beside the scalar. They are dropped.
+
+  Returns:
+    A function v ↦ H v. v has the structure of `params`, possibly with holes (see the module's docstring).
+
+  Raises:
+    ValueError: by the product, if v has another structure or shape than `params`, or if a leaf to be
+      differentiated is not floating point or complex.
+    TypeError: by the product, from `jax.grad`, if `loss` is not a real scalar.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from dpsgd_optax.products import hvp
+    >>> loss = lambda p: p["x"] ** 2 * p["y"]  # H = [[2y, 2x], [2x, 0]]
+    >>> product = hvp(loss, {"x": 1.0, "y": 3.0})
+    >>> {k: float(x) for k, x in product({"x": 1.0, "y": 10.0}).items()}
+    {'x': 26.0, 'y': 2.0}
+    >>> float(product({"x": 1.0, "y": None})["x"])  # y held: the block H_xx alone
+    6.0
+  """
+
+  def product(vector):
+    block = _block("hvp", params, vector)
+    _, hv = jax.jvp(_gradient(loss, block.join, has_aux), (block.theta,), (block.vector,))
+    return block.restore(hv)
+
+  return product
+
+
+def hvp_finite_difference(
+  loss: Callable[..., Any], params: optax.Params, has_aux: bool = False, *, epsilon: float | None = None
+) -> Product:
+  """The Hessian-vector product by a difference of gradients: H v ≈ (g(θ + δv) − g(θ)) / δ.
+
+  For losses that have a gradient but no forward-mode derivative of it (`jax.custom_vjp`, callbacks). The step is
+  relative to both vectors,
+
+    δ = epsilon · (1 + ‖θ‖) / ‖v‖,     epsilon = √eps of the dtype,
+
+  so that the result is homogeneous in v, and θ moves by a fraction √eps of its own length, or of 1 where it is near
+  zero. This balances the two errors: the remainder O(δ) of Taylor's series, and the rounding O(eps / δ) of the two
+  gradients. About half of the digits survive. The product of a zero vector is zero.
+
+  Args:
+    loss: L, from the parameters to a real scalar, or to (scalar, aux) if `has_aux`.
+    params: θ, where the Hessian is taken; float32, float64 or complex of these.
+    has_aux: whether `loss` returns auxiliary data beside the scalar. They are dropped.
+    epsilon: the length of the step relative to 1 + ‖θ‖, positive. None: √eps of the coarsest dtype in play.
+
+  Returns:
+    A function v ↦ H v (approximately). v may have holes (see the module's docstring); the norms are those of the
+    other leaves.
+
+  Raises:
+    ValueError: if `epsilon` is not positive; by the product, as `hvp`, and for parameters below float32, half of whose
+      digits is nothing.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from dpsgd_optax.products import hvp_finite_difference
+    >>> product = hvp_finite_difference(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))  # H = diag(6x)
+    >>> bool(jnp.allclose(product(jnp.array([1.0, 1.0])), jnp.array([6.0, 12.0]), rtol=1e-2))
+    True
+  """
+  if isinstance(epsilon, (int, float)) and not epsilon > 0:
+    raise ValueError(
+      f"`hvp_finite_difference` needs a positive epsilon, got {epsilon}. It is the length of the step "
+      "relative to 1 + ‖params‖; leave it out for the square root of the machine precision."
+    )
+
+  def product(vector):
+    theta, v, join, _, restore = _block("hvp_finite_difference", params, vector)
+    if not theta:
+      return restore([])
+    infos = [jnp.finfo(x.dtype) for x in theta]
+    coarsest, finest = max(infos, key=lambda i: i.eps), min(infos, key=lambda i: i.eps)
+    if coarsest.eps > jnp.finfo(jnp.float32).eps:
+      raise ValueError(
+        f"`hvp_finite_difference` needs parameters of float32 or wider, got {coarsest.dtype}: a difference "
+        "of two gradients would keep none of its digits. Use `hvp(loss, params)`, or cast the parameters to float32."
+      )
+
+    def norm(leaves):
+      squares = [jnp.sum(jnp.square(jnp.abs(x))).astype(finest.dtype) for x in leaves]
+      return jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+    relative = float(coarsest.eps) ** 0.5 if epsilon is None else epsilon
+    length = norm(v)
+    delta = relative * (1 + norm(theta)) / jnp.where(length > 0, length, 1)
+    gradient = _gradient(loss, join, has_aux)
+    moved = gradient([x + delta.astype(x.dtype) * u for x, u in zip(theta, v, strict=True)])
+    return restore([(b - a) / delta.astype(a.dtype) for a, b in zip(gradient(theta), moved, strict=True)])
+
+  return product
+
+
+def ggnvp(
+  loss: Callable[..., Any],
+  params: optax.Params,
+  has_aux: bool = False,
+  *,
+  outputs: Callable[..., Any],
+) -> Product:
+  """The Gauss-Newton-vector product v ↦ G v with G = Jᵀ ∇²ℓ(z) J, z = f(θ).
+
+  G is the Hessian of ℓ∘f with f replaced by its linearization at θ. It is H where f is linear, positive semidefinite
+  where ℓ is convex, and the Fisher matrix where ℓ is the negative log-likelihood of an exponential family in its
+  natural parameters.
+
+  Args:
+    loss: ℓ, from the outputs to a real scalar. Beware: not from the parameters, as in `hvp`.
+    params: θ, where the matrix is taken.
+    has_aux: whether `outputs` returns auxiliary data beside the outputs. They are dropped.
+    outputs: f, from the parameters to the outputs (any pytree of floating-point or complex arrays), or to
+      (outputs, aux) if `has_aux`.
+
+  Returns:
+    A function v ↦ G v. v has the structure of `params`, possibly with holes (see the module's docstring).
+
+  Raises:
+    ValueError: by the product, as `hvp`.
+    TypeError: by the product, from `jax.grad`, if `loss` is not a real scalar.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from dpsgd_optax.products import ggnvp, hvp
+    >>> half_square = lambda z: 0.5 * z**2
+    >>> f = lambda w: w**2  # G = (2w)², while H = G + 2 f(w)
+    >>> float(ggnvp(half_square, 3.0, outputs=f)(1.0)), float(hvp(lambda w: half_square(f(w)), 3.0)(1.0))
+    (36.0, 54.0)
+  """
+
+  def product(vector):
+    block = _block("ggnvp", params, vector)
+    f = _drop_aux(lambda theta: outputs(block.join(theta)), has_aux)
+    z, jv = jax.jvp(f, (block.theta,), (block.vector,))
+    _, hjv = jax.jvp(jax.grad(loss), (z,), (jv,))
+    (gv,) = jax.vjp(f, block.theta)[1](hjv)  # XLA merges this forward pass with the one of the jvp
+    return block.restore(_ascent(gv))
+
+  return product
+
+
+def value_and_grad_and_hvp(loss: Callable[..., Any], has_aux: bool = False) -> Callable[[optax.Params, Any], tuple]:
+  """L, g and H v in one fused pass: the forward-mode derivative of `jax.value_and_grad`.
+
+  The product shares the passes of the gradient, which is cheaper than `jax.value_and_grad` beside `hvp` wherever the
+  compiler does not merge the two by itself. Use it where the vector is known before the gradient and the product is
+  needed anyway.
+
+  Args:
+    loss: L, from the parameters to a real scalar, or to (scalar, aux) if `has_aux`.
+    has_aux: whether `loss` returns auxiliary data beside the scalar.
+
+  Returns:
+    A function (params, vector) ↦ (value, grads, product), or ((value, aux), grads, product) if `has_aux`. The gradient
+    is of all parameters, whatever holes the vector and the product have. Complex gradients come conjugated for Optax.
+
+  Raises:
+    ValueError: by that function, if the vector has another structure or shape than `params`, or if any leaf of
+      `params` is not floating point or complex.
+    TypeError: by that function, from `jax.grad`, if `loss` is not a real scalar.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from dpsgd_optax.products import value_and_grad_and_hvp
+    >>> fused = value_and_grad_and_hvp(lambda x: jnp.sum(x**3))
+    >>> value, grad, product = fused(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0]))
+    >>> float(value), grad.tolist(), product.tolist()
+    (9.0, [3.0, 12.0], [6.0, 0.0])
+  """
+
+  def fused(params, vector):
+    _check_differentiable("value_and_grad_and_hvp", jax.tree_util.tree_leaves_with_path(params))
+    block = _block("value_and_grad_and_hvp", params, vector)
+
+    def run(theta):
+      result, grads = jax.value_and_grad(loss, has_aux=has_aux)(block.join(theta))
+      value, aux = result if has_aux else (result, None)
+      return (value, _ascent(grads)), aux
+
+    (value, grads), (_, hv), aux = jax.jvp(run, (block.theta,), (block.vector,), has_aux=True)
+    return ((value, aux) if has_aux else value), grads, block.restore(block.take(hv))
+
+  return fused
+
+
+class _Block(NamedTuple):
+  """The part of the parameters that a vector with holes speaks of; the rest is constant."""
+
+  theta: list[jax.Array]  # the leaves of θ opposite an array of the vector
+  vector: list[jax.Array]  # those arrays, in the dtypes of theta
+  join: Callable[[list], Any]  # leaves like theta -> parameters, the held ones as they are
+  take: Callable[[Any], list]  # a tree like the parameters -> its leaves opposite theta
+  restore: Callable[[list], Any]  # leaves like theta -> a tree like the vector, holes included
+
+
+def _block(name: str, params, vector) -> _Block:
+  """Match the vector with the parameters, or say where they part."""
+  slots, treedef = jax.tree.flatten(vector, is_leaf=_is_hole)
+  try:
+    parts = treedef.flatten_up_to(params)
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(_mismatch(name, params, vector)) from error
+  active = [not _is_hole(slot) for slot in slots]
+
+  def fill(leaves, others):
+    leaves = iter(leaves)
+    return treedef.unflatten([next(leaves) if a else other for a, other in zip(active, others, strict=True)])
+
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)]
+  pairs = [(path, x, v) for path, x, v, a in zip(paths, parts, slots, active, strict=True) if a]
+  if any(not jax.tree_util.all_leaves([x]) for _, x, _ in pairs):
+    raise ValueError(_mismatch(name, params, vector))
+  _check_differentiable(name, [(path, x) for path, x, _ in pairs])
+  theta = [jnp.asarray(x) for _, x, _ in pairs]
+  return _Block(
+    theta=theta,
+    vector=[_cast(name, path, v, x) for (path, _, v), x in zip(pairs, theta, strict=True)],
+    join=lambda leaves: fill(leaves, parts),
+    take=lambda tree: [x for x, a in zip(treedef.flatten_up_to(tree), active, strict=True) if a],
+    restore=lambda leaves: fill(leaves, slots),
+  )
+
+
+def _gradient(loss, join, has_aux) -> Callable[[list], list]:
+  """θ_b ↦ g_b, complex leaves in the direction of ascent."""
+  gradient = jax.grad(_drop_aux(lambda leaves: loss(join(leaves)), has_aux))
+  return lambda leaves: _ascent(gradient(leaves))
+
+
+def _ascent(grads):
+  """∂L/∂x + i ∂L/∂y, where JAX has its conjugate."""
+  return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
+
+
+def _drop_aux(f, has_aux):
+  return (lambda x: f(x)[0]) if has_aux else f
+
+
+def _is_hole(x) -> bool:
+  return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _cast(name, path, v, x):
+  v = jnp.asarray(v)
+  if v.shape != x.shape:
+    raise ValueError(
+      f"`{name}` needs a vector with the shapes of the parameters; at {_at(path)} the parameter has shape "
+      f"{x.shape} and the vector {v.shape}. Draw it as `optax.tree.random_like(key, params)`."
+    )
+  if jnp.iscomplexobj(v) and not jnp.iscomplexobj(x):
+    raise ValueError(
+      f"`{name}` cannot move a real parameter in a complex direction: at {_at(path)} the parameter is {x.dtype} "
+      f"and the vector {v.dtype}. Pass the real part."
+    )
+  return v.astype(x.dtype)
+
+
+def _check_differentiable(name, leaves_with_path):
+  for path, x in leaves_with_path:
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise ValueError(
+        f"`{name}` differentiates floating-point or complex parameters, but the leaf at {_at(path)} is {dtype}. "
+        "Keep it out of the parameters that the loss is a function of, or put `optax.MaskedNode()` there in the vector."
+      )
+
+
+def _mismatch(name, params, vector) -> str:
+  """Name the first leaf that only one of the two has, rather than print two trees."""
+  slots = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)]
+  holes = tuple(path for path, x in slots if _is_hole(x))
+  came = {path for path, x in slots if not _is_hole(x)}
+  needed = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+  unknown = sorted(came - needed)
+  missing = sorted(path for path in needed - came if not (holes and path.startswith(holes)))
+  if unknown:
+    found = f"has a leaf at `{unknown[0]}` where the parameters have none"
+  elif missing:
+    found = f"has nothing at `{missing[0]}`, which is a parameter"
+  else:
+    found = f"is a {jax.tree.structure(vector)}, the parameters are a {jax.tree.structure(params)}"
+  return (
+    f"`{name}` needs a vector with the structure of the parameters; this one {found}. Draw it as "
+    "`optax.tree.random_like(key, params)`; for the block of some parameters put `optax.MaskedNode()` in place of the "
+    "others."
+  )
+
+
+def _at(path) -> str:
+  return f"`{jax.tree_util.keystr(path)}`" if path else "the root"
