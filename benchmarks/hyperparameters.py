@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 Options = dict[str, float | int | str | None]
 
 
+ABLATION = ("psgd", "psgd+damping", "psgd+averaging", "dpsgd")  # damping and averaging, each off and on
+
+
 @dataclass(frozen=True)
 class Setting:
   """How a problem is trained: decay of every learning rate per epoch, layout of the biases, options by optimizer."""
@@ -69,12 +72,26 @@ GRIDS = {
   "dpsgd": SECOND_ORDER_GRID,
 }
 
+# Of the second-order family in the tuned setting: the geometry without triangular solves. All four cells have the same.
+TUNED_OPTIONS: dict[str, Options] = {name: {"geometry": "quad"} for name in ABLATION}
+
 # Chosen by `python -m benchmarks tune PROBLEM`: seed 0, lowest final training loss; all trials: results/tune-*.json.
-TUNED: dict[str, dict[str, float]] = {}
+TUNED: dict[str, dict[str, float]] = {
+  "digits": {
+    "sgd": 0.3,
+    "momentum": 0.1,
+    "adam": 0.01,
+    "muon": 0.01,
+    "psgd": 0.1,
+    "psgd_whiten": 0.003,
+    "psgd+damping": 0.1,
+    "psgd+averaging": 0.1,
+    "dpsgd": 0.1,
+  },
+}
 
 # --- names for groups of contestants ----------------------------------------------------------------------------------
 
-ABLATION = ("psgd", "psgd+damping", "psgd+averaging", "dpsgd")
 GROUPS = {
   "all": tuple(GRIDS),
   "ablation": ABLATION,
@@ -88,4 +105,5 @@ def setting(name: str, problem: str) -> Setting:
   """The setting `author` or `tuned` of a problem. What it lacks must be given on the command line."""
   if name == "author":
     return AUTHOR.get(problem, Setting(folded=True))
-  return Setting({optimizer: {"learning_rate": rate} for optimizer, rate in TUNED.get(problem, {}).items()})
+  rates = {optimizer: {"learning_rate": rate} for optimizer, rate in TUNED.get(problem, {}).items()}
+  return Setting({optimizer: TUNED_OPTIONS.get(optimizer, {}) | rates.get(optimizer, {}) for optimizer in GRIDS})

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 XAVIER = nn.initializers.xavier_uniform()
 
@@ -34,9 +33,18 @@ class Affine(nn.Module):
     else:
       kernel = self.param("kernel", self.kernel_init, shape)
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    if not self.window:
-      return x @ kernel + bias
-    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+    return patches(x, self.window) @ kernel.reshape(-1, self.features) + bias
+
+
+def patches(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
+  """NHWC -> (N, H - kh + 1, W - kw + 1, kh kw C): what each output of a valid convolution sees, side by side.
+
+  As a matrix product LeNet-5's gradient is several times faster on a CPU than as a convolution.
+  """
+  if not window:
+    return x
+  height, width = (size - k + 1 for size, k in zip(x.shape[1:3], window, strict=True))
+  return jnp.concatenate([x[:, i : i + height, j : j + width] for i in range(window[0]) for j in range(window[1])], -1)
 
 
 class MLP(nn.Module):

@@ -24,7 +24,12 @@ class Reporter(AbstractContextManager):
     self.total, self.done, self.last = total, 0, time.monotonic()
     self.bar = None
     if sys.stdout.isatty():
-      columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+      columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+      )
       self.bar = Progress(*columns, console=Console())
       self.task = self.bar.add_task("", total=total)
 
@@ -39,7 +44,7 @@ class Reporter(AbstractContextManager):
 
   def line(self, text: str) -> None:
     """A line that stays."""
-    self.bar.console.print(text, highlight=False) if self.bar else say(text)
+    self.bar.console.print(text, highlight=False, markup=False) if self.bar else say(text)
 
   def advance(self, text: str) -> None:
     """One more chunk; `text` says where training stands."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from benchmarks import analysis
@@ -39,11 +40,13 @@ class Table:
     if not sys.stdout.isatty():
       print(self.markdown(), end="\n\n", flush=True)
       return
-    table = RichTable(title=self.title, caption="\n".join(self.notes), title_justify="left", caption_justify="left")
+    table = RichTable(
+      title=escape(self.title), caption=escape("\n".join(self.notes)), title_justify="left", caption_justify="left"
+    )
     for i, name in enumerate(self.header):
       table.add_column(name, justify="left" if i == 0 else "right")
     for i, row in enumerate(self.rows):
-      table.add_row(*row, style="bold" if i == 0 else None)
+      table.add_row(*map(escape, row), style="bold" if i == 0 else None)
     Console().print(table)
 
 

@@ -35,7 +35,8 @@ def prepare(
   chosen = hyperparameters.setting(setting, name)
   folded = chosen.folded if folded is None else folded
   decay = chosen.decay if decay is None else decay
-  found = contestants(optimizers or ",".join(chosen.optimizers), chosen.optimizers, name)
+  ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
+  found = contestants(optimizers or ",".join(ready or chosen.optimizers), chosen.optimizers, name)
   problem = limit(PROBLEMS[name](data_dir, folded), train_size)
   if batch_size is not None:
     problem = replace(problem, batch_size=batch_size)

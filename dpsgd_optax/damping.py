@@ -177,7 +177,8 @@ def levenberg_marquardt(
   Args:
     inner: any optax transform; one that ignores ``damping`` is judged all the same.
     damping: the initial λ.
-    factor: ω in (0, 1), per judged step.
+    factor: ω > 0, per judged step. Above 1 it turns the rule round (λ grows after a good step), which is the safe
+      way where more λ is a longer step.
     thresholds: (lo, hi) of the ratio.
     bounds: λ stays between them.
     every: judge every ``every``-th step.
@@ -203,7 +204,7 @@ def levenberg_marquardt(
     (1.8, 0.95)
   """
   check_period(every, "every")
-  check(lambda x: 0 < x < 1, factor, "factor", "in (0, 1)", "λ shrinks by it after a good step. Try 19/20.")
+  check(lambda x: x > 0, factor, "factor", "positive", "λ is multiplied by it after a good step. Try 19/20.")
   check_not_negative(damping, "damping", "It is the initial λ. Try 1.0.")
   for pair, name, example in ((thresholds, "thresholds", "(0.25, 0.75)"), (bounds, "bounds", "(1e-10, 1e10)")):
     if all(map(is_static, pair)) and not pair[0] <= pair[1]:
@@ -214,9 +215,7 @@ def levenberg_marquardt(
   def init(params):
     dtype = scalar_dtype(params)
     nan, zero, count = jnp.full((), jnp.nan, dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-    return LevenbergMarquardtState(
-      count, jnp.asarray(damping, dtype), nan, zero, zero, nan, count, inner.init(params)
-    )
+    return LevenbergMarquardtState(count, jnp.asarray(damping, dtype), nan, zero, zero, nan, count, inner.init(params))
 
   def verdict(state, actual, predicted):
     """λ, ratio, actual and predicted after one judged step; a step of length zero says nothing."""
@@ -279,11 +278,14 @@ def levenberg_marquardt(
     taken = finite & ~stop
     step = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), step)
     return step, LevenbergMarquardtState(
-      optax.safe_increment(state.count),
-      *record,
-      previous,
-      state.rejected + (~taken).astype(jnp.int32),
-      moved,
+      count=optax.safe_increment(state.count),
+      damping=record[0],
+      ratio=record[1],
+      actual=record[2],
+      predicted=record[3],
+      previous=previous,
+      rejected=state.rejected + (~taken).astype(jnp.int32),
+      inner=moved,
     )
 
   return optax.GradientTransformationExtraArgs(init, update)

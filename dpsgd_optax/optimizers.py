@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import optax
 
-from dpsgd_optax.base import Curvature, Preconditioner, check_fraction, check_learning_rate, check_not_negative, check_period
+from dpsgd_optax.base import (
+  Curvature,
+  Preconditioner,
+  check_fraction,
+  check_learning_rate,
+  check_not_negative,
+  check_period,
+)
 from dpsgd_optax.curvature import newton, whitening
 from dpsgd_optax.damping import levenberg_marquardt, newton_model
 from dpsgd_optax.preconditioners._geometry import Geometry, Normalizer, eq, spectral

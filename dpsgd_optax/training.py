@@ -69,7 +69,7 @@ class TrainState(train_state.TrainState):
       return tx.update(updates, state, params, **(extra_args or {}))
 
     bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
-    stepped = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
+    stepped = super(TrainState, bound).apply_gradients(grads=grads, **kwargs)
     return stepped.replace(tx=kwargs.get("tx", self.tx))
 
 

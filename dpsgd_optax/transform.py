@@ -85,7 +85,7 @@ class ScaleByPreconditionerState(NamedTuple):
   key: a typed PRNG key, split on every step.
   debt: (), float32 in [0, 1), what the fit schedule has summed up since the last fit; 0 if ``every`` is an int.
   fits: (), int32, fits done.
-  skipped: (), int32, steps skipped because the gradient, the observation or the new factors were not finite.
+  skipped: (), int32, steps skipped because something in gradient, observation or factors was not finite.
   momentum: state of the momentum.
   preconditioner: state of the preconditioner.
   """
@@ -138,7 +138,7 @@ def scale_by_preconditioner(
       None: none. If the fit is on the average, divide the learning rate by √((1+β)/(1−β)).
     direction: (apply, updates, params, **extra) → preconditioned updates; the default applies P. Static.
     key: int or PRNG key of the probes; lives in the state. Same key, same run.
-    finite_check: skip and count a step on which anything is not finite. False saves a pass over gradient and state.
+    finite_check: skip and count a step on which anything is not finite. False saves a pass over the updates.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. ``update`` also takes ``refresh``: True or False
@@ -191,32 +191,29 @@ def scale_by_preconditioner(
     next_key, probe_key, fit_key = jax.random.split(state.key, 3)
     due, debt = schedule(state)
     due = due if refresh is None else refresh
-    finite = all_finite(updates) if finite_check else jnp.array(True)
     old = state.preconditioner
+    averaged, moved = momentum.update(updates, state.momentum, params, **extra)
 
-    def guarded(new, *seen):
-      """The new state where all that was seen and made is finite; the select stays inside the branch that fitted."""
+    def use(new):
+      """P @ updates, and whether all went well: a NaN or infinity in gradient, observation or factors shows here."""
       new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, old)
+      applied = direction(lambda x: preconditioner.apply(new, x), averaged, params, **extra)
+      same_structure(applied, updates, "what the direction returns", "the updates")
       if not finite_check:
-        return new, finite
-      usable = finite & all_finite((seen, new))
-      return where(usable, new, old), usable
+        return new, applied, jnp.array(True)
+      usable = all_finite(applied)
+      # the select stays in the branch: where nothing was fitted, both sides are one and XLA drops it
+      return where(usable, new, old), applied, usable
 
     def refit():
       observation = curvature(probe_key, updates, params, damping=strength, **extra)
-      return guarded(preconditioner.fit(old, observation, key=fit_key, damping=strength), observation)
+      return use(preconditioner.fit(old, observation, key=fit_key, damping=strength))
 
     def keep():
-      if preconditioner.advance is None:
-        return old, finite
-      return guarded(preconditioner.advance(old, damping=strength))
+      return use(old if preconditioner.advance is None else preconditioner.advance(old, damping=strength))
 
-    new, usable = choose(due, refit, keep)
-    averaged, moved = momentum.update(updates, state.momentum, params, **extra)
-    applied = direction(lambda x: preconditioner.apply(new, x), averaged, params, **extra)
-    same_structure(applied, updates, "what the direction returns", "the updates")
+    new, applied, usable = choose(due, refit, keep)
     if finite_check:
-      usable &= all_finite(applied)
       moved = where(usable, moved, state.momentum)
       applied = jax.tree.map(lambda x: jnp.where(usable, x, jnp.zeros_like(x)), applied)
     applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, updates)
@@ -249,7 +246,9 @@ def safe_norm(tree: Any) -> jax.Array:
   leaves = [x for x in jax.tree.leaves(tree) if math.prod(jnp.shape(x)) > 0]
   if not leaves:
     return jnp.zeros(())
-  top = jnp.max(jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.promote_types(jnp.abs(x).dtype, jnp.float32)) for x in leaves]))
+  top = jnp.max(
+    jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.promote_types(jnp.abs(x).dtype, jnp.float32)) for x in leaves])
+  )
   safe = jnp.where(top > 0, top, 1)
   return safe * jnp.sqrt(sum(jnp.sum(jnp.abs(x / safe) ** 2) for x in leaves))
 
@@ -290,7 +289,9 @@ def clipped_learning_rate(
     size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(updates))
     bound = 0.1 * math.sqrt(size) if max_norm is None else max_norm
     norm = safe_norm(updates)
-    a = jnp.asarray(rate, norm.dtype) * jnp.where(norm > bound, bound / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny), 1)
+    a = jnp.asarray(rate, norm.dtype) * jnp.where(
+      norm > bound, bound / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny), 1
+    )
     scaled = jax.tree.map(lambda x: (-a * x).astype(x.dtype), updates)
     return scaled, ClippedLearningRateState(optax.safe_increment(state.count), a.astype(state.rate.dtype))
 

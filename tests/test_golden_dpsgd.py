@@ -101,7 +101,9 @@ def damped_state(p, params, q, damping):
 @pytest.mark.parametrize("form", ["absorbed", "additive"])
 def test_damping_equals_eq_36_and_eq_46(shape, form):
   z = load("damping")
-  p = dpo.damped_kron(average=None, eta=float(z["eta"]), form={"absorbed": dpo.factored, "additive": dpo.additive}[form])
+  p = dpo.damped_kron(
+    average=None, eta=float(z["eta"]), form={"absorbed": dpo.factored, "additive": dpo.additive}[form]
+  )
   g = jnp.asarray(z[f"{shape}_G"])
   for j, tau in enumerate(z["taus"]):
     state = damped_state(p, g, (z[f"{shape}_QL"], z[f"{shape}_QR"]), tau)
@@ -159,7 +161,9 @@ def replay(key, updates, params, *, recorded, hvp, **extra):
 
 def run_trajectory(z, tx, problem):
   """Yields (params, grads, opt_state) after each of the 20 steps, by one compiled step."""
-  loss = {"quad": quadratic, "mlp": perceptron}[problem]({k: jnp.asarray(v) for k, v in z.items() if v.dtype.kind == "f"})
+  loss = {"quad": quadratic, "mlp": perceptron}[problem](
+    {k: jnp.asarray(v) for k, v in z.items() if v.dtype.kind == "f"}
+  )
   params = [jnp.asarray(z[f"W{i}_init"]) for i in (0, 1)]
   state = tx.init(params)
 

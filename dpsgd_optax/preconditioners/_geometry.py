@@ -193,4 +193,16 @@ def fit_factors(
   return tuple(moved), jnp.stack(tracked)
 
 
-__all__ = ["Geometry", "Normalizer", "balance", "eq", "fit_factors", "lipschitz", "max_abs", "pro", "qeq", "quad", "spectral"]
+__all__ = [
+  "Geometry",
+  "Normalizer",
+  "balance",
+  "eq",
+  "fit_factors",
+  "lipschitz",
+  "max_abs",
+  "pro",
+  "qeq",
+  "quad",
+  "spectral",
+]

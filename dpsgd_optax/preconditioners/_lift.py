@@ -105,6 +105,18 @@ def _match(state: LiftState, buckets: list[Bucket]) -> None:
     )
 
 
+def over_matrices(one: Callable, size: int) -> Callable:
+  """``vmap(one)``; for a single matrix ``one`` itself, which compiles to less and to faster products."""
+  if size > 1:
+    return jax.vmap(one)
+
+  def single(*stacked):
+    first = jax.tree.map(lambda x: x[0], stacked)
+    return jax.tree.map(lambda x: x[None], one(*first))
+
+  return single
+
+
 def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
   """A preconditioner of one array, run once per distinct shape on the stacked leaves of a pytree.
 
@@ -135,10 +147,11 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
       bucket = buckets[name]
       keys = jax.random.split(jax.random.fold_in(key, i), bucket.size)
       vector = None if vectors is None else stack(bucket, vectors)
-      one = lambda s, v, h, k: group.fit(s, Probe(v, h), key=k, damping=damping)
-      return jax.vmap(one, in_axes=(0, None if vector is None else 0, 0, 0))(
-        old, vector, stack(bucket, products), keys
-      )
+
+      def one(state, v, h, key):
+        return group.fit(state, Probe(v, h), key=key, damping=damping)
+
+      return over_matrices(one, bucket.size)(old, vector, stack(bucket, products), keys)
 
     return over_buckets(state, run)
 
@@ -147,13 +160,17 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     buckets = make_buckets(updates, stacked)
     _match(state, buckets)
     for bucket in buckets:
-      unstack(bucket, jax.vmap(group.apply)(state.buckets[bucket.name], stack(bucket, leaves)), leaves)
+      run = over_matrices(group.apply, bucket.size)
+      unstack(bucket, run(state.buckets[bucket.name], stack(bucket, leaves)), leaves)
     return jax.tree.unflatten(treedef, leaves)
 
   def advance(state, *, damping):
-    return over_buckets(state, lambda i, name, old: jax.vmap(lambda s: group.advance(s, damping=damping))(old))
+    def one(old):
+      return old if group.advance is None else group.advance(old, damping=damping)
 
-  return Preconditioner(init, fit, apply, None if group.advance is None else advance)
+    return over_buckets(state, lambda i, name, old: jax.vmap(one)(old))
+
+  return Preconditioner(init, fit, apply, advance if group.advance else None)
 
 
 def noise(key: jax.Array, x: jax.Array) -> jax.Array:
@@ -193,9 +210,7 @@ def damped(group: Preconditioner) -> Preconditioner:
     xi = noise(noise_key, probe.product) if probe.vector is None else None
     seen = damp(probe, xi, damping)
     # whitening: noise alone says nothing about a leaf whose gradient is zero; Newton: H + λI does
-    return unless_zero(
-      probe.product if probe.vector is None else seen.product, group.fit(state, seen, key=key), state
-    )
+    return unless_zero(probe.product if probe.vector is None else seen.product, group.fit(state, seen, key=key), state)
 
   return group._replace(fit=fit)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 def tiny(x: jax.Array) -> float:
   """The smallest normal number of x's dtype: guards a division by an exact zero, in the unit of x."""
-  return jnp.finfo(x.dtype).tiny
+  return float(jnp.finfo(x.dtype).tiny)
 
 
 def multiply(x: jax.Array, q: jax.Array, axis: int, precision=None) -> jax.Array:
@@ -63,7 +63,7 @@ def hermitian(x: jax.Array) -> jax.Array:
 
 
 def norm_bound(a: jax.Array) -> jax.Array:
-  """A lower bound of the spectral norm ‖a‖ of any matrix, within √2 of it in practice.
+  """A lower bound of the spectral norm ‖a‖ of a square matrix, within √2 of it in practice.
 
   One step of the power iteration, started at the row or the column of largest norm, whichever is longer
   (a tie: the row). Deterministic; two products of a matrix with a vector; 0 for a = 0.
@@ -72,17 +72,12 @@ def norm_bound(a: jax.Array) -> jax.Array:
   """
   size = jnp.max(jnp.abs(a))
   a = a / (size + tiny(size))
-  energy = jnp.real(a * jnp.conj(a))
-  columns, rows = jnp.sum(energy, 0), jnp.sum(energy, 1)
-  column, row = a[:, jnp.argmax(columns)], a[jnp.argmax(rows)]
-  # both starts are written out and one is chosen: no branch, and a few products with a vector are cheap
-  by_row = a @ jnp.conj(row)
-  by_row = jnp.conj(by_row) / (jnp.linalg.norm(by_row) + tiny(size)) @ a
-  by_column = jnp.conj(column) @ a
-  by_column = a @ jnp.conj(by_column / (jnp.linalg.norm(by_column) + tiny(size)))
-  return size * jnp.where(
-    jnp.max(columns) > jnp.max(rows), jnp.linalg.norm(by_column), jnp.linalg.norm(by_row)
-  )
+  lines = jnp.concatenate([a, a.T])  # the rows, then the columns: a tie goes to the row
+  longest = jnp.argmax(jnp.sum(jnp.real(lines * jnp.conj(lines)), 1))
+  a = jnp.where(longest < len(a), a, a.T)
+  x = jnp.conj(a @ jnp.conj(lines[longest]))
+  y = x @ a
+  return size * jnp.linalg.norm(y) / (jnp.linalg.norm(x) + tiny(size))
 
 
 def norm_estimate(a: jax.Array, block: jax.Array, *, skew: bool = False) -> jax.Array:

@@ -220,7 +220,7 @@ def damped_kron(
     if not isinstance(state, DampedKronState):
       return x
     g = x.reshape(as_matrix_shape(x.shape))
-    left, right = state.kron.p if average is None else state.average
+    left, right = state.kron.p if state.average is None else state.average
     s_left, s_right, c = state.shifts.astype(x.dtype)
     u = multiply(g, left, 0, precision) + s_left * g
     u = multiply(u, right, 1, precision) + s_right * u

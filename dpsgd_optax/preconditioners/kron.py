@@ -162,9 +162,7 @@ def kron(
       each = jnp.where(state.lipschitz[0] > 0, 1.0, first_scale(v, h) ** (1 / len(shape)))
       scaled = lambda factors, gain: tuple((x * gain).astype(x.dtype) for x in factors)
       state = state._replace(q=scaled(state.q, each), p=scaled(state.p, each**2))
-    return refit(
-      state, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size, precision=precision
-    )
+    return refit(state, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size, precision=precision)
 
   def apply(state: KronState, x: jax.Array) -> jax.Array:
     return sandwich(state.p, x.reshape(core(x.shape)[0]), precision).reshape(x.shape)

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every preconditioner and every optimizer, one row each. To add a method: add a row; the laws and contracts follow."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+import dpsgd_optax as dpo
+
+# one matrix and one vector: two buckets, so that nothing holds only for a single leaf
+PARAMS = {
+  "b": jnp.array([0.3, -0.2]),
+  "w": jnp.array([[0.5, -0.4], [0.1, 0.8], [-0.7, 0.2]]),
+}
+SIZE = 8
+
+
+def scaling() -> dpo.Preconditioner:
+  """A group of one array as a user would write it: P = diag(p), each entry |v| / |h| averaged. For `raveled`."""
+
+  def fit(p, probe, *, key):
+    v = jnp.ones_like(p) if probe.vector is None else probe.vector
+    return 0.9 * p + 0.1 * jnp.abs(v) / (jnp.abs(probe.product) + 0.1)
+
+  return dpo.Preconditioner(lambda x: jnp.ones(x.shape, x.dtype), fit, lambda p, x: p * x)
+
+
+PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
+  "diagonal": dpo.diagonal,
+  "kron pro": functools.partial(dpo.kron, geometry=dpo.pro),
+  "kron eq": functools.partial(dpo.kron, geometry=dpo.eq),
+  "kron quad": functools.partial(dpo.kron, geometry=dpo.quad),
+  "kron qeq": functools.partial(dpo.kron, geometry=dpo.qeq),
+  "kron all dense": functools.partial(dpo.kron, max_skew=jnp.inf),
+  "damped_kron factored": dpo.damped_kron,
+  "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.additive),
+  "damped_kron undamped": functools.partial(dpo.damped_kron, form=dpo.undamped, average=None),
+  "raveled": lambda **_: dpo.raveled(scaling()),
+}
+DESCENDING = [name for name in PRECONDITIONERS if name not in ("damped_kron factored", "damped_kron additive", "raveled")]
+"""Those whose fit descends the criterion: no average, no damping of the factors."""
+
+
+def dense(p: dpo.Preconditioner, state: Any, like: Any) -> jax.Array:
+  """P as a matrix in the coordinates of ``ravel_pytree(like)``, column by column."""
+  flat, unravel = ravel_pytree(like)
+  return jax.vmap(lambda e: ravel_pytree(p.apply(state, unravel(e)))[0])(jnp.eye(flat.size, dtype=flat.dtype)).T
+
+
+def normal(key: jax.Array, like: Any) -> Any:
+  return optax.tree.random_like(key, like, jax.random.normal)
+
+
+def random_fits(p: dpo.Preconditioner, params: Any, key: jax.Array, count: int, damping=0.01) -> Any:
+  """The state after ``count`` fits on pairs (v, h) that no matrix explains."""
+
+  def body(state, key):
+    v_key, h_key, key = jax.random.split(key, 3)
+    probe = dpo.Probe(normal(v_key, params), normal(h_key, params))
+    return p.fit(state, probe, key=key, damping=damping), None
+
+  return jax.lax.scan(body, p.init(params), jax.random.split(key, count))[0]
+
+
+def criterion(matrix: jax.Array, probe: dpo.Probe) -> jax.Array:
+  """hᵀ P h + vᵀ P⁻¹ v."""
+  v, h = ravel_pytree(probe.vector)[0], ravel_pytree(probe.product)[0]
+  return h @ matrix @ h + v @ jnp.linalg.solve(matrix, v)
+
+
+@functools.cache
+def fitted(name: str) -> Callable[[jax.Array], Any]:
+  """keys -> for each: P after 30 random fits, and the criterion of a new probe before and after a small fit on it."""
+
+  def one(key):
+    fit_key, v_key, h_key = jax.random.split(key, 3)
+    state = random_fits(PRECONDITIONERS[name](), PARAMS, fit_key, 30)
+    small = PRECONDITIONERS[name](step_size=0.01)
+    probe = dpo.Probe(normal(v_key, PARAMS), normal(h_key, PARAMS))
+    moved = small.fit(state, probe, key=key, damping=0.0)
+    matrices = dense(small, state, PARAMS), dense(small, moved, PARAMS)
+    return matrices[0], criterion(matrices[0], probe), criterion(matrices[1], probe)
+
+  return jax.jit(jax.vmap(one))
+
+
+class Row(NamedTuple):
+  """Attributes:
+  make: constructor; takes further keyword arguments.
+  extras: what ``update`` needs beside the params.
+  key: the name of the argument that holds the key, or None.
+  skips: the counter that a gradient with a NaN moves.
+  bound: the largest root mean square of an update of one leaf, or None.
+  """
+
+  make: Callable[..., optax.GradientTransformationExtraArgs]
+  extras: frozenset[str]
+  takes_key: bool = True
+  skips: str = "skipped"
+  bound: float | None = None
+
+
+def chained(**kwargs):
+  return optax.chain(
+    dpo.scale_by_preconditioner(dpo.diagonal(), dpo.newton(), momentum=optax.ema(0.9), **kwargs),
+    optax.scale_by_learning_rate(0.1),
+  )
+
+
+def marquardt(**kwargs):
+  return dpo.levenberg_marquardt(optax.sgd(0.1), **kwargs)
+
+
+OPTIMIZERS = {
+  "psgd whitening": Row(functools.partial(dpo.psgd, 0.1), frozenset(), bound=0.2),
+  "psgd newton": Row(functools.partial(dpo.psgd, 0.1, dpo.kron(), dpo.newton()), frozenset({"hvp"}), bound=0.2),
+  "dpsgd": Row(
+    functools.partial(dpo.dpsgd, 0.1, judge_every=2),
+    frozenset({"hvp", "value", "value_fn"}),
+    bound=0.1 * 0.1 * SIZE**0.5,
+  ),
+  "dpsgd undamped": Row(
+    functools.partial(dpo.dpsgd, 0.1, damping=None, average=None), frozenset({"hvp"}), bound=0.1 * 0.1 * SIZE**0.5
+  ),
+  "levenberg_marquardt": Row(marquardt, frozenset({"value", "value_fn"}), takes_key=False, skips="rejected"),
+  "chain": Row(chained, frozenset({"hvp"})),
+}
+
+
+def loss(params):
+  """Smooth, neither quadratic nor convex."""
+  return jnp.sum((jnp.tanh(params["w"]) @ params["b"] - 1.0) ** 2) + 0.1 * jnp.sum(params["w"] ** 2)
+
+
+class Fault(NamedTuple):
+  """What goes wrong in a step. Added to one entry of the gradient, one of Hv, the loss at θ, the loss at θ + s.
+
+  ``scale`` multiplies gradient and Hv: 0 makes a step in which nothing is learned.
+  """
+
+  gradient: Any = 0.0
+  product: Any = 0.0
+  value: Any = 0.0
+  ahead: Any = 0.0
+  scale: Any = 1.0
+
+
+def spoil(tree: Any, fault: Any, scale: Any) -> Any:
+  tree = jax.tree.map(lambda x: scale * x, tree)
+  return {**tree, "b": tree["b"].at[0].add(fault)}
+
+
+class Compiled(NamedTuple):
+  """A row, its transform, and its one compiled step (params, state, fault) -> (params, state, updates)."""
+
+  row: Row
+  tx: optax.GradientTransformationExtraArgs
+  step: Callable[..., Any]
+  traces: list[int]
+
+  def run(self, params: Any, state: Any, faults: list[Fault]):
+    updates = None
+    for fault in faults:
+      params, state, updates = self.step(params, state, Fault(*map(jnp.float32, fault)))
+    return params, state, updates
+
+
+@functools.cache
+def compiled(name: str) -> Compiled:
+  """Compiling is what these tests cost: one program for each row, in each process."""
+  row, traces = OPTIMIZERS[name], []
+  tx = row.make()
+
+  def step(params, state, fault):
+    traces.append(1)
+    value, grads = jax.value_and_grad(loss)(params)
+    hvp = dpo.hvp(loss, params)
+    offers = {
+      "value": value + fault.value,
+      "value_fn": lambda p: loss(p) + fault.ahead,
+      "hvp": lambda v: spoil(hvp(v), fault.product, fault.scale),
+    }
+    extras = {k: v for k, v in offers.items() if k in row.extras}
+    updates, state = tx.update(spoil(grads, fault.gradient, fault.scale), state, params, **extras)
+    return optax.apply_updates(params, updates), state, updates
+
+  return Compiled(row, tx, jax.jit(step), traces)
