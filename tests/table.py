@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -32,61 +33,78 @@ def scaling() -> dpo.Preconditioner:
 
 PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "diagonal": dpo.diagonal,
-  "kron pro": functools.partial(dpo.kron, geometry=dpo.pro),
-  "kron eq": functools.partial(dpo.kron, geometry=dpo.eq),
-  "kron quad": functools.partial(dpo.kron, geometry=dpo.quad),
-  "kron qeq": functools.partial(dpo.kron, geometry=dpo.qeq),
-  "kron all dense": functools.partial(dpo.kron, max_skew=jnp.inf),
+  "kron": dpo.kron,
+  "kron pro": functools.partial(dpo.kron, geometry=dpo.pro, max_skew=jnp.inf),
+  "kron eq": functools.partial(dpo.kron, geometry=dpo.eq, max_skew=jnp.inf),
+  "kron quad": functools.partial(dpo.kron, geometry=dpo.quad, max_skew=jnp.inf),
+  "kron qeq": functools.partial(dpo.kron, geometry=dpo.qeq, max_skew=jnp.inf),
   "damped_kron factored": dpo.damped_kron,
   "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.additive),
   "damped_kron undamped": functools.partial(dpo.damped_kron, form=dpo.undamped, average=None),
   "raveled": lambda **_: dpo.raveled(scaling()),
 }
-DESCENDING = [name for name in PRECONDITIONERS if name not in ("damped_kron factored", "damped_kron additive", "raveled")]
+DESCENDING = [
+  name for name in PRECONDITIONERS if name not in ("damped_kron factored", "damped_kron additive", "raveled")
+]
 """Those whose fit descends the criterion: no average, no damping of the factors."""
 
 
-def dense(p: dpo.Preconditioner, state: Any, like: Any) -> jax.Array:
-  """P as a matrix in the coordinates of ``ravel_pytree(like)``, column by column."""
-  flat, unravel = ravel_pytree(like)
-  return jax.vmap(lambda e: ravel_pytree(p.apply(state, unravel(e)))[0])(jnp.eye(flat.size, dtype=flat.dtype)).T
+BATCH = 4  # experiments side by side in one compiled fit; compiling is what these tests cost
 
 
-def normal(key: jax.Array, like: Any) -> Any:
-  return optax.tree.random_like(key, like, jax.random.normal)
-
-
-def random_fits(p: dpo.Preconditioner, params: Any, key: jax.Array, count: int, damping=0.01) -> Any:
-  """The state after ``count`` fits on pairs (v, h) that no matrix explains."""
-
-  def body(state, key):
-    v_key, h_key, key = jax.random.split(key, 3)
-    probe = dpo.Probe(normal(v_key, params), normal(h_key, params))
-    return p.fit(state, probe, key=key, damping=damping), None
-
-  return jax.lax.scan(body, p.init(params), jax.random.split(key, count))[0]
-
-
-def criterion(matrix: jax.Array, probe: dpo.Probe) -> jax.Array:
-  """hᵀ P h + vᵀ P⁻¹ v."""
-  v, h = ravel_pytree(probe.vector)[0], ravel_pytree(probe.product)[0]
-  return h @ matrix @ h + v @ jnp.linalg.solve(matrix, v)
+def draw(seed: int, *lead: int) -> Any:
+  """Normal numbers like PARAMS with leading axes."""
+  rng = np.random.default_rng(seed)
+  return {k: rng.standard_normal((*lead, *x.shape)).astype(np.float32) for k, x in PARAMS.items()}
 
 
 @functools.cache
-def fitted(name: str) -> Callable[[jax.Array], Any]:
-  """keys -> for each: P after 30 random fits, and the criterion of a new probe before and after a small fit on it."""
+def _fit(name: str) -> Callable:
+  def one(state, v, h, key, damping, step_size):
+    p = PRECONDITIONERS[name](step_size=step_size)
+    return p.fit(state, dpo.Probe(v, h), key=jax.random.wrap_key_data(key), damping=damping)
 
-  def one(key):
-    fit_key, v_key, h_key = jax.random.split(key, 3)
-    state = random_fits(PRECONDITIONERS[name](), PARAMS, fit_key, 30)
-    small = PRECONDITIONERS[name](step_size=0.01)
-    probe = dpo.Probe(normal(v_key, PARAMS), normal(h_key, PARAMS))
-    moved = small.fit(state, probe, key=key, damping=0.0)
-    matrices = dense(small, state, PARAMS), dense(small, moved, PARAMS)
-    return matrices[0], criterion(matrices[0], probe), criterion(matrices[1], probe)
+  return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None)))
 
-  return jax.jit(jax.vmap(one))
+
+@functools.cache
+def _matrix(family: str) -> Callable:
+  p = PRECONDITIONERS[{"damped_kron": "damped_kron factored"}.get(family, family)]()
+  flat, unravel = ravel_pytree(PARAMS)
+  columns = jax.vmap(lambda state, e: ravel_pytree(p.apply(state, unravel(e)))[0], in_axes=(None, 0))
+  return jax.jit(jax.vmap(lambda state: columns(state, jnp.eye(flat.size)).T))
+
+
+def start(name: str) -> Any:
+  """BATCH equal states."""
+  return jax.tree.map(lambda x: jnp.stack([x] * BATCH), PRECONDITIONERS[name]().init(PARAMS))
+
+
+def fit(name: str, state: Any, v: Any, h: Any, *, key: int = 0, damping: Any = 0.0, step_size: Any = 0.1) -> Any:
+  """Fits on pairs with leading axes (steps, BATCH); v None: integrated out. ``step_size`` may be one per step."""
+  steps = h["w"].shape[0]
+  keys = np.random.default_rng(key).integers(0, 2**32, (steps, BATCH, 2), np.uint32)
+  sizes = np.broadcast_to(np.float32(step_size), (steps,))
+  damping = np.broadcast_to(np.float32(damping), (BATCH,))
+  at = lambda tree, t: jax.tree.map(lambda x: np.asarray(x[t], np.float32), tree)
+  for t in range(steps):
+    state = _fit(name)(state, at(v, t), at(h, t), keys[t], damping, sizes[t])
+  return state
+
+
+def matrix(name: str, state: Any) -> np.ndarray:
+  """P as (BATCH, SIZE, SIZE) in the coordinates of ``ravel_pytree(PARAMS)``: b, then w row by row."""
+  return np.asarray(_matrix(name.split()[0])(state), np.float64)
+
+
+def flat(tree: Any) -> np.ndarray:
+  """(..., SIZE) in the same coordinates."""
+  lead = tree["w"].shape[:-2]
+  return np.concatenate([np.reshape(tree[k], (*lead, -1)) for k in ("b", "w")], -1)
+
+
+def unflat(x: np.ndarray) -> Any:
+  return {"b": x[..., :2], "w": x[..., 2:].reshape(*x.shape[:-1], 3, 2)}
 
 
 class Row(NamedTuple):

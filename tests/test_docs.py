@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README shows is run, block after block, in one namespace, as a reader would."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_every_python_block_of_the_readme_runs():
+  blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+  assert len(blocks) >= 7
+  namespace = {}
+  for block in blocks:
+    exec(compile(block, "README.md", "exec"), namespace)
+    if "train_step" in block and "def train_step(params" in block:
+      params, state, first = namespace["train_step"](*(namespace[k] for k in ("params", "opt_state", "batch")))
+      for _ in range(5):
+        params, state, last = namespace["train_step"](params, state, namespace["batch"])
+      assert last < first
+  assert namespace["value"] > 0
+
+
+def test_the_first_line_settles_the_name():
+  first = README.read_text().splitlines()[0]
+  assert "damped preconditioned" in first.replace("*", "") and "not differentially private" in first
