@@ -7,6 +7,7 @@ python -m benchmarks mnist --optimizers ablation       the four cells: damping a
 python -m benchmarks mnist --optimizers betas          the sweep over the weight of the average
 python -m benchmarks mnist --optimizers "psgd,dpsgd(average=0.5, judge_every=10)"
 python -m benchmarks tune mnist                        choose the learning rates, the same number of trials for each
+python -m benchmarks cost mnist                        cost of a step as ratios in one interleaved run
 python -m benchmarks report                            Markdown tables from the results kept in --out
 """
 
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import hyperparameters, tune
+from benchmarks import cost, hyperparameters, tune
 from benchmarks.data import DataError
 from benchmarks.optimizers import SpecError, split
 from benchmarks.problems import PROBLEMS
@@ -24,8 +25,7 @@ from benchmarks.records import Results, ResumeError, load
 from benchmarks.report import claim_table, tables
 from benchmarks.session import prepare, run
 
-RESULTS = Path(__file__).parent / "results"
-COMMANDS = ("demo", "tune", "report")
+COMMANDS = ("demo", "tune", "cost", "report")
 
 
 def positive(kind: type) -> Any:
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
   add("--folded", action=argparse.BooleanOptionalAction, help="biases as a row of the kernels (default: by setting)")
   add("--target", type=positive(float), action="append", default=[], help="another target loss; may be repeated")
   add("--data-dir", help="folder with mnist/, fashion_mnist/ (default: $DPSGD_OPTAX_DATA, or a download)")
-  add("--out", type=Path, default=RESULTS, help="where JSON and PNG go (default: benchmarks/results)")
+  add("--out", type=Path, default=hyperparameters.RESULTS, help="where JSON and PNG go (default: benchmarks/results)")
   add("--name", help="name of the files (default: PROBLEM-SETTING)")
   add("--resume", action="store_true", help="keep the finished seeds of an earlier run")
   return found
@@ -107,13 +107,23 @@ def tune_problem(name: str, arguments: argparse.Namespace) -> None:
   path = arguments.out / f"{arguments.name or f'trials-{name}'}.json"
   results = run(problem, plan, entered, [hyperparameters.TUNING_SEED], path, arguments.resume)
   tune.trial_table(name, tune.trials(results)).show()
-  chosen = tune.save_trials(results, arguments.out / f"tune-{name}.json")
-  say(f'for TUNED in hyperparameters.py:\n    "{name}": {chosen!r},')
+  path = arguments.out / f"tune-{name}.json"
+  chosen = tune.save_trials(results, path)
+  say(f"chosen: {chosen}\nwrote {path}; runs in the setting `tuned` read it from {hyperparameters.RESULTS.name}/")
+
+
+def cost_of_problem(name: str, arguments: argparse.Namespace) -> None:
+  problem, *_ = prepare(name, "tuned", "sgd(learning_rate=0.1)", **overrides(arguments))
+  document = cost.measure(problem)
+  cost.table(document).show()
+  cost.save(document, arguments.out / f"cost-{name}.json")
 
 
 def report(arguments: argparse.Namespace) -> None:
   """Markdown for every document in the folder."""
-  paths = [path for path in sorted(arguments.out.glob("*.json")) if not path.stem.startswith(("tune-", "trials-"))]
+  paths = [
+    path for path in sorted(arguments.out.glob("*.json")) if not path.stem.startswith(("tune-", "trials-", "cost-"))
+  ]
   documents = [load(path) for path in paths]
   if claim := claim_table(documents):
     say(claim.markdown() + "\n")
@@ -128,16 +138,17 @@ def main(argv: list[str] | None = None) -> int:
   command, names = (first, rest) if first in COMMANDS else ("run", arguments.what)
   if command == "demo":
     names, arguments.name = ["digits"], arguments.name or "demo"
-    arguments.optimizers = arguments.optimizers or "all"
+    arguments.optimizers = arguments.optimizers or "demo"
   if unknown := [name for name in names if name not in PROBLEMS]:
     parser().error(f"no problem is called {unknown}; known are {', '.join(PROBLEMS)}")
-  if command == "tune" and not names:
-    parser().error("tune needs a problem, for example: python -m benchmarks tune digits")
+  if command in ("tune", "cost") and not names:
+    parser().error(f"{command} needs a problem, for example: python -m benchmarks {command} digits")
+  actions = {"tune": tune_problem, "cost": cost_of_problem, "run": run_problem, "demo": run_problem}
   try:
     if command == "report":
       report(arguments)
     for name in names:
-      tune_problem(name, arguments) if command == "tune" else run_problem(name, arguments)
+      actions[command](name, arguments)
   except (DataError, SpecError, ResumeError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

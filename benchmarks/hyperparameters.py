@@ -5,7 +5,9 @@ Options are written as on the command line: numbers, or the text of a value of `
 Reference of the author's values: specs/DPSGD.md, section 11 (notebooks of usmanqadeer1/DPSGD).
 """
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 Options = dict[str, float | int | str | None]
 
@@ -24,7 +26,7 @@ class Setting:
 
 # --- (i) the author's setting -----------------------------------------------------------------------------------------
 
-SLOW_FACTORS: Options = {"normalizer": "max_abs", "step_size": 0.01}  # in every notebook of his
+SLOW_FACTORS: Options = {"geometry": "eq", "normalizer": "max_abs", "step_size": 0.01}  # in every notebook of his
 CLASSIFICATION_DECAY = 0.01 ** (1 / 9)  # of the learning rate, per epoch, in his classification notebooks
 
 
@@ -72,30 +74,26 @@ GRIDS = {
   "dpsgd": SECOND_ORDER_GRID,
 }
 
-# Of the second-order family in the tuned setting: the geometry without triangular solves. All four cells have the same.
-TUNED_OPTIONS: dict[str, Options] = {name: {"geometry": "quad"} for name in ABLATION}
+RESULTS = Path(__file__).parent / "results"
 
-# Chosen by `python -m benchmarks tune PROBLEM`: seed 0, lowest final training loss; all trials: results/tune-*.json.
-TUNED: dict[str, dict[str, float]] = {
-  "digits": {
-    "sgd": 0.3,
-    "momentum": 0.1,
-    "adam": 0.01,
-    "muon": 0.01,
-    "psgd": 0.1,
-    "psgd_whiten": 0.003,
-    "psgd+damping": 0.1,
-    "psgd+averaging": 0.1,
-    "dpsgd": 0.1,
-  },
-}
+
+def tuned(problem: str) -> dict[str, float]:
+  """The learning rates that `python -m benchmarks tune PROBLEM` chose: seed 0, lowest final training loss.
+
+  They are read from where it wrote them, with all its trials: results/tune-PROBLEM.json. Empty without that file.
+  """
+  path = RESULTS / f"tune-{problem}.json"
+  return json.loads(path.read_text())["chosen"] if path.exists() else {}
+
 
 # --- names for groups of contestants ----------------------------------------------------------------------------------
 
 GROUPS = {
   "all": tuple(GRIDS),
+  "demo": ("sgd", "momentum", "adam", "muon", "psgd", "psgd_whiten", "dpsgd"),
   "ablation": ABLATION,
   "betas": ("psgd+damping", *(f"dpsgd(average={beta})" for beta in (0.3, 0.5, 0.7, 0.9, 0.97))),
+  "geometries": tuple(f"dpsgd(geometry={geometry})" for geometry in ("eq", "qeq", "quad", "pro")),
   "models": tuple(f"dpsgd(model={model})" for model in ("newton_model", "half_slope", "quadratic_model")),
 }
 TUNING_SEED = 0  # the results use seeds 1, 2, ...
@@ -105,5 +103,4 @@ def setting(name: str, problem: str) -> Setting:
   """The setting `author` or `tuned` of a problem. What it lacks must be given on the command line."""
   if name == "author":
     return AUTHOR.get(problem, Setting(folded=True))
-  rates = {optimizer: {"learning_rate": rate} for optimizer, rate in TUNED.get(problem, {}).items()}
-  return Setting({optimizer: TUNED_OPTIONS.get(optimizer, {}) | rates.get(optimizer, {}) for optimizer in GRIDS})
+  return Setting({optimizer: {"learning_rate": rate} for optimizer, rate in tuned(problem).items()})

@@ -154,7 +154,7 @@ def contestants(text: str, defaults: Mapping[str, Options], problem: str) -> lis
     if "learning_rate" not in options:
       raise SpecError(
         f"`{name}` has no learning rate on `{problem}` in this setting. Type {name}(learning_rate=0.1), or run "
-        f"`python -m benchmarks tune {problem} --optimizers {name}` and copy its result to hyperparameters.py."
+        f"`python -m benchmarks tune {problem} --optimizers {name}`."
       )
     found.append(Contestant(part.replace(" ", ""), name, options))
   return found

@@ -30,7 +30,7 @@ from benchmarks.optimizers import Contestant
 from benchmarks.problems import Problem, batches
 from benchmarks.records import Plan, Run
 
-EVALUATED_SAMPLES = 10_000  # at most, of each split
+EVALUATED_SAMPLES = 4_000  # at most, of each split
 CHUNK = 2_000  # samples evaluated at once
 Variant = tuple[bool | None, bool | None]  # (refresh, judge); None: not for the host to choose
 

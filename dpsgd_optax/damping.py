@@ -269,7 +269,8 @@ def levenberg_marquardt(
         back = 1 / factor if reject_factor is None else reject_factor
         turned = jnp.clip(state.damping * back, *bounds).astype(dtype)
         new = verdict(state, actual, predict())
-        return (jnp.where(lost & reject, turned, new[0]), *new[1:]), lost
+        new = (jnp.where(lost & reject, turned, new[0]), *new[1:])
+        return where(jnp.isfinite(before), new, record), lost  # a loss that was lost before the step says nothing of it
 
       record, stop = choose(due, look, lambda: (record, stop))
 

@@ -17,7 +17,7 @@ from dpsgd_optax.base import (
 )
 from dpsgd_optax.curvature import newton, whitening
 from dpsgd_optax.damping import levenberg_marquardt, newton_model
-from dpsgd_optax.preconditioners._geometry import Geometry, Normalizer, eq, spectral
+from dpsgd_optax.preconditioners._geometry import Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._lift import Stacked
 from dpsgd_optax.preconditioners.damped_kron import Average, Form, damped_kron, factored, undamped
 from dpsgd_optax.preconditioners.kron import kron
@@ -114,7 +114,7 @@ def dpsgd(
   factor: float | None = None,
   max_damping: float | None = None,
   form: Form = factored,
-  geometry: Geometry = eq,
+  geometry: Geometry = quad,
   normalizer: Normalizer = spectral,
   step_size: float = 0.1,
   repeats: int = 1,
@@ -156,7 +156,7 @@ def dpsgd(
     factor: ω; None: (19/20)^T2.
     max_damping: τ_max; None: τ_0. A larger one can run away: more τ is a longer step is a worse ratio is more τ.
     form: ``factored`` (Eq. 46) or ``additive`` (Eq. 36).
-    geometry: how the factors move; the paper's is ``eq``.
+    geometry: how the factors move; the paper's is ``eq`` (``benchmarks/results/geometries.json`` compares them).
     normalizer: ``spectral``; the paper's runs used ``max_abs`` with ``step_size=0.01``.
     step_size: μ of the factors, in (0, 1].
     repeats: moves per probe.

@@ -27,7 +27,8 @@ def all_finite(tree: Any) -> jax.Array:
 
 def scalar_dtype(params: Any) -> Any:
   """The dtype of scalars that go with these params: float32, or float64 if any of them is that wide."""
-  return jnp.result_type(jnp.float32, *(jnp.finfo(x.dtype).dtype for x in jax.tree.leaves(params)))
+  dtypes = [jnp.result_type(x) for x in jax.tree.leaves(params)]
+  return jnp.result_type(jnp.float32, *(jnp.finfo(d).dtype for d in dtypes if jnp.issubdtype(d, jnp.inexact)))
 
 
 def where(predicate: jax.Array, new: Any, old: Any) -> Any:

@@ -40,7 +40,7 @@ PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "kron qeq": functools.partial(dpo.kron, geometry=dpo.qeq, max_skew=jnp.inf),
   "damped_kron factored": dpo.damped_kron,
   "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.additive),
-  "damped_kron undamped": functools.partial(dpo.damped_kron, form=dpo.undamped, average=None),
+  "damped_kron undamped": functools.partial(dpo.damped_kron, form=dpo.undamped, average=None, geometry=dpo.eq),
   "raveled": lambda **_: dpo.raveled(scaling()),
 }
 DESCENDING = [
@@ -111,7 +111,7 @@ class Row(NamedTuple):
   """Attributes:
   make: constructor; takes further keyword arguments.
   extras: what ``update`` needs beside the params.
-  key: the name of the argument that holds the key, or None.
+  takes_key: whether it has probes, and so a preconditioner.
   skips: the counter that a gradient with a NaN moves.
   bound: the largest root mean square of an update of one leaf, or None.
   """

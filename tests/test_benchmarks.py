@@ -189,8 +189,10 @@ def test_every_optimizer_of_every_setting_can_be_built():
 def test_grids_are_of_one_size_and_tuned_rates_are_among_their_trials():
   assert set(hyperparameters.GRIDS) == set(OPTIMIZERS)
   assert len({len(grid) for grid in hyperparameters.GRIDS.values()}) == 1
-  for rates in hyperparameters.TUNED.values():
-    assert all(rate in hyperparameters.GRIDS[name] for name, rate in rates.items())
+  assert hyperparameters.tuned("digits").keys() == hyperparameters.GRIDS.keys()
+  assert hyperparameters.tuned("no such problem") == {}
+  for problem in PROBLEMS:
+    assert all(rate in hyperparameters.GRIDS[name] for name, rate in hyperparameters.tuned(problem).items())
 
 
 def test_the_host_chooses_fits_and_judgements():
@@ -329,7 +331,7 @@ def test_divergence_is_recorded_not_raised(tmp_path):
   assert not bad.finished and bad.final() == math.inf and good.finished
 
 
-def test_tuning_tries_the_grid_and_says_what_to_copy(tmp_path, capsys, monkeypatch):
+def test_tuning_tries_the_grid_and_says_what_it_chose(tmp_path, capsys, monkeypatch):
   arguments = ["tune", "digits", "--epochs", "0.2", "--optimizers", "sgd,adam", "--out", str(tmp_path)]
   assert main(arguments) == 0
   document = schema_of(tmp_path / "tune-digits.json")
@@ -337,7 +339,7 @@ def test_tuning_tries_the_grid_and_says_what_to_copy(tmp_path, capsys, monkeypat
     hyperparameters.GRIDS["sgd"]
   )
   assert document["chosen"]["sgd"] in hyperparameters.GRIDS["sgd"]
-  assert "for TUNED in hyperparameters.py" in capsys.readouterr().out
+  assert f"chosen: {document['chosen']}" in capsys.readouterr().out
   assert tune.best({0.1: 3.0, 0.2: 1.0, 0.3: math.inf}) == 0.2
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parity with psgd_torch 2.0 (tests/golden/psgd), in float64: every update from the stored state, with its own random draws.
+"""Parity with psgd_torch 2.0 (tests/golden/psgd), in float64: every update from the stored state, with its own draws.
 
-Order of the draws of one update: the damping noise ξ; for each dense factor 32 rows for the norm of T1 + T2 and, where the
-geometry rotates, 32 rows for the norm of the skew part; the coin, below 0.01 if the factors are balanced afterwards.
+Order of the draws of one update: the damping noise ξ; for each dense factor 32 rows for the norm of T1 + T2 and, where
+the geometry rotates, 32 rows for the norm of the skew part; the coin, below 0.01 if the factors are balanced then.
 """
 
 import functools

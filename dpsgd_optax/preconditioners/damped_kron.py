@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, check, check_fraction, check_not_negative, check_step_size
-from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, eq, spectral
+from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._lift import Stacked, batched, sampled, unless_zero
 from dpsgd_optax.preconditioners._linalg import as_matrix_shape, multiply
 from dpsgd_optax.preconditioners.kron import KronState, initial, refit
@@ -121,7 +121,7 @@ def damped_kron(
   average: float | Average | None = 0.7,
   eta: float = 1e-5,
   form: Form = factored,
-  geometry: Geometry = eq,
+  geometry: Geometry = quad,
   normalizer: Normalizer = spectral,
   step_size: float = 0.1,
   repeats: int = 1,
@@ -140,7 +140,7 @@ def damped_kron(
       and none kept in the state.
     eta: η, added to τ under the root; in squared units of P.
     form: ``factored`` (Eq. 46), ``additive`` (Eq. 36) or ``undamped``.
-    geometry: how the factors move; the paper's is ``eq``.
+    geometry: how the factors move; the default needs matrix products only, the paper's is ``eq`` (triangular solves).
     normalizer: ``spectral`` (with step_size 0.1) or ``max_abs`` (the paper's runs, with step_size 0.01).
     step_size: of the fit, in (0, 1].
     repeats: successive moves on one and the same probe (1 in the paper).

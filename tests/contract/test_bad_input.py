@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong use is a ValueError that names the argument, says what came, and what to type."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import dpsgd_optax as dpo
+
+P = jnp.ones(2)
+
+
+def loss(p):
+  return jnp.sum(p**2)
+
+
+def update(tx, params=P, **extra):
+  return tx.update(P, tx.init(P), params, **extra)
+
+
+CALLS = {
+  "psgd learning rate": (lambda: dpo.psgd(-0.1), "learning_rate", "-0.1", "descends"),
+  "dpsgd learning rate": (lambda: dpo.dpsgd(-1), "learning_rate", "-1"),
+  "clipped learning rate": (lambda: dpo.clipped_learning_rate(-0.1), "learning_rate", "-0.1"),
+  "clip": (lambda: dpo.clipped_learning_rate(0.1, -1.0), "max_norm", "-1.0", "jnp.inf"),
+  "dpsgd clip": (lambda: dpo.dpsgd(0.1, max_update_norm=-1.0), "norm", "-1.0"),
+  "kron step 0": (lambda: dpo.kron(step_size=0), "step_size", "(0, 1]", "got 0"),
+  "kron step 1.5": (lambda: dpo.kron(step_size=1.5), "step_size", "(0, 1]", "1.5"),
+  "diagonal step": (lambda: dpo.diagonal(step_size=0.0), "step_size", "(0, 1]"),
+  "damped_kron step": (lambda: dpo.damped_kron(step_size=-0.1), "step_size", "(0, 1]"),
+  "dpsgd step": (lambda: dpo.dpsgd(0.1, step_size=1.5), "step_size", "(0, 1]", "1.5"),
+  "average 1": (lambda: dpo.dpsgd(0.1, average=1.0), "average", "[0, 1)", "1.0", "None"),
+  "average negative": (lambda: dpo.damped_kron(average=-0.1), "average", "[0, 1)", "-0.1"),
+  "two_tap": (lambda: dpo.two_tap(-0.7, 0.3), "new", "-0.7"),
+  "b1": (lambda: dpo.psgd(0.1, b1=1), "b1", "[0, 1)", "got 1"),
+  "weight decay": (lambda: dpo.psgd(0.1, weight_decay=-1e-4), "weight_decay", "-0.0001"),
+  "psgd every": (lambda: dpo.psgd(0.1, every=0), "every", "at least 1", "got 0"),
+  "dpsgd every": (lambda: dpo.dpsgd(0.1, every=0), "every", "at least 1"),
+  "every as float": (lambda: dpo.dpsgd(0.1, every=2.5), "every", "int", "2.5", "every=2"),
+  "judge_every": (lambda: dpo.dpsgd(0.1, judge_every=0), "judge_every", "at least 1"),
+  "marquardt every": (lambda: dpo.levenberg_marquardt(optax.sgd(0.1), every=0), "every", "at least 1"),
+  "psgd damping": (lambda: dpo.psgd(0.1, damping=-1e-9), "damping", "not negative", "-1e-09"),
+  "dpsgd damping": (lambda: dpo.dpsgd(0.1, damping=-1.0), "damping", "not negative", "-1.0"),
+  "marquardt damping": (lambda: dpo.levenberg_marquardt(optax.sgd(0.1), damping=-1.0), "damping", "not negative"),
+  "eta": (lambda: dpo.dpsgd(0.1, eta=-1e-5), "eta", "not negative", "-1e-05"),
+  "max_damping below eta": (lambda: dpo.dpsgd(0.1, max_damping=1e-7), "low", "high", "1e-07"),
+  "factor": (lambda: dpo.levenberg_marquardt(optax.sgd(0.1), factor=0.0), "factor", "positive", "19/20"),
+  "thresholds": (
+    lambda: dpo.levenberg_marquardt(optax.sgd(0.1), thresholds=(0.75, 0.25)),
+    "thresholds",
+    "(0.75, 0.25)",
+    "(0.25, 0.75)",
+  ),
+  "bounds": (lambda: dpo.levenberg_marquardt(optax.sgd(0.1), bounds=(1.0, 0.1)), "bounds", "(1.0, 0.1)", "low"),
+  "repeats": (lambda: dpo.dpsgd(0.1, repeats=0), "repeats", "at least 1", "got 0"),
+  "max_size": (lambda: dpo.kron(max_size=0), "max_size", "positive"),
+  "damped max_size": (lambda: dpo.dpsgd(0.1, max_size=0), "max_size", "positive"),
+  "max_vector_size": (lambda: dpo.dpsgd(0.1, max_vector_size=-1), "max_vector_size", "None"),
+  "max_skew": (lambda: dpo.kron(max_skew=-1.0), "max_skew", "-1.0"),
+  "kron init_scale": (lambda: dpo.kron(init_scale=0.0), "init_scale", "positive", "None"),
+  "diagonal init_scale": (lambda: dpo.diagonal(init_scale=-1.0), "init_scale", "positive"),
+  "probability": (lambda: dpo.annealed_probability(peak=1.5), "peak", "[0, 1]", "1.5"),
+  "stacked": (
+    lambda: dpo.kron(stacked={"w": 3}).init({"w": jnp.ones((2, 3))}),
+    "stacked",
+    "3 leading axes",
+    "['w']",
+    "(2, 3)",
+  ),
+  "integer leaf": (lambda: dpo.dpsgd(0.1).init({"a": jnp.arange(2)}), "['a']", "int32", "optax.masked"),
+  "newton without hvp": (lambda: update(dpo.psgd(0.1, dpo.diagonal(), dpo.newton())), "`hvp`", "hvp=hvp(loss, params)"),
+  "newton without params": (
+    lambda: update(dpo.psgd(0.1, dpo.diagonal(), dpo.newton()), params=None, value_fn=loss),
+    "`params`",
+    "None",
+  ),
+  "no value": (lambda: update(dpo.levenberg_marquardt(optax.sgd(0.1))), "`value`", "`value_fn`", "value=loss_value"),
+  "dpsgd without value": (lambda: update(dpo.dpsgd(0.1), hvp=lambda v: v), "`value`", "`value_fn`"),
+  "dpsgd without hvp": (lambda: update(dpo.dpsgd(0.1), value=1.0), "`hvp`", "hvp=hvp(loss, params)"),
+  "value_fn without params": (
+    lambda: update(dpo.levenberg_marquardt(optax.sgd(0.1)), params=None, value_fn=loss),
+    "`value_fn`",
+    "`params`",
+    "None",
+  ),
+  "newton_model without rate": (
+    lambda: update(dpo.levenberg_marquardt(optax.sgd(0.1), model=dpo.newton_model), value_fn=loss),
+    "`newton_model`",
+    "clipped_learning_rate",
+    "model=half_slope",
+  ),
+  "quadratic_model without hvp": (
+    lambda: update(dpo.levenberg_marquardt(optax.sgd(0.1), model=dpo.quadratic_model), value=1.0),
+    "`quadratic_model`",
+    "hvp=hvp(loss, params)",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_message_names_the_argument_what_came_and_what_to_type(name):
+  call, *words = CALLS[name]
+  with pytest.raises(ValueError) as error:
+    call()
+  message = str(error.value)
+  missing = [word for word in words if word not in message]
+  assert not missing, f"{missing} not in: {message}"
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda: dpo.psgd(
+      optax.constant_schedule(0.1), damping=optax.constant_schedule(0.1), every=dpo.annealed_probability()
+    ),
+    lambda: dpo.dpsgd(0.0, average=None, damping=None, every=3, max_update_norm=jnp.inf),
+    lambda: dpo.dpsgd(0.1, average=0.0, step_size=1.0, eta=0.0, damping=0.0, max_vector_size=0),
+    lambda: dpo.kron(max_size=jnp.inf, max_skew=0, step_size=1),
+    lambda: dpo.levenberg_marquardt(optax.sgd(0.1), factor=2.0, thresholds=(0.5, 0.5), bounds=(1.0, 1.0)),
+  ],
+)
+def test_the_ends_of_the_ranges_and_schedules_are_accepted(call):
+  call()

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing that goes wrong in one step corrupts the next."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dpsgd_optax as dpo
+from tests.table import OPTIMIZERS, PARAMS, Fault, compiled
+
+CALM = Fault()
+rows = pytest.mark.parametrize("name", OPTIMIZERS)
+BAD = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+
+
+def with_extra(extra):
+  return pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if extra in row.extras])
+
+
+def learned(state):
+  """What the optimizer has learned: preconditioner and momentum."""
+  if not optax.tree.get_all_with_path(state, "preconditioner"):
+    return ()
+  return optax.tree.get(state, "preconditioner"), optax.tree.get(state, "momentum")
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def zero(tree):
+  return all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(tree))
+
+
+def finite(tree):
+  arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return all(np.all(np.isfinite(x)) for x in arrays)
+
+
+def interrupted(name, fault, counter):
+  """Three steps, one with the fault, one more: the fault leaves no trace but its count."""
+  case = compiled(name)
+  params, state, _ = case.run(PARAMS, case.tx.init(PARAMS), [CALM] * 3)
+  after, hurt, updates = case.run(params, state, [fault])
+  assert zero(updates)
+  same(after, params)
+  same(learned(hurt), learned(state))
+  assert int(optax.tree.get(hurt, counter)) == int(optax.tree.get(state, counter)) + 1
+  later, healed, updates = case.run(after, hurt, [CALM])
+  assert finite((later, updates, learned(healed))) and not zero(updates)
+  assert int(optax.tree.get(healed, counter)) == int(optax.tree.get(hurt, counter))
+  return state, hurt
+
+
+@BAD
+@rows
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(name, bad):
+  interrupted(name, Fault(gradient=bad), OPTIMIZERS[name].skips)
+
+
+@BAD
+@with_extra("hvp")
+def test_a_product_that_is_not_finite_is_skipped_and_counted(name, bad):
+  interrupted(name, Fault(product=bad), "skipped")
+
+
+@BAD
+@with_extra("value")
+def test_a_loss_that_is_not_finite_is_rejected_and_counted(name, bad):
+  before, after = interrupted(name, Fault(value=bad), "rejected")
+  assert float(before.damping) == float(after.damping)
+
+
+@with_extra("value_fn")
+def test_a_loss_that_is_not_finite_after_the_step_is_rejected_and_counted(name):
+  """Only where the step is judged; there it is a bad step, so λ turns as for one."""
+  case = compiled(name)
+  before, state, _ = case.run(PARAMS, case.tx.init(PARAMS), [CALM] * 3)  # `dpsgd` judges the fourth
+  after, state, updates = case.run(before, state, [Fault(ahead=np.nan)])
+  assert zero(updates) and int(state.rejected) == 1 and np.isfinite(state.damping)
+  same(after, before)
+
+
+@rows
+def test_a_first_step_that_is_not_finite_is_survived(name):
+  case = compiled(name)
+  params, state, _ = case.run(PARAMS, case.tx.init(PARAMS), [Fault(gradient=np.nan, product=np.nan)])
+  same(params, PARAMS)
+  params, state, updates = case.run(params, state, [CALM] * 3)
+  assert finite((params, learned(state))) and not zero(updates)
+
+
+def real_step_after(name, count):
+  case = compiled(name)
+  params, state, updates = case.run(PARAMS, case.tx.init(PARAMS), [Fault(scale=0.0)] * count)
+  assert zero(updates) and finite(learned(state))
+  params, state, updates = case.run(params, state, [CALM])
+  assert finite((params, updates, learned(state))) and not zero(updates)
+  assert all(np.any(x != 0) for x in jax.tree.leaves(updates))
+  if case.row.bound is not None:
+    for x in jax.tree.leaves(updates):
+      assert np.sqrt(np.mean(np.square(x))) <= 1.01 * case.row.bound
+  params, state, updates = case.run(params, state, [CALM] * 20)
+  assert finite((params, updates, learned(state))) and not zero(updates)
+
+
+@rows
+def test_a_zero_first_gradient_is_survived(name):
+  real_step_after(name, 1)
+
+
+@rows
+def test_300_zero_gradients_do_not_let_p_run_away(name):
+  """P stays ≤ 1/λ, and the first real gradient gives a finite, clipped step that is not zero."""
+  real_step_after(name, 300)
+
+
+PRECONDITIONED = pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.takes_key])
+
+
+@PRECONDITIONED
+def test_integer_leaves_are_named(name):
+  with pytest.raises(ValueError, match=r"\['layer'\]\['steps'\].*int32.*optax.masked"):
+    OPTIMIZERS[name].make().init({"layer": {"steps": jnp.arange(3), "w": jnp.zeros(3)}})
+
+
+@PRECONDITIONED
+def test_updates_of_another_structure_are_refused(name):
+  tx = compiled(name).tx
+  state = tx.init(PARAMS)
+  for other in ({"w": PARAMS["w"]}, {**PARAMS, "c": jnp.zeros(5)}, {**PARAMS, "c": jnp.zeros(2)}):
+    extras = {"hvp": lambda v: v, "value": 0.0, "value_fn": lambda p: 0.0}
+    extras = {k: v for k, v in extras.items() if k in OPTIMIZERS[name].extras}
+    # where there is a momentum, optax's own words come first
+    with pytest.raises(ValueError, match="leaves that the params had at `init`|pytree structure"):
+      jax.eval_shape(lambda state: tx.update(other, state, other, **extras), state)
+
+
+def test_a_product_of_another_structure_is_refused():
+  tx = compiled("chain").tx
+  with pytest.raises(ValueError, match=r"`hvp\(v\)` must return a tree of the structure of the updates"):
+    jax.eval_shape(lambda s: tx.update(PARAMS, s, PARAMS, hvp=lambda v: v["w"]), tx.init(PARAMS))
+
+
+def test_without_the_check_nothing_is_skipped():
+  tx = dpo.scale_by_preconditioner(dpo.diagonal(), dpo.whitening(), finite_check=False)
+  updates, state = jax.jit(tx.update)(jnp.array([jnp.nan, 1.0]), tx.init(jnp.zeros(2)))
+  assert np.isnan(updates).any() and int(state.skipped) == 0
+
+
+def bowl(params):
+  return jnp.sum(params**2)
+
+
+def test_reject_zeroes_a_step_that_raises_the_loss_and_moves_the_damping():
+  params = jnp.array([1.0, -2.0])
+  for reject in (True, False):
+    tx = dpo.levenberg_marquardt(optax.sgd(10.0), reject=reject)
+    updates, state = tx.update(jax.grad(bowl)(params), tx.init(params), params, value_fn=bowl)
+    assert zero(updates) == reject and int(state.rejected) == int(reject)
+    np.testing.assert_allclose(state.damping, 20 / 19, rtol=1e-6)
+    assert float(state.ratio) < 0
+  tx = dpo.levenberg_marquardt(optax.sgd(0.1), reject=True)
+  updates, state = tx.update(jax.grad(bowl)(params), tx.init(params), params, value_fn=bowl)
+  assert not zero(updates) and int(state.rejected) == 0
+
+
+def test_a_rejected_step_of_dpsgd_turns_the_damping_down():
+  """More damping of the factors is a longer step: away from it."""
+  params = jnp.array([1.0, -2.0])
+  tx = dpo.dpsgd(100.0, max_update_norm=jnp.inf, reject=True, judge_every=1, max_damping=2.0)
+
+  @jax.jit
+  def step(state):
+    return tx.update(jax.grad(bowl)(params), state, params, value_fn=bowl)
+
+  updates, state = step(tx.init(params))
+  assert zero(updates) and int(state.rejected) == 1
+  np.testing.assert_allclose(state.damping, 0.95, rtol=1e-6)
+
+
+def test_an_infinite_loss_before_a_judged_step_is_no_verdict_on_it():
+  """Neither as `value` nor from `value_fn`: inf − loss(θ + s) is not a reduction."""
+  params = jnp.array([1.0, -2.0])
+  tx = dpo.levenberg_marquardt(optax.sgd(0.1))
+  start = tx.init(params)
+  _, state = tx.update(jax.grad(bowl)(params), start, params, value_fn=lambda p: jnp.where(p[0] == 1, jnp.inf, bowl(p)))
+  assert float(state.damping) == float(start.damping) and np.isnan(state.ratio)
+
+
+def test_integer_leaves_beside_a_transform_that_takes_them_do_not_disturb_the_damping():
+  params = {"w": jnp.ones(2), "steps": jnp.arange(3)}
+  tx = dpo.levenberg_marquardt(optax.masked(optax.sgd(0.1), {"w": True, "steps": False}))
+  assert tx.init(params).damping.dtype == jnp.float32
