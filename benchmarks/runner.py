@@ -31,7 +31,7 @@ from benchmarks.problems import Problem, batches
 from benchmarks.records import Plan, Run
 
 EVALUATED_SAMPLES = 4_000  # at most, of each split
-CHUNK = 2_000  # samples evaluated at once
+CHUNK = 250  # samples evaluated at once: what stays in the cache
 Variant = tuple[bool | None, bool | None]  # (refresh, judge); None: not for the host to choose
 
 

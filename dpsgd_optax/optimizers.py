@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dpsgd_optax.base import (
@@ -22,6 +23,15 @@ from dpsgd_optax.preconditioners._lift import Stacked
 from dpsgd_optax.preconditioners.damped_kron import Average, Form, damped_kron, factored, undamped
 from dpsgd_optax.preconditioners.kron import kron
 from dpsgd_optax.transform import annealed_probability, clipped_learning_rate, scale_by_preconditioner
+
+
+def _squarable(x: jax.Array, param: Any) -> jax.Array:
+  """x, scaled so that its mean of squares cannot overflow: the clip by it would silently turn x into zeros."""
+  del param
+  if x.size == 0:
+    return x
+  top = jnp.max(jnp.abs(x))
+  return jnp.where(top > 1e12, x * (1e12 / top).astype(x.dtype), x)
 
 
 def psgd(
@@ -92,8 +102,7 @@ def psgd(
       momentum=None if b1 is None else optax.ema(b1),
       key=key,
     ),
-    # the first clip only keeps the mean of squares in the second from overflowing, which would zero the block
-    optax.clip(1e12),
+    optax.stateless_with_tree_map(_squarable),
     optax.clip_by_block_rms(2.0),
   ]
   if weight_decay is not None:

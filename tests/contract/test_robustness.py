@@ -134,7 +134,7 @@ def test_updates_of_another_structure_are_refused(name):
     extras = {"hvp": lambda v: v, "value": 0.0, "value_fn": lambda p: 0.0}
     extras = {k: v for k, v in extras.items() if k in OPTIMIZERS[name].extras}
     # where there is a momentum, optax's own words come first
-    with pytest.raises(ValueError, match="leaves that the params had at `init`|pytree structure"):
+    with pytest.raises(ValueError, match=r"leaves that the params had at `init`|pytree structure"):
       jax.eval_shape(lambda state: tx.update(other, state, other, **extras), state)
 
 
