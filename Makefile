@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 venv: $(STAMP) ## the environment only
 
 demo: $(STAMP) ## train on real handwritten digits with every optimizer; ends with a table and a picture
-	$(BIN)/python -m benchmarks demo
+	$(BIN)/python -m benchmarks demo --out demo
 
 test: lint typecheck ## lint, types and all tests but the slow ones
 	$(BIN)/python -m pytest -q -n $(WORKERS)

@@ -9,6 +9,7 @@ python -m benchmarks mnist --optimizers "psgd,dpsgd(average=0.5, judge_every=10)
 python -m benchmarks tune mnist                        choose the learning rates, the same number of trials for each
 python -m benchmarks cost mnist                        cost of a step as ratios in one interleaved run
 python -m benchmarks report                            Markdown tables from the results kept in --out
+python -m benchmarks readme                            the figures of README.md, written anew from them
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, hyperparameters, tune
+from benchmarks import cost, hyperparameters, readme, tune
 from benchmarks.data import DataError
 from benchmarks.optimizers import SpecError, split
 from benchmarks.problems import PROBLEMS
@@ -25,7 +26,7 @@ from benchmarks.records import Results, ResumeError, load
 from benchmarks.report import claim_table, tables
 from benchmarks.session import prepare, run
 
-COMMANDS = ("demo", "tune", "cost", "report")
+COMMANDS = ("demo", "tune", "cost", "report", "readme")
 
 
 def positive(kind: type) -> Any:
@@ -147,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
   try:
     if command == "report":
       report(arguments)
+    elif command == "readme":
+      readme.write(arguments.out)
     for name in names:
       actions[command](name, arguments)
   except (DataError, SpecError, ResumeError) as error:

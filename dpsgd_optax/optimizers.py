@@ -31,6 +31,8 @@ def _squarable(x: jax.Array, param: Any) -> jax.Array:
   if x.size == 0:
     return x
   top = jnp.max(jnp.abs(x))
+  if jnp.finfo(top.dtype).max < 1e12:
+    return x
   return jnp.where(top > 1e12, x * (1e12 / top).astype(x.dtype), x)
 
 

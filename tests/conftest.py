@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared fixtures. A test that compares with float64 arrays asks for ``x64``; the others run as users do, in float32."""
+"""Shared fixtures. A test that compares float64 arrays asks for ``x64``; the others run as users do, in float32."""
 
 import jax
 import numpy as np

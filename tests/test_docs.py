@@ -4,6 +4,8 @@
 import re
 from pathlib import Path
 
+from benchmarks import hyperparameters, readme
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -24,3 +26,8 @@ def test_every_python_block_of_the_readme_runs():
 def test_the_first_line_settles_the_name():
   first = README.read_text().splitlines()[0]
   assert "damped preconditioned" in first.replace("*", "") and "not differentially private" in first
+
+
+def test_the_figures_are_those_of_the_committed_results():
+  text = README.read_text()
+  assert readme.updated(text, hyperparameters.RESULTS) == text
