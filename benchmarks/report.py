@@ -143,15 +143,16 @@ def claim_table(documents: list[Results]) -> Table | None:
   rows = []
   for results in documents:
     targets = analysis.psgd_targets(results)
-    if not targets or "dpsgd" not in results.contestants:
-      continue
-    seconds, cpu, steps = (
-      analysis.ratios(results, "dpsgd", axis, targets) for axis in ("seconds", "cpu_seconds", "step")
-    )
-    each = ", ".join(percent(Spread(ratio, ratio, ratio)) for ratio in seconds)
-    about = (results.plan.problem, results.plan.setting, f"{results.plan.epochs:g}", str(len(targets)))
-    rows.append((*about, *(percent(analysis.spread(ratios)) for ratios in (seconds, cpu, steps)), each))
+    for label, about in results.contestants.items():
+      if not targets or about["name"] != "dpsgd":
+        continue
+      seconds, steps = (analysis.ratios(results, label, axis, targets) for axis in ("seconds", "step"))
+      each = ", ".join(percent(Spread(ratio, ratio, ratio)) for ratio in seconds)
+      plan = results.plan
+      what = (plan.problem, plan.setting, label, str(plan.train_size), f"{plan.epochs:g}")
+      rows.append((*what, *(percent(analysis.spread(ratios)) for ratios in (seconds, steps)), each))
   if not rows:
     return None
-  header = ("problem", "setting", "epochs", "seeds", "seconds", "CPU seconds", "steps", "seconds, by seed")
-  return Table("DPSGD against PSGD, to PSGD's final training loss", header, rows)
+  header = ("problem", "setting", "optimizer", "samples", "epochs", "seconds", "steps", "seconds, by seed")
+  notes = ("Median [quartiles] over seeds of the change against PSGD; –: the target was not reached.",)
+  return Table("DPSGD against PSGD: seconds and steps to PSGD's final training loss", header, rows, notes)

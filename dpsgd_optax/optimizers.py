@@ -147,6 +147,11 @@ def dpsgd(
     5. every T2 steps: M = a (1 − a/2) Σ⟨G, U⟩, and τ shrinks by ω where J(θ) − J(θ′) > ¾ M, grows where it is < ¼ M,
        and stays in [η, τ_max]                                                                  (Eqs. 29 to 33)
 
+  Which way round the rule goes is a choice. The paper's (ω < 1) lets τ grow after a poor step; since more τ is a longer
+  step, τ then often sits at its ceiling, which is fast where plain gradient steps help (LeNet-5, digits) and harmful
+  where they do not (the addition RNN). ``factor`` above 1, such as (20/19)^T2, turns it round: τ shrinks after a poor
+  step. Read ``ratio``: if it stays below ¼, turn the rule round. Both are measured in the README.
+
   Two dampings exist. This τ damps the *factors*: more of it makes the step longer and more gradient-like. (Damping the
   *curvature*, as ``levenberg_marquardt(psgd(…, curvature=newton()))`` does, makes it shorter.)
 
@@ -164,7 +169,7 @@ def dpsgd(
     key: int or PRNG key of the probes.
     judge_every: T2, the period of the Levenberg-Marquardt rule.
     damping: τ_0; None: the factors are not damped, nothing is judged, and the optimizer is (averaged) PSGD.
-    factor: ω; None: (19/20)^T2.
+    factor: ω; None: (19/20)^T2; above 1: the rule turned round.
     max_damping: τ_max; None: τ_0. A larger one can run away: more τ is a longer step is a worse ratio is more τ.
     form: ``factored`` (Eq. 46) or ``additive`` (Eq. 36).
     geometry: how the factors move; the paper's is ``eq`` (``benchmarks/results/geometries.json`` compares them).
@@ -237,5 +242,5 @@ def dpsgd(
     every=judge_every,
     model=model,
     reject=reject,
-    reject_factor=omega,
+    reject_factor=(19 / 20) ** judge_every,
   )
