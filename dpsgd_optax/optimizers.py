@@ -172,7 +172,7 @@ def dpsgd(
     factor: ω; None: (19/20)^T2; above 1: the rule turned round.
     max_damping: τ_max; None: τ_0. A larger one can run away: more τ is a longer step is a worse ratio is more τ.
     form: ``factored`` (Eq. 46) or ``additive`` (Eq. 36).
-    geometry: how the factors move; the paper's is ``eq`` (``benchmarks/results/geometries.json`` compares them).
+    geometry: how the factors move; the paper's is ``eq``.
     normalizer: ``spectral``; the paper's runs used ``max_abs`` with ``step_size=0.01``.
     step_size: μ of the factors, in (0, 1].
     repeats: moves per probe.
