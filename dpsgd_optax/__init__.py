@@ -9,11 +9,26 @@ from dpsgd_optax.base import Curvature, Preconditioner, Probe
 from dpsgd_optax.curvature import newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
 from dpsgd_optax.optimizers import dpsgd, psgd
-from dpsgd_optax.preconditioners._geometry import eq, lipschitz, max_abs, pro, qeq, quad, spectral
+from dpsgd_optax.preconditioners._geometry import (
+  eq,
+  gl,
+  lipschitz,
+  max_abs,
+  pro,
+  pro4p,
+  qep,
+  qeq,
+  quad,
+  quad4p,
+  spectral,
+)
 from dpsgd_optax.preconditioners._lift import per_leaf, raveled
 from dpsgd_optax.preconditioners.damped_kron import additive, damped_kron, factored, recursive, two_tap, undamped
+from dpsgd_optax.preconditioners.dense import dense
 from dpsgd_optax.preconditioners.diagonal import diagonal
 from dpsgd_optax.preconditioners.kron import kron
+from dpsgd_optax.preconditioners.lra import lra
+from dpsgd_optax.preconditioners.xmat import xmat
 from dpsgd_optax.products import ggnvp, hvp, hvp_finite_difference, value_and_grad_and_hvp
 from dpsgd_optax.transform import annealed_probability, clipped_learning_rate, scale_by_preconditioner, state_bytes
 
@@ -28,25 +43,31 @@ __all__ = [
   "annealed_probability",
   "clipped_learning_rate",
   "damped_kron",
+  "dense",
   "diagonal",
   "dpsgd",
   "eq",
   "factored",
   "ggnvp",
+  "gl",
   "half_slope",
   "hvp",
   "hvp_finite_difference",
   "kron",
   "levenberg_marquardt",
   "lipschitz",
+  "lra",
   "max_abs",
   "newton",
   "newton_model",
   "per_leaf",
   "pro",
+  "pro4p",
   "psgd",
+  "qep",
   "qeq",
   "quad",
+  "quad4p",
   "quadratic_model",
   "raveled",
   "recursive",
@@ -57,4 +78,5 @@ __all__ = [
   "undamped",
   "value_and_grad_and_hvp",
   "whitening",
+  "xmat",
 ]

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.preconditioners._linalg import (
+  LowRank,
   balance,
   gram,
   hermitian,
@@ -28,9 +29,13 @@ from dpsgd_optax.preconditioners._linalg import (
   largest_entry,
   multiply,
   norm_bound,
+  outer,
+  procrustes,
   procrustes_step,
   solve_adjoint,
+  square,
   tiny,
+  triu,
 )
 
 Factors = tuple[jax.Array, ...]
@@ -45,6 +50,10 @@ class Geometry(NamedTuple):
     move: (q, E) -> q for a dense factor, E already scaled by step_size / L.
     move_diagonal: the same for a diagonal factor.
     samples: True if the geometry cannot integrate v out and wants a sample of it.
+    moment: (q, T, precision) -> T as the factor sees it; T is a matrix, a diagonal, or a number that stands for a
+      multiple of the identity.
+    fits_p: True if what is moved is P itself: its factors are then Hermitian positive and P = q.
+    keeps_inverse: True if ``lift`` wants q⁻¹ in the place of p.
   """
 
   lift: Callable
@@ -52,6 +61,13 @@ class Geometry(NamedTuple):
   move: Callable
   move_diagonal: Callable
   samples: bool = False
+  moment: Callable = lambda q, t, precision: t
+  fits_p: bool = False
+  keeps_inverse: bool = False
+
+  def factor_of_p(self, q: jax.Array, precision=None) -> jax.Array:
+    """The factor of P that belongs to a factor that is moved."""
+    return q if self.fits_p else square(q, precision)
 
 
 class Normalizer(NamedTuple):
@@ -78,10 +94,19 @@ def _through_q(q, p, v, h, precision):
 
 
 def _through_p(q, p, v, h, precision):
-  """a = P h, b = v: no inverse anywhere."""
-  del q
-  for i, factor in enumerate(p):
+  """a = P h, b = v: no inverse anywhere. Where p is not at hand (None), P h = Qᴴ(Q h)."""
+  for i, factor in enumerate(p or q):
     h = multiply(h, factor, i, precision)
+    if p is None:
+      h = multiply(h, jnp.conj(factor.T), i, precision)
+  return h, v
+
+
+def _through_inverse(q, inverse, v, h, precision):
+  """a = Q h, b = Q⁻ᴴ v, the inverse being at hand."""
+  for i, factor in enumerate(q):
+    h = multiply(h, factor, i, precision)
+    v = multiply(v, jnp.conj(inverse[i].T), i, precision)
   return h, v
 
 
@@ -93,25 +118,55 @@ def _scale(q, e):
   return q - e * q
 
 
-def _quad(q, e):
-  left = q - e @ q / 2
-  return hermitian(left - left @ e / 2)
+def _times(q, e):
+  return q - e @ q
 
 
-eq = Geometry(_through_q, jnp.triu, lambda q, e: q - e @ q, _scale, samples=True)
+def _both_sides(q, e):
+  left = q - e @ q
+  return hermitian(left - left @ e)
+
+
+def _through_one_factor(q, t, precision):
+  """q T qᴴ: what a moment of Ph or of v becomes when the factor q is applied to them along its axis."""
+  if isinstance(t, LowRank):
+    return t.through(q)
+  if q.ndim == 1:
+    return jnp.real(q * jnp.conj(q)) * t
+  if t.ndim == 0:
+    return t * square(jnp.conj(q.T), precision)
+  return jnp.matmul(jnp.matmul(q, t, precision=precision), jnp.conj(q.T), precision=precision)
+
+
+eq = Geometry(_through_q, triu, _times, _scale, samples=True)
 """q ← q − μ triu(E) q, q upper triangular, a = Qh, b = Q⁻ᴴv: the classic fit, equivariant under its group.
 Two triangular solves per matrix, which are slow on GPUs. Whitening samples v."""
+
+gl = Geometry(_through_inverse, _keep, _times, _scale, samples=True, keeps_inverse=True)
+"""q ← q − μ E q with any invertible q, a = Qh, b = Q⁻ᴴv: equivariant under all invertible maps. For ``dense`` only,
+where q⁻¹ is kept and follows by the identity of Woodbury: no solve, no triangle."""
+
+qep = Geometry(_through_p, _keep, _times, _scale, moment=_through_one_factor)
+"""q ← q − μ E q, a = q Ph, b = q v: matrix products only, two more per factor than ``qeq``."""
 
 qeq = Geometry(_through_p, _keep, lambda q, e: q - q @ e, _scale)
 """q ← q − μ q E, a = Ph, b = v: matrix products only. P is what fitting P itself by ``quad`` would give,
 and it cannot lose positive-definiteness."""
 
-quad = Geometry(_through_p, _keep, _quad, lambda q, e: q * (1 - e / 2) ** 2)
+quad = Geometry(_through_p, _keep, lambda q, e: _both_sides(q, e / 2), lambda q, e: q * (1 - e / 2) ** 2)
 """q ← sym((I − μE/2) q (I − μE/2)), q Hermitian positive: matrix products only."""
 
-pro = Geometry(_through_p, _keep, lambda q, e: procrustes_step(q - e @ q), _scale)
+pro = Geometry(_through_p, _keep, lambda q, e: procrustes_step(_times(q, e)), _scale)
 """q ← q − μ E q, then one rotation towards the Hermitian positive matrices (the literature's Q^0.5 E Q^1.5):
 an online Newton-Schulz iteration; matrix products only."""
+
+quad4p = Geometry(_through_p, _keep, _both_sides, lambda q, e: q * (1 - e) ** 2, fits_p=True)
+"""P ← sym((I − μE) P (I − μE)): ``qeq`` without its Q, at half the memory. Rounding can cost it definiteness,
+so it refuses a state below float32."""
+
+pro4p = Geometry(_through_p, _keep, lambda p, e: hermitian(procrustes(_times(p, e))), _scale, fits_p=True)
+"""P ← P − μ E P, then up to ten rotations towards the Hermitian positive matrices and the Hermitian part of
+what they leave; refuses a state below float32. The rotation divides rounding by its own size: the fit has a floor of 1e-4 in float32."""
 
 
 def _second_order(t1, t2, e, norm):
@@ -136,14 +191,11 @@ max_abs = Normalizer(lambda t1, t2, e, norm: jnp.max(jnp.abs(e)), 0.0, largest_e
 """L = max |E_ij| without memory: Li's rule of 2018, step size 0.01; much slower than the others."""
 
 
-def second_moments(x, v, axis, dense, precision):
-  """T1 or T2 of one factor; v integrated out: E ⟨v v*⟩_i = (N/d_i) I, kept as the number."""
-  if v is None:
-    return jnp.asarray(x.size / x.shape[axis], jnp.finfo(x.dtype).dtype)
-  return gram(v, axis, dense, precision)
+trace = Normalizer(lambda t1, t2, e, norm: t1.trace() + t2.trace(), 0.9, largest_entry)
+"""L tracks tr(T1 + T2), which for one factor over a vector is the norm of T1 + T2 up to a factor of 2, and exact."""
 
 
-def fit_factors(
+def steps(
   q: Factors,
   p: Factors,
   lip: jax.Array,
@@ -155,12 +207,13 @@ def fit_factors(
   step_size,
   norms: tuple[Callable, ...] | None = None,
   precision=None,
-) -> tuple[Factors, jax.Array]:
-  """One fit of all factors on one probe, all from the same a and b (Jacobi, not Gauss-Seidel).
+  low_rank: bool = False,
+) -> tuple[tuple, jax.Array]:
+  """How far each factor is to go, μE, from one probe: all from the same a and b (Jacobi, not Gauss-Seidel).
 
   Args:
     q: factors, dense (d_i, d_i) or diagonal (d_i,).
-    p: qᴴq of each.
+    p: the factor of P that belongs to each; q⁻¹ for a geometry that keeps it; None if neither is at hand.
     lip: (k,), the L of each factor; 0 before the first fit.
     v: (d_1, …, d_k) probe vector, or None.
     h: its product, or the gradient; damped already.
@@ -169,28 +222,34 @@ def fit_factors(
     step_size: in (0, 1].
     norms: one norm estimate per factor in place of the deterministic bound, to replay recorded random numbers.
     precision: of the matrix products.
+    low_rank: keep the moments of a vector as outer products, so that a move costs O(n²); normalizer ``trace``.
 
   Returns:
-    The new factors, not balanced, and the new L.
+    μE of each factor, what a geometry's ``move`` takes, and the new L.
   """
   a, b = geometry.lift(q, p, v, h, precision)
-  moved, tracked = [], []
+  real = jnp.finfo(a.dtype).dtype
+  found, tracked = [], []
   for i, factor in enumerate(q):
     dense, norm = factor.ndim == 2, norm_bound if norms is None else norms[i]
-    t1 = gram(a, i, dense, precision)
-    t2 = second_moments(a, b, i, dense, precision)
-    if not dense:
-      e = t1 - t2
-    elif t2.ndim == 0:
-      e = geometry.project(t1 - t2 * jnp.eye(len(t1), dtype=t1.dtype))
-    else:
-      e = geometry.project(t1 - t2)
+    of = outer if low_rank else lambda x, i=i, dense=dense: gram(x, i, dense, precision)
+    # v integrated out: E ⟨v v*⟩_i = (N/d_i) I, kept as the number
+    second = jnp.asarray(a.size / a.shape[i], real) if b is None else of(b)
+    t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)
+    e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
+    e = geometry.project(e) if dense else e
     measured = normalizer.measure(t1, t2, e, norm).astype(lip.dtype)
     bound = jnp.maximum(normalizer.memory * lip[i] + (1 - normalizer.memory) * measured, measured)
-    e = e * (step_size / (bound + tiny(bound))).astype(e.real.dtype)
-    moved.append((geometry.move if dense else geometry.move_diagonal)(factor, e))
+    found.append(e * (step_size / (bound + tiny(bound))).astype(real))
     tracked.append(bound)
-  return tuple(moved), jnp.stack(tracked)
+  return tuple(found), jnp.stack(tracked)
+
+
+def fit_factors(q: Factors, *args, geometry: Geometry, **options) -> tuple[Factors, jax.Array]:
+  """One fit of all factors, arguments as for :func:`steps`: the new factors, not balanced, and the new L."""
+  found, lip = steps(q, *args, geometry=geometry, **options)
+  move = lambda factor, e: (geometry.move if factor.ndim == 2 else geometry.move_diagonal)(factor, e)
+  return tuple(map(move, q, found)), lip
 
 
 __all__ = [
@@ -199,10 +258,16 @@ __all__ = [
   "balance",
   "eq",
   "fit_factors",
+  "gl",
   "lipschitz",
   "max_abs",
   "pro",
+  "pro4p",
+  "qep",
   "qeq",
   "quad",
+  "quad4p",
   "spectral",
+  "steps",
+  "trace",
 ]

@@ -8,7 +8,9 @@ Notation
   ᴴ        conjugate transpose
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,64 @@ def square(q: jax.Array, precision=None) -> jax.Array:
   if q.ndim == 1:
     return jnp.real(q * jnp.conj(q))
   return jnp.matmul(jnp.conj(q.T), q, precision=precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """Σ_k s_k x_k x_kᴴ, a Hermitian matrix of few terms that is never formed, so that products with it cost O(n²).
+
+  It stands where a matrix E could: ``e @ q``, ``q @ e``, ``e - f``, ``e * c``, ``e / c``.
+
+  Attributes:
+    x: (r, n).
+    s: (r,), real.
+    upper: only the upper triangle is meant, diagonal included.
+  """
+
+  x: jax.Array
+  s: jax.Array
+  upper: bool = False
+
+  def __sub__(self, other: "LowRank") -> "LowRank":
+    return LowRank(jnp.concatenate([self.x, other.x]), jnp.concatenate([self.s, -other.s]))
+
+  def __mul__(self, c: Any) -> "LowRank":
+    return dataclasses.replace(self, s=self.s * c)
+
+  def __truediv__(self, c: Any) -> "LowRank":
+    return self * (1 / c)
+
+  def __matmul__(self, q: jax.Array) -> jax.Array:
+    if not self.upper:
+      return (self.x * self.s[:, None]).T @ (jnp.conj(self.x) @ q)
+    # triu(x xᴴ) q = x ⊙ (sums from below of conj(x) ⊙ q)
+    below = jax.lax.cumsum(jnp.conj(self.x)[:, :, None] * q, axis=1, reverse=True)
+    return jnp.einsum("kn,knm->nm", self.x * self.s[:, None], below)
+
+  def __rmatmul__(self, q: jax.Array) -> jax.Array:
+    return ((q @ self.x.T) * self.s) @ jnp.conj(self.x)
+
+  def through(self, q: jax.Array) -> "LowRank":
+    """q E qᴴ."""
+    return dataclasses.replace(self, x=self.x @ q.T)
+
+  def trace(self) -> jax.Array:
+    return jnp.sum(self.s * jnp.sum(jnp.abs(self.x) ** 2, 1))
+
+  def divide_by_one_minus(self, q: jax.Array) -> jax.Array:
+    """q (I − E)⁻¹, by the identity of Woodbury: one system of r equations."""
+    small = jnp.eye(len(self.s), dtype=self.x.dtype) - (jnp.conj(self.x) @ self.x.T) * self.s
+    return q + ((q @ self.x.T) * self.s) @ jnp.linalg.solve(small, jnp.conj(self.x))
+
+
+def outer(x: jax.Array) -> LowRank:
+  """x xᴴ of a vector."""
+  return LowRank(x[None], jnp.ones(1, jnp.finfo(x.dtype).dtype))
+
+
+def triu(e: jax.Array | LowRank) -> jax.Array | LowRank:
+  """The upper triangle, diagonal included."""
+  return dataclasses.replace(e, upper=True) if isinstance(e, LowRank) else jnp.triu(e)
 
 
 def hermitian(x: jax.Array) -> jax.Array:
@@ -115,6 +175,33 @@ def procrustes_step(q: jax.Array, norm=norm_bound) -> jax.Array:
   negative = second < 0
   step = jnp.where(negative, jnp.minimum(-first / jnp.where(negative, second, 1), 0.125), 0.125)
   return q + step * (rq + step / 2 * rrq)
+
+
+def procrustes_step_3(q: jax.Array, norm=norm_bound) -> jax.Array:
+  """The same to third order: a maximises tr(exp(aR) q) on its cubic model, at most 1/3; q as it is if none helps.
+
+  Source: psgd_torch 2.0 (PRO4P).
+  """
+  r = jnp.conj(q.T) - q
+  r = r / (norm(r) + tiny(jnp.real(r)))
+  rq = r @ q
+  rrq = r @ rq
+  rrrq = r @ rrq
+  t1, t2, t3 = (jnp.real(jnp.trace(x)) for x in (rq, rrq, rrrq))
+  useful = (t1 > 0) & (t3 < 0)
+  a = (-t2 - jnp.sqrt(jnp.maximum(t2 * t2 - 1.5 * t1 * t3, 0))) / (0.75 * jnp.where(useful, t3, -1))
+  a = jnp.where(useful, jnp.minimum(a, 1 / 3), 0)
+  return q + a * (rq + a / 2 * (rrq + a / 4 * rrrq))
+
+
+def procrustes(q: jax.Array, *, steps: int = 10, close: float = 1e-3) -> jax.Array:
+  """At most ``steps`` rotations of third order, until max |qᴴ − q| < close · max |q|."""
+
+  def ahead(carry):
+    q, step = carry
+    return (step < steps) & (largest_entry(jnp.conj(q.T) - q) >= close * largest_entry(q))
+
+  return jax.lax.while_loop(ahead, lambda carry: (procrustes_step_3(carry[0]), carry[1] + 1), (q, 0))[0]
 
 
 def largest_entry(q: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from dpsgd_optax.base import Preconditioner, Probe, check, check_fraction, check
 from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._lift import Stacked, batched, sampled, unless_zero
 from dpsgd_optax.preconditioners._linalg import as_matrix_shape, multiply
-from dpsgd_optax.preconditioners.kron import KronState, initial, refit
+from dpsgd_optax.preconditioners.kron import KronState, check_geometry, initial, refit
 
 # How the damped factors are made: (mean eigenvalue of Pbar_L, of Pbar_R, c) -> (shift of P_L, of P_R, multiple of G)
 Form = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
@@ -167,6 +167,7 @@ def damped_kron(
     [(1, 18, 18), (1, 4, 4)]
   """
   check_step_size(step_size)
+  check_geometry(geometry)
   check_not_negative(eta, "eta", "It is added to the damping under a square root. Try 1e-5.")
   check(lambda x: x >= 1, repeats, "repeats", "at least 1", "The paper moves once per probe: `repeats=1`.")
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use 1 to make every factor diagonal.")
@@ -185,7 +186,7 @@ def damped_kron(
   def init(x: jax.Array) -> DampedKronState | tuple:
     if plain(x.shape):
       return ()
-    kron = initial(as_matrix_shape(x.shape), sides(x.shape), x.dtype, 1.0)
+    kron = initial(as_matrix_shape(x.shape), sides(x.shape), x.dtype, 1.0, geometry)
     # until something is averaged P is the identity; the first weight β_0 = 0 then forgets it
     first = None if average is None else kron.p
     memory = kron.p if average is not None and average.remembers else None

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
 from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, fit_factors, lipschitz, pro
 from dpsgd_optax.preconditioners._lift import Stacked, per_leaf, sampled
-from dpsgd_optax.preconditioners._linalg import balance, multiply, square
+from dpsgd_optax.preconditioners._linalg import balance, multiply
 
 
 class KronState(NamedTuple):
   """Attributes:
   q: the factors, (d_i, d_i) or (d_i,); parameter^(1/k) units of Q; the diagonal is positive.
+    () where P is fitted itself.
   p: q_iᴴ q_i, kept so that ``apply`` costs one product per dense factor.
   lipschitz: (k,), 0 before the first fit.
   """
@@ -34,14 +35,19 @@ class KronState(NamedTuple):
   lipschitz: jax.Array
 
 
-def initial(shape: tuple[int, ...], dense: tuple[bool, ...], dtype, scale: float) -> KronState:
-  """Q = scale · I."""
-  each = scale ** (1 / len(shape))
+def with_factors(q: Factors, lipschitz: jax.Array, geometry: Geometry, precision=None) -> KronState:
+  """The state for factors that a geometry has moved."""
+  return KronState(() if geometry.fits_p else q, tuple(geometry.factor_of_p(x, precision) for x in q), lipschitz)
+
+
+def initial(shape: tuple[int, ...], dense: tuple[bool, ...], dtype, scale: float, geometry: Geometry) -> KronState:
+  """Q = scale · I, P = scale² · I."""
+  each = scale ** ((2 if geometry.fits_p else 1) / len(shape))
   q = tuple(
     (jnp.eye(d, dtype=dtype) if full else jnp.ones((d,), jnp.finfo(dtype).dtype)) * each
     for d, full in zip(shape, dense, strict=True)
   )
-  return KronState(q, tuple(square(x) for x in q), jnp.zeros(len(shape), jnp.finfo(dtype).dtype))
+  return with_factors(q, jnp.zeros(len(shape), jnp.finfo(dtype).dtype), geometry)
 
 
 def refit(
@@ -59,7 +65,7 @@ def refit(
   It comes first because DPSGD averages the factors one by one, and the split between them is then part of the rule.
   """
   q, lip = fit_factors(
-    balance(state.q, normalizer.size),
+    balance(state.q or state.p, normalizer.size),
     state.p,
     state.lipschitz,
     v,
@@ -69,7 +75,7 @@ def refit(
     step_size=step_size,
     precision=precision,
   )
-  return KronState(q, tuple(square(x, precision) for x in q), lip)
+  return with_factors(q, lip, geometry, precision)
 
 
 def sandwich(p: Factors, x: jax.Array, precision=None) -> jax.Array:
@@ -77,6 +83,13 @@ def sandwich(p: Factors, x: jax.Array, precision=None) -> jax.Array:
   for i, factor in enumerate(p):
     x = multiply(x, factor, i, precision)
   return x
+
+
+def check_geometry(geometry: Geometry) -> None:
+  if geometry.keeps_inverse:
+    raise ValueError(
+      "the geometry `gl` keeps the inverse of a single matrix, got it for factors. Type `dense(geometry=gl)`."
+    )
 
 
 def first_scale(v: jax.Array | None, h: jax.Array) -> jax.Array:
@@ -111,7 +124,8 @@ def kron(
   Args:
     max_size: the longest axis that may have a dense factor. Static (decides shapes). ``jnp.inf``: any.
     max_skew: a dense factor holds at most ``max_skew`` · N numbers. Static. ``jnp.inf``: all dense.
-    geometry: how the factors move: ``pro``, ``qeq``, ``quad`` (matrix products only) or ``eq`` (triangular solves).
+    geometry: how the factors move: ``pro``, ``qeq``, ``quad``, ``qep`` (matrix products only), ``eq`` (triangular
+      solves), or ``quad4p``, ``pro4p``, which fit P itself and keep no Q.
     step_size: of the fit, in (0, 1]; the largest relative change of a factor per fit.
     init_scale: the initial Q = init_scale · I; None: set from the first probe that is not zero, for each matrix.
     normalizer: what the step is divided by: ``lipschitz``, ``spectral`` or ``max_abs``.
@@ -138,6 +152,7 @@ def kron(
     [(1, 3, 3), (1, 5)]
   """
   check_step_size(step_size)
+  check_geometry(geometry)
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use `max_size=1` to make every factor diagonal.")
   check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only, 1.0 for Adam's size.")
   check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
@@ -149,7 +164,7 @@ def kron(
 
   def init(x: jax.Array) -> KronState:
     shape, dense = core(x.shape)
-    return initial(shape, dense, x.dtype, 1.0 if init_scale is None else init_scale)
+    return initial(shape, dense, x.dtype, 1.0 if init_scale is None else init_scale, geometry)
 
   def fit(state: KronState, probe: Probe, *, key: jax.Array) -> KronState:
     """q_i ← move(q_i, step_size / L_i · (⟨a a*⟩_i − ⟨b b*⟩_i))."""

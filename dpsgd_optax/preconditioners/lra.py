@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank approximation: Q = (I + U Vᵀ) diag(d), one vector for all parameters.
+
+Notation
+  n, r     number of parameters, rank
+  w        (2, r, n), the rows of Uᵀ and of Vᵀ
+  K        I + VᵀU, (r, r): (I + UVᵀ)⁻¹ = I − U K⁻¹ Vᵀ (Woodbury)
+  x, y     d ⊙ h and v ⊘ d
+  a, b     Qh = x + U t with t = Vᵀx;  Q⁻ᵀv = y − V c with Kᵀc = Uᵀy
+  e, f     Ph ⊘ d = a + V s with s = Uᵀa;  d ⊙ P⁻¹v = b − U z with K z = Vᵀb
+
+What the fit needs of U and V beside these vectors are inner products, so that it reads w three times: for all inner
+products, for a, b, e, f, and to move it.
+
+Source: arXiv:2402.04553 (LRA, "UVd"); the update and its balancing: psgd_torch 2.0.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
+from dpsgd_optax.preconditioners._lift import raveled, sampled
+from dpsgd_optax.preconditioners._linalg import tiny
+from dpsgd_optax.preconditioners.kron import first_scale
+
+
+class LRAState(NamedTuple):
+  """Attributes:
+  w: (2, r, n), Uᵀ and Vᵀ.
+  d: (n,), the diagonal; positive.
+  lipschitz: (3,), what the steps of d, U and V are divided by; 0 before the first fit.
+  """
+
+  w: jax.Array
+  d: jax.Array
+  lipschitz: jax.Array
+
+
+class Look(NamedTuple):
+  """The probe seen through Q, and what of U and V the steps need. See the notation of the module."""
+
+  mix: jax.Array  # (2, r, r): the balanced factors are mix @ w
+  gram: jax.Array  # (2, r, r): UᵀU and VᵀV, balanced
+  k: jax.Array
+  a: jax.Array
+  b: jax.Array
+  e: jax.Array
+  f: jax.Array
+  y: jax.Array
+  t: jax.Array
+  s: jax.Array
+  c: jax.Array
+  z: jax.Array
+
+
+def balancing(alpha: jax.Array, beta: jax.Array) -> jax.Array:
+  """(2, r, r), symmetric: what to multiply Uᵀ and Vᵀ by, so that UᵀU and VᵀV draw near; UVᵀ changes by O(ε⁴) only."""
+  traces = jnp.trace(alpha), jnp.trace(beta)
+  rho = (traces[0] / traces[1]) ** 0.25
+  alpha, beta = alpha / rho**2, beta * rho**2
+  tilt = 0.1 * (alpha - beta) / (jnp.trace(alpha) + jnp.trace(beta))
+  eye, half = jnp.eye(len(alpha), dtype=alpha.dtype), tilt @ tilt / 2
+  return jnp.stack([(eye - tilt + half) / rho, (eye + tilt + half) * rho])
+
+
+def identity_mix(alpha: jax.Array, beta: jax.Array) -> jax.Array:
+  """No balancing."""
+  del beta
+  return jnp.stack([jnp.eye(len(alpha), dtype=alpha.dtype)] * 2)
+
+
+def look(state: LRAState, v: jax.Array, h: jax.Array, *, balance=balancing, precision: Any = None) -> Look:
+  """Everything that depends on w, in two passes over it."""
+  rank, n = state.w.shape[1:]
+  x, y = state.d * h, v / state.d
+  rows = jnp.concatenate([state.w.reshape(2 * rank, n), x[None], y[None]])
+  inner = jnp.matmul(rows, rows.T, precision=precision)
+  u, w = slice(rank), slice(rank, 2 * rank)
+  mix = balance(inner[u, u], inner[w, w])
+  gram = mix @ jnp.stack([inner[u, u], inner[w, w]]) @ mix
+  vu = mix[1] @ inner[w, u] @ mix[0]
+  k = jnp.eye(rank, dtype=vu.dtype) + vu
+  (ux, uy), (vx, vy) = ((mix[i] @ inner[part, 2 * rank :]).T for i, part in enumerate((u, w)))
+  lu = jax.scipy.linalg.lu_factor(k)
+  t, c = vx, jax.scipy.linalg.lu_solve(lu, uy, trans=1)
+  s = ux + gram[0] @ t
+  z = jax.scipy.linalg.lu_solve(lu, vy - gram[1] @ c)
+  # columns of Uᵀ and Vᵀ in a − x, b − y, e − a, f − b
+  zero = jnp.zeros_like(t)
+  sums = jnp.stack([jnp.stack([t, zero, zero, -z]) @ mix[0], jnp.stack([zero, -c, s, zero]) @ mix[1]])
+  ax, by, ea, fb = jnp.einsum("ikr,irn->kn", sums, state.w, precision=precision)
+  a, b = x + ax, y + by
+  return Look(mix, gram, k, a, b, a + ea, b + fb, y, t, s, c, z)
+
+
+def moved(state: LRAState, v: jax.Array, h: jax.Array, seen: Look, d_step: Any, step: Any, of_u: Any) -> LRAState:
+  """d ← d − μ_d (h ⊙ Ph − v ⊙ P⁻¹v) ⊙ d, and either
+
+  U ← U − μ [a (Vᵀa)ᵀ − b (Vᵀb)ᵀ] K, or V ← V − μ (I + V Uᵀ) [a (Uᵀa)ᵀ − b (Uᵀb)ᵀ] = V − μ [e sᵀ − y cᵀ].
+
+  Args:
+    state: before balancing.
+    v: (n,) probe vector.
+    h: (n,) its product, damped.
+    seen: by :func:`look`.
+    d_step: μ_d, scalar or (n,).
+    step: μ of the factor that moves, scalar.
+    of_u: whether U moves, scalar.
+  """
+  d = state.d - d_step * (h * seen.e * state.d - v * seen.f / state.d) * state.d
+  va, vb = seen.k @ seen.t, seen.k @ seen.z
+  zero = jnp.zeros_like(va)
+  by_u = jnp.stack([jnp.stack([seen.k.T @ va, -(seen.k.T @ vb)]), jnp.stack([zero, zero])])
+  by_v = jnp.stack([jnp.stack([zero, zero]), jnp.stack([seen.s, -seen.c])])
+  rank_two = jnp.where(of_u, jnp.stack([seen.a, seen.b]), jnp.stack([seen.e, seen.y]))
+  weights = step * jnp.where(of_u, by_u, by_v)
+  w = jnp.einsum("irs,isn->irn", seen.mix, state.w) - jnp.einsum("ikr,kn->irn", weights, rank_two)
+  return LRAState(w, d, state.lipschitz)
+
+
+def refit(
+  state: LRAState, v: jax.Array, h: jax.Array, of_u: jax.Array, *, step_size: Any, memory: float = 0.9, **options: Any
+) -> LRAState:
+  """One fit: balance, look, and move d and one of U and V; each step is divided by its L."""
+  if state.w.shape[1] == 0:
+    hp, vp = h * (state.d**2 * h), v * (v / state.d**2)
+    lip = tracked(state.lipschitz[0], jnp.max(jnp.abs(hp)) + jnp.max(jnp.abs(vp)), memory)
+    d = state.d - step_size / (lip + tiny(lip)) * (hp - vp) * state.d
+    return LRAState(state.w, d, state.lipschitz.at[0].set(lip))
+  seen = look(state, v, h, **options)
+  norm = jnp.linalg.norm
+  length = lambda i, x: jnp.sqrt(jnp.maximum(x @ (seen.gram[i] @ x), 0))  # of U x or V x
+  va, vb = seen.k @ seen.t, seen.k @ seen.z
+  a, b = norm(seen.a), norm(seen.b)
+  measured = jnp.stack(
+    [
+      jnp.max(jnp.abs(h * seen.e * state.d)) + jnp.max(jnp.abs(v * seen.f / state.d)),
+      a * length(1, va) + b * length(1, vb),
+      a * length(0, seen.s) + b * length(0, seen.c),
+    ]
+  )
+  lip = tracked(state.lipschitz, measured, memory)
+  step = step_size / (lip + tiny(lip))
+  new = moved(state, v, h, seen, step[0], jnp.where(of_u, step[1], step[2]), of_u)
+  taken = jnp.stack([jnp.array(True), jnp.asarray(of_u), ~jnp.asarray(of_u)])
+  return new._replace(lipschitz=jnp.where(taken, lip, state.lipschitz))
+
+
+def tracked(old: jax.Array, measured: jax.Array, memory: float) -> jax.Array:
+  """L ← max(memory · L + (1 − memory) · ℓ, ℓ)."""
+  return jnp.maximum(memory * old + (1 - memory) * measured, measured)
+
+
+def product(state: LRAState, x: jax.Array, precision: Any = None) -> jax.Array:
+  """P x = d ⊙ (I + V Uᵀ)(I + U Vᵀ)(d ⊙ x)."""
+  u, v = state.w
+  times = lambda m, y: jnp.matmul(m, y, precision=precision)
+  a = state.d * x
+  a = a + times(times(v, a), u)
+  return state.d * (a + times(times(u, a), v))
+
+
+def lra(
+  *,
+  rank: int = 10,
+  step_size: float = 0.1,
+  init_scale: float | None = None,
+  key: int = 0,
+  precision: Any = None,
+) -> Preconditioner:
+  """P = QᵀQ with Q = (I + U Vᵀ) diag(d): a diagonal and a low rank, over all parameters as one vector.
+
+  Memory: 2 rank + 1 copies of the parameters. The diagonal fits the scales, the r directions both the largest and the
+  smallest eigenvalues that remain. Fitted on Newton probes it is exact for H = diag + rank r (slowly), and rank 0 is
+  the diagonal group; on gradients it whitens, v being sampled. U and V take turns by the toss of a coin.
+
+  Args:
+    rank: r, 0 ≤ r. Static (decides shapes).
+    step_size: of the fit, in (0, 1].
+    init_scale: the initial d; None: from the first probe that is not zero.
+    key: of the initial U and V, normal and each of Frobenius norm √0.1: with U = V = 0 neither would ever move.
+    precision: of the products with U and V, as ``jax.lax.Precision``.
+
+  Returns:
+    A :class:`dpsgd_optax.Preconditioner` of the whole tree as one vector.
+
+  Raises:
+    ValueError: for a negative rank, a step size outside (0, 1], a scale that is not positive.
+
+  Departure from psgd_torch 2.0: when whitening, v is not the damping noise but a draw of its own.
+
+  Source: arXiv:2402.04553.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> state = dpo.lra(rank=2).init({"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)})
+    >>> state.buckets["16_float32"].w.shape
+    (1, 2, 2, 16)
+  """
+  check(lambda x: x >= 0, rank, "rank", "not negative", "0 is a diagonal preconditioner; 10 is usual.")
+  check_step_size(step_size)
+  check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
+
+  def init(x: jax.Array) -> LRAState:
+    w = jax.random.normal(jax.random.key(key), (2, rank, x.size), x.dtype)
+    w = w * jnp.sqrt(0.1 / jnp.maximum(jnp.sum(w * w, (1, 2), keepdims=True), jnp.finfo(x.dtype).tiny))
+    d = jnp.full(x.shape, 1.0 if init_scale is None else init_scale, x.dtype)
+    return LRAState(w, d, jnp.zeros(3, x.dtype))
+
+  def fit(state: LRAState, probe: Probe, *, key: jax.Array) -> LRAState:
+    coin, key = jax.random.split(key)
+    v, h = sampled(probe, key)
+    if init_scale is None:
+      gain = jnp.where(state.lipschitz[0] > 0, 1.0, first_scale(v, h))
+      state = state._replace(d=state.d * gain)
+    return refit(state, v, h, jax.random.bernoulli(coin), step_size=step_size, precision=precision)
+
+  return raveled(Preconditioner(init, fit, lambda state, x: product(state, x, precision)))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""X-shaped preconditioner: Q = diag(a) + adiag(b), the smallest group beyond the diagonal one.
+
+Notation
+  x~       x reversed: x~_i = x_{n−1−i}; (Qx)_i = a_i x_i + b_i x~_i
+  t        Qh
+  s        Q⁻ᵀv
+
+Source: arXiv:2402.04553 (XMat); the update: psgd_torch.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpsgd_optax.base import Preconditioner, Probe, check
+from dpsgd_optax.preconditioners._lift import raveled, sampled
+from dpsgd_optax.preconditioners._linalg import tiny
+from dpsgd_optax.preconditioners.kron import first_scale
+
+
+class XMatState(NamedTuple):
+  """Attributes:
+  a: (n,), the diagonal of Q.
+  b: (n,), its anti-diagonal; 0 in the middle of an odd n.
+  lipschitz: (), what the step is divided by; 0 before the first fit.
+  """
+
+  a: jax.Array
+  b: jax.Array
+  lipschitz: jax.Array
+
+
+def second_order(e_a: jax.Array, e_b: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
+  """max (t² + s²), half of a bound of the norm of the 2 × 2 blocks of ttᵀ + ssᵀ at least."""
+  del e_a, e_b
+  return jnp.max(t * t + s * s)
+
+
+def refit(
+  state: XMatState, v: jax.Array, h: jax.Array, *, step_size: Any, measure=second_order, memory: float = 0.9
+) -> XMatState:
+  """a ← a − μ (E_a a + E_b b~), b ← b − μ (E_a b + E_b a~), with E_a = t² − s², E_b = t t~ − s s~."""
+  a, b, lip = state
+  t = a * h + b * h[::-1]
+  s = (a[::-1] * v - b[::-1] * v[::-1]) / (a * a[::-1] - b * b[::-1])
+  e_a, e_b = t * t - s * s, t * t[::-1] - s * s[::-1]
+  if len(a) % 2:  # the middle is on both diagonals: it belongs to a
+    e_b = jnp.where(jnp.arange(len(a)) == len(a) // 2, 0, e_b)
+  measured = measure(e_a, e_b, t, s)
+  lip = jnp.maximum(memory * lip + (1 - memory) * measured, measured)
+  mu = step_size / (lip + tiny(lip))
+  return XMatState(a - mu * (e_a * a + e_b * b[::-1]), b - mu * (e_a * b + e_b * a[::-1]), lip)
+
+
+def product(state: XMatState, x: jax.Array) -> jax.Array:
+  """P x = (a² + (b²)~) x + (ab + (ab)~) x~."""
+  a, b = state.a, state.b
+  ab = a * b
+  return (a * a + (b * b)[::-1]) * x + (ab + ab[::-1]) * x[::-1]
+
+
+def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Preconditioner:
+  """P = QᵀQ with Q an X-shaped matrix over all parameters as one vector. Memory: two copies of the parameters.
+
+  Each parameter is coupled with its mirror image in the raveled vector: P is 2 × 2 block diagonal over the pairs
+  (i, n − 1 − i), and on each pair the fit ends in |H|⁻¹ (Newton) or (E ggᵀ)^(−½) (whitening, v being sampled) if H is
+  X-shaped too.
+
+  Args:
+    step_size: of the fit, in (0, 0.5]: the normaliser may be half of the norm it stands for.
+    init_scale: the initial Q = init_scale · I; None: from the first probe that is not zero.
+
+  Returns:
+    A :class:`dpsgd_optax.Preconditioner` of the whole tree as one vector.
+
+  Raises:
+    ValueError: for a step size outside (0, 0.5] or a scale that is not positive.
+
+  Departure from psgd_torch: the normaliser remembers (0.9 of its last value at least), as in version 2.0 of the others.
+
+  Source: arXiv:2402.04553.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> p = dpo.xmat(init_scale=2.0)
+    >>> p.apply(p.init(jnp.zeros(3)), jnp.array([1.0, 2.0, 3.0]))
+    Array([ 4.,  8., 12.], dtype=float32)
+  """
+  bound = "Its normaliser may be half of the norm it stands for; a larger step could make P singular. Try 0.1."
+  check(lambda x: 0 < x <= 0.5, step_size, "step_size", "in (0, 0.5]", bound)
+  check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
+
+  def init(x: jax.Array) -> XMatState:
+    scale = 1.0 if init_scale is None else init_scale
+    return XMatState(jnp.full(x.shape, scale, x.dtype), jnp.zeros(x.shape, x.dtype), jnp.zeros((), x.dtype))
+
+  def fit(state: XMatState, probe: Probe, *, key: jax.Array) -> XMatState:
+    v, h = sampled(probe, key)
+    if init_scale is None:
+      gain = jnp.where(state.lipschitz > 0, 1.0, first_scale(v, h))
+      state = state._replace(a=state.a * gain, b=state.b * gain)
+    return refit(state, v, h, step_size=step_size)
+
+  return raveled(Preconditioner(init, fit, product))
