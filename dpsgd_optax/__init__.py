@@ -23,6 +23,7 @@ from dpsgd_optax.preconditioners._geometry import (
   spectral,
 )
 from dpsgd_optax.preconditioners._lift import per_leaf, raveled
+from dpsgd_optax.preconditioners.affine import affine, scan, scaw
 from dpsgd_optax.preconditioners.damped_kron import additive, damped_kron, factored, recursive, two_tap, undamped
 from dpsgd_optax.preconditioners.dense import dense
 from dpsgd_optax.preconditioners.diagonal import diagonal
@@ -40,6 +41,7 @@ __all__ = [
   "Probe",
   "adapt_damping",
   "additive",
+  "affine",
   "annealed_probability",
   "clipped_learning_rate",
   "damped_kron",
@@ -72,6 +74,8 @@ __all__ = [
   "raveled",
   "recursive",
   "scale_by_preconditioner",
+  "scan",
+  "scaw",
   "spectral",
   "state_bytes",
   "two_tap",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parity of `dense` with psgd_torch 2.0 and with its legacy code (tests/golden/psgd): each update from the stored state."""
+"""Parity of `dense` with psgd_torch 2.0 and its legacy code (tests/golden/psgd): each update from the stored state."""
 
 import functools
 

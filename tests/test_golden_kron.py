@@ -2,7 +2,7 @@
 """Parity of Kron with psgd_torch 2.0 and with its legacy code: every update from the stored state, with its own draws.
 
 Order of the draws of one update of 2.0: the damping noise ξ; for each dense factor 32 rows for the norm of T1 + T2 and,
-where the geometry rotates, 32 rows for the norm of each skew part; the coin, below 0.01 if the factors are balanced then
+where the geometry rotates, 32 rows for the norm of each skew part; the coin, below 0.01 if the factors are balanced
 (QEP has no coin: it balances before every update).
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parity of the groups over one vector, `lra` and `xmat`, with psgd_torch 2.0 and its legacy code (tests/golden/psgd)."""
+"""Parity of `lra` and `xmat` with psgd_torch 2.0 and its legacy code (tests/golden/psgd)."""
 
 import functools
 

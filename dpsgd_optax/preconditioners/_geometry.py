@@ -165,8 +165,9 @@ quad4p = Geometry(_through_p, _keep, _both_sides, lambda q, e: q * (1 - e) ** 2,
 so it refuses a state below float32."""
 
 pro4p = Geometry(_through_p, _keep, lambda p, e: hermitian(procrustes(_times(p, e))), _scale, fits_p=True)
-"""P ← P − μ E P, then up to ten rotations towards the Hermitian positive matrices and the Hermitian part of
-what they leave; refuses a state below float32. The rotation divides rounding by its own size: the fit has a floor of 1e-4 in float32."""
+"""P ← P − μ E P, then up to ten rotations towards the Hermitian positive matrices and the Hermitian part
+of what they leave; refuses a state below float32. The rotation divides rounding by its own size: in float32 the fit has
+a floor of 1e-4."""
 
 
 def _second_order(t1, t2, e, norm):
@@ -187,7 +188,7 @@ lipschitz = Normalizer(_second_order, 0.9, largest_entry)
 spectral = Normalizer(_first_order, 0.0, largest_diagonal)
 """L = ‖E‖, by its lower bound, without memory: DPSGD's rule (`specnorm`), step size 0.1."""
 
-max_abs = Normalizer(lambda t1, t2, e, norm: jnp.max(jnp.abs(e)), 0.0, largest_entry)
+max_abs = Normalizer(lambda t1, t2, e, norm: largest_entry(e), 0.0, largest_entry)
 """L = max |E_ij| without memory: Li's rule of 2018, step size 0.01; much slower than the others."""
 
 
@@ -232,7 +233,7 @@ def steps(
   found, tracked = [], []
   for i, factor in enumerate(q):
     dense, norm = factor.ndim == 2, norm_bound if norms is None else norms[i]
-    of = outer if low_rank else lambda x, i=i, dense=dense: gram(x, i, dense, precision)
+    of = outer if low_rank else lambda x, i=i, factor=factor: gram(x, i, factor, precision)
     # v integrated out: E ⟨v v*⟩_i = (N/d_i) I, kept as the number
     second = jnp.asarray(a.size / a.shape[i], real) if b is None else of(b)
     t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)

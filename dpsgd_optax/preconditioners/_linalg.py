@@ -15,6 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax.preconditioners import _arrow
+from dpsgd_optax.preconditioners._arrow import Arrow
+
 
 def tiny(x: jax.Array) -> float:
   """The smallest normal number of x's dtype: guards a division by an exact zero, in the unit of x."""
@@ -23,6 +26,8 @@ def tiny(x: jax.Array) -> float:
 
 def multiply(x: jax.Array, q: jax.Array, axis: int, precision=None) -> jax.Array:
   """x ×_axis q."""
+  if isinstance(q, Arrow):
+    return q.multiply(x, axis)
   if q.ndim == 1:
     return x * q.reshape((-1,) + (1,) * (x.ndim - axis - 1))
   letters = "abcdefghijkl"[: x.ndim]
@@ -32,6 +37,8 @@ def multiply(x: jax.Array, q: jax.Array, axis: int, precision=None) -> jax.Array
 
 def solve_adjoint(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
   """x ×_axis q⁻ᴴ, q upper triangular: a solve, never an inverse."""
+  if isinstance(q, Arrow):
+    return q.solve_adjoint(x, axis)
   if q.ndim == 1:
     return x / jnp.conj(q).reshape((-1,) + (1,) * (x.ndim - axis - 1))
   moved = jnp.moveaxis(x, axis, 0)
@@ -41,19 +48,22 @@ def solve_adjoint(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
   return jnp.moveaxis(solved.reshape(moved.shape), 0, axis)
 
 
-def gram(x: jax.Array, axis: int, dense: bool, precision=None) -> jax.Array:
-  """x_(i) x_(i)ᴴ, (d, d), or its diagonal, (d,)."""
+def gram(x: jax.Array, axis: int, like: Any, precision=None) -> Any:
+  """x_(i) x_(i)ᴴ, (d, d), or what of it the factor ``like`` can use: its diagonal, (d,), or its arrow-head."""
+  if isinstance(like, Arrow):
+    return _arrow.gram(x, axis)
   others = [i for i in range(x.ndim) if i != axis]
-  if not dense:
+  if like.ndim == 1:
     return jnp.sum(jnp.real(x * jnp.conj(x)), axis=others)
   letters = "abcdefghijkl"[: x.ndim]
   moved = letters.replace(letters[axis], "z")
-  product = jnp.einsum(f"{letters},{moved}->{letters[axis]}z", x, jnp.conj(x), precision=precision)
-  return product
+  return jnp.einsum(f"{letters},{moved}->{letters[axis]}z", x, jnp.conj(x), precision=precision)
 
 
 def square(q: jax.Array, precision=None) -> jax.Array:
   """qᴴ q, the factor of P that belongs to the factor q of Q."""
+  if isinstance(q, Arrow):
+    return q.square()
   if q.ndim == 1:
     return jnp.real(q * jnp.conj(q))
   return jnp.matmul(jnp.conj(q.T), q, precision=precision)
@@ -112,8 +122,10 @@ def outer(x: jax.Array) -> LowRank:
   return LowRank(x[None], jnp.ones(1, jnp.finfo(x.dtype).dtype))
 
 
-def triu(e: jax.Array | LowRank) -> jax.Array | LowRank:
-  """The upper triangle, diagonal included."""
+def triu(e: Any) -> Any:
+  """The upper triangle, diagonal included; an arrow-head is nothing else."""
+  if isinstance(e, Arrow):
+    return e
   return dataclasses.replace(e, upper=True) if isinstance(e, LowRank) else jnp.triu(e)
 
 
@@ -128,8 +140,12 @@ def norm_bound(a: jax.Array) -> jax.Array:
   One step of the power iteration, started at the row or the column of largest norm, whichever is longer
   (a tie: the row). Deterministic; two products of a matrix with a vector; 0 for a = 0.
 
+  An arrow-head has its largest entry for a norm.
+
   Source: the bound of psgd_torch that arXiv:2402.11858 uses; same ties as there.
   """
+  if isinstance(a, Arrow):
+    return _arrow.largest(a)
   size = jnp.max(jnp.abs(a))
   a = a / (size + tiny(size))
   lines = jnp.concatenate([a, a.T])  # the rows, then the columns: a tie goes to the row
@@ -204,11 +220,13 @@ def procrustes(q: jax.Array, *, steps: int = 10, close: float = 1e-3) -> jax.Arr
   return jax.lax.while_loop(ahead, lambda carry: (procrustes_step_3(carry[0]), carry[1] + 1), (q, 0))[0]
 
 
-def largest_entry(q: jax.Array) -> jax.Array:
-  return jnp.max(jnp.abs(q))
+def largest_entry(q: Any) -> jax.Array:
+  return _arrow.largest(q) if isinstance(q, Arrow) else jnp.max(jnp.abs(q))
 
 
-def largest_diagonal(q: jax.Array) -> jax.Array:
+def largest_diagonal(q: Any) -> jax.Array:
+  if isinstance(q, Arrow):
+    return jnp.max(jnp.abs(q.diagonal))
   return jnp.max(jnp.abs(q if q.ndim == 1 else jnp.diagonal(q)))
 
 

@@ -23,7 +23,7 @@ from dpsgd_optax.base import Preconditioner, Probe, check, check_fraction, check
 from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._lift import Stacked, batched, sampled, unless_zero
 from dpsgd_optax.preconditioners._linalg import as_matrix_shape, multiply
-from dpsgd_optax.preconditioners.kron import KronState, check_geometry, initial, refit
+from dpsgd_optax.preconditioners.kron import KronState, Layout, check_geometry, dense_if, initial, refit
 
 # How the damped factors are made: (mean eigenvalue of Pbar_L, of Pbar_R, c) -> (shift of P_L, of P_R, multiple of G)
 Form = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
@@ -178,15 +178,15 @@ def damped_kron(
   def plain(shape) -> bool:
     return len(shape) < 2 and max_vector_size is None
 
-  def sides(shape) -> tuple[bool, bool]:
+  def layout(shape: tuple[int, ...]) -> Layout:
     limit = max_vector_size if len(shape) < 2 else max_size
-    m, n = as_matrix_shape(shape)
-    return 1 < m <= limit, 1 < n <= limit
+    matrix = as_matrix_shape(shape)
+    return Layout(matrix, tuple(dense_if(1 < d <= limit) for d in matrix))
 
   def init(x: jax.Array) -> DampedKronState | tuple:
     if plain(x.shape):
       return ()
-    kron = initial(as_matrix_shape(x.shape), sides(x.shape), x.dtype, 1.0, geometry)
+    kron = initial(layout(x.shape), x.dtype, 1.0, geometry)
     # until something is averaged P is the identity; the first weight β_0 = 0 then forgets it
     first = None if average is None else kron.p
     memory = kron.p if average is not None and average.remembers else None

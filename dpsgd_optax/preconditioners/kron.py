@@ -11,7 +11,8 @@ Sources: Li, arXiv:1803.09383 (Kron), arXiv:2402.04553, arXiv:2402.11858; the ge
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +41,42 @@ def with_factors(q: Factors, lipschitz: jax.Array, geometry: Geometry, precision
   return KronState(() if geometry.fits_p else q, tuple(geometry.factor_of_p(x, precision) for x in q), lipschitz)
 
 
-def initial(shape: tuple[int, ...], dense: tuple[bool, ...], dtype, scale: float, geometry: Geometry) -> KronState:
+def dense_factor(d: int, dtype: Any) -> jax.Array:
+  return jnp.eye(d, dtype=dtype)
+
+
+def diagonal_factor(d: int, dtype: Any) -> jax.Array:
+  return jnp.ones((d,), jnp.finfo(dtype).dtype)
+
+
+class Layout(NamedTuple):
+  """How a parameter is looked at. Static, made anew from its shape at every trace.
+
+  Attributes:
+    shape: of the tensor that has one factor per axis.
+    factors: (d, dtype) -> the identity of each factor.
+    order: the axes of the parameter in the order in which they are merged into that tensor; None: as they are.
+  """
+
+  shape: tuple[int, ...]
+  factors: tuple[Callable[[int, Any], Any], ...]
+  order: tuple[int, ...] | None = None
+
+  def look(self, x: jax.Array) -> jax.Array:
+    return (x if self.order is None else jnp.transpose(x, self.order)).reshape(self.shape)
+
+  def back(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if self.order is None:
+      return y.reshape(shape)
+    inverse = sorted(range(len(shape)), key=lambda i: self.order[i])
+    return jnp.transpose(y.reshape([shape[i] for i in self.order]), inverse)
+
+
+def initial(layout: Layout, dtype: Any, scale: float, geometry: Geometry) -> KronState:
   """Q = scale · I, P = scale² · I."""
-  each = scale ** ((2 if geometry.fits_p else 1) / len(shape))
-  q = tuple(
-    (jnp.eye(d, dtype=dtype) if full else jnp.ones((d,), jnp.finfo(dtype).dtype)) * each
-    for d, full in zip(shape, dense, strict=True)
-  )
-  return with_factors(q, jnp.zeros(len(shape), jnp.finfo(dtype).dtype), geometry)
+  each = scale ** ((2 if geometry.fits_p else 1) / len(layout.shape))
+  q = tuple(factor(d, dtype) * each for d, factor in zip(layout.shape, layout.factors, strict=True))
+  return with_factors(q, jnp.zeros(len(layout.shape), jnp.finfo(dtype).dtype), geometry)
 
 
 def refit(
@@ -104,6 +133,42 @@ def first_scale(v: jax.Array | None, h: jax.Array) -> jax.Array:
   return from_h if v is None else from_h * jnp.mean(jnp.abs(v) ** 2) ** 0.25
 
 
+def dense_if(wanted: bool) -> Callable[[int, Any], jax.Array]:
+  return dense_factor if wanted else diagonal_factor
+
+
+def group(
+  layout: Callable[[tuple[int, ...]], Layout],
+  *,
+  geometry: Geometry,
+  init_scale: float | None,
+  **options: Any,
+) -> Preconditioner:
+  """The Kronecker preconditioner of one array under a layout; ``options`` as for :func:`refit`."""
+
+  def init(x: jax.Array) -> KronState:
+    return initial(layout(x.shape), x.dtype, 1.0 if init_scale is None else init_scale, geometry)
+
+  def fit(state: KronState, probe: Probe, *, key: jax.Array) -> KronState:
+    """q_i ← move(q_i, step_size / L_i · (⟨a a*⟩_i − ⟨b b*⟩_i))."""
+    if geometry.samples:
+      probe = sampled(probe, key)
+    seen = layout(probe.product.shape)
+    h = seen.look(probe.product)
+    v = None if probe.vector is None else seen.look(probe.vector)
+    if init_scale is None:
+      each = jnp.where(state.lipschitz[0] > 0, 1.0, first_scale(v, h) ** (1 / h.ndim))
+      scaled = lambda factors, gain: tuple((x * gain).astype(x.dtype) for x in factors)
+      state = state._replace(q=scaled(state.q, each), p=scaled(state.p, each**2))
+    return refit(state, v, h, geometry=geometry, **options)
+
+  def apply(state: KronState, x: jax.Array) -> jax.Array:
+    seen = layout(x.shape)
+    return seen.back(sandwich(state.p, seen.look(x), options.get("precision")), x.shape)
+
+  return Preconditioner(init, fit, apply)
+
+
 def kron(
   *,
   max_size: float = 2048,
@@ -157,29 +222,10 @@ def kron(
   check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only, 1.0 for Adam's size.")
   check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
 
-  def core(shape):
+  def layout(shape: tuple[int, ...]) -> Layout:
     kept = tuple(d for d in shape if d > 1) or (1,)
     size = math.prod(kept)
-    return kept, tuple(1 < d <= max_size and d * d <= max_skew * size for d in kept)
+    return Layout(kept, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * size) for d in kept))
 
-  def init(x: jax.Array) -> KronState:
-    shape, dense = core(x.shape)
-    return initial(shape, dense, x.dtype, 1.0 if init_scale is None else init_scale, geometry)
-
-  def fit(state: KronState, probe: Probe, *, key: jax.Array) -> KronState:
-    """q_i ← move(q_i, step_size / L_i · (⟨a a*⟩_i − ⟨b b*⟩_i))."""
-    if geometry.samples:
-      probe = sampled(probe, key)
-    shape, _ = core(probe.product.shape)
-    h = probe.product.reshape(shape)
-    v = None if probe.vector is None else probe.vector.reshape(shape)
-    if init_scale is None:
-      each = jnp.where(state.lipschitz[0] > 0, 1.0, first_scale(v, h) ** (1 / len(shape)))
-      scaled = lambda factors, gain: tuple((x * gain).astype(x.dtype) for x in factors)
-      state = state._replace(q=scaled(state.q, each), p=scaled(state.p, each**2))
-    return refit(state, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size, precision=precision)
-
-  def apply(state: KronState, x: jax.Array) -> jax.Array:
-    return sandwich(state.p, x.reshape(core(x.shape)[0]), precision).reshape(x.shape)
-
-  return per_leaf(Preconditioner(init, fit, apply), stacked)
+  options = dict(geometry=geometry, step_size=step_size, normalizer=normalizer, precision=precision)
+  return per_leaf(group(layout, init_scale=init_scale, **options), stacked)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two factors for every parameter, seen as a matrix: affine, and the pairs of scaling, whitening and normalisation.
+
+Notation
+  G        m × n matrix: the parameter with its axes merged; P G = (Q_lᵀQ_l) G (Q_rᵀQ_r)
+  dense    upper triangular (d, d): whitening of features
+  diagonal (d,): scaling of features
+  arrow    diagonal and last column: normalisation of features, x ↦ D x + c, the last feature being the constant 1
+
+All move by ``eq``, which is equivariant: training on transformed features is the same as training on the original ones.
+
+Sources: arXiv:1803.09383 and arXiv:1809.10232 (the groups); psgd_tf, legacy psgd_torch; usmanqadeer1/DPSGD.
+"""
+
+import itertools
+import math
+from typing import Any
+
+from dpsgd_optax.base import Preconditioner, check, check_step_size
+from dpsgd_optax.preconditioners import _arrow
+from dpsgd_optax.preconditioners._geometry import Geometry, Normalizer, eq, lipschitz
+from dpsgd_optax.preconditioners._lift import Stacked, per_leaf
+from dpsgd_optax.preconditioners._linalg import as_matrix_shape
+from dpsgd_optax.preconditioners.kron import (
+  Layout,
+  check_geometry,
+  dense_factor,
+  dense_if,
+  diagonal_factor,
+  group,
+)
+
+
+def squarest(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+  """Order of the axes, and how many go to the rows, so that m² + n² is least; the first such in that order."""
+  axes = range(len(shape))
+  candidates = [
+    ((*rows, *(i for i in axes if i not in rows)), len(rows))
+    for count in axes
+    for rows in itertools.combinations(axes, count)
+  ]
+  sides = lambda found: [math.prod(shape[i] for i in part) for part in (found[0][: found[1]], found[0][found[1] :])]
+  return min(candidates, key=lambda found: sum(d * d for d in sides(found)))
+
+
+def affine(
+  *,
+  max_size: float = 2048,
+  max_skew: float = 1.0,
+  geometry: Geometry = eq,
+  step_size: float = 0.1,
+  init_scale: float | None = None,
+  normalizer: Normalizer = lipschitz,
+  stacked: Stacked = None,
+  precision: Any = None,
+) -> Preconditioner:
+  """P = P_l ⊗ P_r on every leaf, seen as the matrix that is nearest to a square one.
+
+  Of all ways to distribute the axes of a tensor over rows and columns, the one with the least m² + n² is taken; a conv
+  kernel (3, 3, 64, 64) becomes 192 × 192 where ``kron`` has four factors. Vectors have one diagonal factor.
+
+  Args:
+    max_size: a longer side gets a diagonal factor. Static. ``jnp.inf``: any.
+    max_skew: a side d is dense iff d² ≤ ``max_skew`` · N. Static. ``jnp.inf``: all are.
+    geometry: how the factors move, as for :func:`dpsgd_optax.kron`.
+    step_size: of the fit, in (0, 1].
+    init_scale: the initial Q = init_scale · I; None: from the first probe that is not zero.
+    normalizer: what the step is divided by.
+    stacked: see :func:`dpsgd_optax.per_leaf`.
+    precision: of the matrix products, as ``jax.lax.Precision``.
+
+  Returns:
+    A :class:`dpsgd_optax.Preconditioner`.
+
+  Raises:
+    ValueError: for a step size outside (0, 1], or a scale, size or skew that is not positive.
+
+  Source: arXiv:2402.04553 (Affine).
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> state = dpo.affine(max_skew=jnp.inf).init({"kernel": jnp.zeros((3, 3, 8, 8))})
+    >>> [q.shape for q in state.buckets["3x3x8x8_float32"].q]
+    [(1, 24, 24), (1, 24, 24)]
+  """
+  check_geometry(geometry)
+  check(lambda x: x > 0, max_size, "max_size", "positive", "Use `max_size=1` to make both factors diagonal.")
+  check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only.")
+
+  def layout(shape: tuple[int, ...]) -> Layout:
+    if len(shape) < 2:
+      order, matrix = None, (math.prod(shape),)
+    else:
+      order, rows = squarest(shape)
+      matrix = tuple(math.prod(shape[i] for i in part) for part in (order[:rows], order[rows:]))
+    size = math.prod(matrix)
+    return Layout(matrix, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * size) for d in matrix), order)
+
+  return _lifted(layout, geometry, step_size, init_scale, normalizer, stacked, precision)
+
+
+def scan(
+  *,
+  bias_row: bool = True,
+  step_size: float = 0.1,
+  init_scale: float | None = None,
+  normalizer: Normalizer = lipschitz,
+  stacked: Stacked = None,
+  precision: Any = None,
+) -> Preconditioner:
+  """Scaling and normalisation: P of m × n kernels in O(m + n), an arrow-head on the inputs, a diagonal on the outputs.
+
+  Made for kernels (…, in + 1, out) whose last row is the bias, the input being extended by a constant 1. Training with
+  it is then invariant under a shift and a rescaling of each input feature, and under a rescaling of each output: batch
+  normalisation of the inputs by the optimizer. Kernels (h, w, in, out) are seen as (h·w·in, out). Vectors are scaled.
+
+  Args:
+    bias_row: False: the kernels have no bias row; inputs are then scaled, not shifted, and both factors are diagonal.
+    step_size: of the fit, in (0, 1].
+    init_scale: the initial Q = init_scale · I; None: from the first probe that is not zero.
+    normalizer: what the step is divided by.
+    stacked: see :func:`dpsgd_optax.per_leaf`.
+    precision: as ``jax.lax.Precision``.
+
+  Returns:
+    A :class:`dpsgd_optax.Preconditioner` of real parameters. State: 4 m + 2 n numbers.
+
+  Raises:
+    ValueError: for a step size outside (0, 1] or a scale that is not positive.
+
+  Departure: in Flax's layout rows are inputs, so the arrow-head is the left factor; psgd_torch has it on the right.
+
+  Source: legacy psgd_torch (SCAN); "scan" of usmanqadeer1/DPSGD, whose reverse arrow-head is the same matrix.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> state = dpo.scan().init(jnp.zeros((5, 3)))
+    >>> arrow, scale = state.buckets["5x3_float32"].q
+    >>> arrow.diagonal.shape, arrow.column.shape, scale.shape
+    ((1, 5), (1, 5), (1, 3))
+  """
+  left = _arrow.identity if bias_row else diagonal_factor
+  return _lifted(_pair(left, diagonal_factor), eq, step_size, init_scale, normalizer, stacked, precision)
+
+
+def scaw(
+  *,
+  step_size: float = 0.1,
+  init_scale: float | None = None,
+  normalizer: Normalizer = lipschitz,
+  stacked: Stacked = None,
+  precision: Any = None,
+) -> Preconditioner:
+  """Scaling and whitening: a dense triangular factor on the inputs of m × n kernels, a diagonal one on the outputs.
+
+  With the bias as the last row of the kernel, training is invariant under every affine map of the inputs that is
+  lower triangular, and so has nothing to gain from whitened inputs. Arguments, returns and errors as for
+  :func:`dpsgd_optax.scan`.
+
+  Source: legacy psgd_torch (SCAW); "scaw" of usmanqadeer1/DPSGD.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> [q.shape for q in dpo.scaw().init(jnp.zeros((5, 3))).buckets["5x3_float32"].q]
+    [(1, 5, 5), (1, 3)]
+  """
+  return _lifted(_pair(dense_factor, diagonal_factor), eq, step_size, init_scale, normalizer, stacked, precision)
+
+
+def _pair(left: Any, right: Any) -> Any:
+  """The layout of matrices with one factor on the rows and one on the columns; vectors are scaled."""
+
+  def layout(shape: tuple[int, ...]) -> Layout:
+    if len(shape) < 2:
+      return Layout((math.prod(shape),), (diagonal_factor,))
+    return Layout(as_matrix_shape(shape), (left, right))
+
+  return layout
+
+
+def _lifted(layout, geometry, step_size, init_scale, normalizer, stacked, precision) -> Preconditioner:
+  check_step_size(step_size)
+  check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
+  options = dict(geometry=geometry, step_size=step_size, normalizer=normalizer, precision=precision)
+  return per_leaf(group(layout, init_scale=init_scale, **options), stacked)
