@@ -4,7 +4,7 @@
 Notation
   Q = q_1 ⊗ … ⊗ q_k, P = QᴴQ; (v, h) the probe, v = None: integrated out
   a, b    the probe seen through Q
-  T1, T2  ⟨a a*⟩_i and ⟨b b*⟩_i, (d, d) dense or (d,) diagonal; T2 is the number N/d_i where v is integrated out
+  T1, T2  ⟨a a*⟩_i and ⟨b b*⟩_i, (d, d) dense or (d,) diagonal; E ⟨b b*⟩_i where v is integrated out
   E       T1 − T2, the (half) gradient of the criterion hᴴPh + vᴴP⁻¹v along the group
   L       what the step is divided by, so that ‖μE‖ ≤ step_size and q never leaves the group
 
@@ -14,6 +14,7 @@ Every fit is q_i ← move(q_i, (step_size / L) · project(T1 − T2)). A geometr
 Sources: arXiv:1512.04202 (EQ), arXiv:2402.11858 and psgd_torch 2.0 (the inverse-free ones); arXiv:1803.09383 (Kron).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,15 +42,30 @@ from dpsgd_optax.preconditioners._linalg import (
 Factors = tuple[jax.Array, ...]
 
 
+def _expected_of_v(q: Factors, shape: tuple[int, ...]) -> list:
+  """E ⟨v v*⟩_i = (N/d_i) I, kept as the number."""
+  return [jnp.asarray(math.prod(shape) / d, jnp.finfo(x.dtype).dtype) for x, d in zip(q, shape, strict=True)]
+
+
+def _expected_of_inverse(q: Factors, shape: tuple[int, ...]) -> list:
+  """E ⟨b b*⟩_i = s_i Π_{j≠i} tr s_j with b = Q⁻ᴴv and s = q⁻ᴴq⁻¹."""
+  ones = [jnp.ones_like(x) if x.ndim == 1 else jnp.eye(d, dtype=x.dtype) for x, d in zip(q, shape, strict=True)]
+  inverses = [solve_adjoint(one, x, 0) for one, x in zip(ones, q, strict=True)]
+  traces = [jnp.sum(jnp.abs(x) ** 2) for x in inverses]
+  others = [math.prod(traces[:i] + traces[i + 1 :]) for i in range(len(q))]
+  return [gram(x, 0, factor) * other for x, factor, other in zip(inverses, q, others, strict=True)]
+
+
 class Geometry(NamedTuple):
   """Where the probe is looked at, and how a factor moves.
 
   Attributes:
-    lift: (q, p, v, h, precision) -> (a, b); b is None where v is and the geometry can integrate it out.
+    lift: (q, p, v, h, precision) -> (a, b); b is None where v is.
     project: the part of a dense E that lies in the group's Lie algebra.
     move: (q, E) -> q for a dense factor, E already scaled by step_size / L.
     move_diagonal: the same for a diagonal factor.
-    samples: True if the geometry cannot integrate v out and wants a sample of it.
+    samples: True if the geometry had better not integrate v out and wants a sample of it.
+    expected: (q, shape) -> E ⟨b b*⟩_i of each factor, v integrated out; a number stands for a multiple of I.
     moment: (q, T, precision) -> T as the factor sees it; T is a matrix, a diagonal, or a number that stands for a
       multiple of the identity.
     fits_p: True if what is moved is P itself: its factors are then Hermitian positive and P = q.
@@ -61,6 +77,7 @@ class Geometry(NamedTuple):
   move: Callable
   move_diagonal: Callable
   samples: bool = False
+  expected: Callable = _expected_of_v
   moment: Callable = lambda q, t, precision: t
   fits_p: bool = False
   keeps_inverse: bool = False
@@ -89,7 +106,7 @@ def _through_q(q, p, v, h, precision):
   del p
   for i, factor in enumerate(q):
     h = multiply(h, factor, i, precision)
-    v = solve_adjoint(v, factor, i)
+    v = None if v is None else solve_adjoint(v, factor, i)
   return h, v
 
 
@@ -138,9 +155,10 @@ def _through_one_factor(q, t, precision):
   return jnp.matmul(jnp.matmul(q, t, precision=precision), jnp.conj(q.T), precision=precision)
 
 
-eq = Geometry(_through_q, triu, _times, _scale, samples=True)
+eq = Geometry(_through_q, triu, _times, _scale, samples=True, expected=_expected_of_inverse)
 """q ← q − μ triu(E) q, q upper triangular, a = Qh, b = Q⁻ᴴv: the classic fit, equivariant under its group.
-Two triangular solves per matrix, which are slow on GPUs. Whitening samples v."""
+Two triangular solves per matrix, which are slow on GPUs. Whitening samples v; ``eq._replace(samples=False)`` integrates it
+out, which psgd_torch gave up because it wants a better estimate of L, and costs an inverse of every dense factor."""
 
 gl = Geometry(_through_inverse, _keep, _times, _scale, samples=True, keeps_inverse=True)
 """q ← q − μ E q with any invertible q, a = Qh, b = Q⁻ᴴv: equivariant under all invertible maps. For ``dense`` only,
@@ -231,11 +249,11 @@ def steps(
   a, b = geometry.lift(q, p, v, h, precision)
   real = jnp.finfo(a.dtype).dtype
   found, tracked = [], []
+  expected = geometry.expected(q, a.shape) if b is None else None
   for i, factor in enumerate(q):
     dense, norm = factor.ndim == 2, norm_bound if norms is None else norms[i]
     of = outer if low_rank else lambda x, i=i, factor=factor: gram(x, i, factor, precision)
-    # v integrated out: E ⟨v v*⟩_i = (N/d_i) I, kept as the number
-    second = jnp.asarray(a.size / a.shape[i], real) if b is None else of(b)
+    second = expected[i] if b is None else of(b)
     t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)
     e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
     e = geometry.project(e) if dense else e
