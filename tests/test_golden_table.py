@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No case of the golden record of psgd_torch is silently left out: each is claimed by one test module, or has a reason."""
+"""No case of the golden record of psgd_torch is silently left out: each is claimed by one module, or has a reason."""
 
 import pytest
 

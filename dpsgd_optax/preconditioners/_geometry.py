@@ -157,8 +157,8 @@ def _through_one_factor(q, t, precision):
 
 eq = Geometry(_through_q, triu, _times, _scale, samples=True, expected=_expected_of_inverse)
 """q ← q − μ triu(E) q, q upper triangular, a = Qh, b = Q⁻ᴴv: the classic fit, equivariant under its group.
-Two triangular solves per matrix, which are slow on GPUs. Whitening samples v; ``eq._replace(samples=False)`` integrates it
-out, which psgd_torch gave up because it wants a better estimate of L, and costs an inverse of every dense factor."""
+Two triangular solves per matrix, which are slow on GPUs. Whitening samples v; ``eq._replace(samples=False)`` integrates
+it out, which psgd_torch gave up because it wants a better estimate of L, and costs an inverse of every dense factor."""
 
 gl = Geometry(_through_inverse, _keep, _times, _scale, samples=True, keeps_inverse=True)
 """q ← q − μ E q with any invertible q, a = Qh, b = Q⁻ᴴv: equivariant under all invertible maps. For ``dense`` only,
