@@ -153,9 +153,9 @@ def scaw(
 ) -> Preconditioner:
   """Scaling and whitening: a dense triangular factor on the inputs of m × n kernels, a diagonal one on the outputs.
 
-  With the bias as the last row of the kernel, training is invariant under every affine map of the inputs that is
-  lower triangular, and so has nothing to gain from whitened inputs. Arguments, returns and errors as for
-  :func:`dpsgd_optax.scan`.
+  With the bias as the last row of the kernel, training is invariant under all affine maps of the inputs under which a
+  feature receives only itself, later ones and a constant. One of them whitens the inputs: there is nothing to gain from
+  doing so. Arguments, returns and errors as for :func:`dpsgd_optax.scan`.
 
   Source: legacy psgd_torch (SCAW); "scaw" of usmanqadeer1/DPSGD.
 
