@@ -8,6 +8,7 @@ python -m benchmarks mnist --optimizers betas          the sweep over the weight
 python -m benchmarks mnist --optimizers "psgd,dpsgd(average=0.5, judge_every=10)"
 python -m benchmarks tune mnist                        choose the learning rates, the same number of trials for each
 python -m benchmarks cost mnist                        cost of a step as ratios in one interleaved run
+python -m benchmarks peers                             the optimizer alone against psgd-jax and Adam (extra `peers`)
 python -m benchmarks report                            Markdown tables from the results kept in --out
 python -m benchmarks readme                            the figures of README.md, written anew from them
 """
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, hyperparameters, readme, tune
+from benchmarks import cost, hyperparameters, peers, readme, tune
 from benchmarks.data import DataError
 from benchmarks.optimizers import SpecError, split
 from benchmarks.problems import PROBLEMS
@@ -26,7 +27,7 @@ from benchmarks.records import Results, ResumeError, load
 from benchmarks.report import claim_table, tables
 from benchmarks.session import prepare, run
 
-COMMANDS = ("demo", "tune", "cost", "report", "readme")
+COMMANDS = ("demo", "tune", "cost", "peers", "report", "readme")
 
 
 def positive(kind: type) -> Any:
@@ -137,6 +138,11 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser().parse_args(argv)
   first, *rest = arguments.what
   command, names = (first, rest) if first in COMMANDS else ("run", arguments.what)
+  if command == "peers":
+    document = peers.measure()
+    peers.table(document).show()
+    cost.save(document, arguments.out / "cost-peers.json")
+    return 0
   if command == "demo":
     names, arguments.name = ["digits"], arguments.name or "demo"
     arguments.optimizers = arguments.optimizers or "demo"

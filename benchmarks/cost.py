@@ -101,12 +101,12 @@ class Call:
     return self.call(*self.arguments)
 
 
-def measure(problem: Problem, rounds: int = 15, calls: int = 10, seed: int = 0) -> dict[str, Any]:
-  """Seconds of each contestant in each round, and the table of ratios."""
-  entered, order = contestants(problem), random.Random(seed)
-  wall: dict[str, list[float]] = {name: [] for name in entered}
-  cpu: dict[str, list[float]] = {name: [] for name in entered}
-  before = load_average()
+def interleaved(
+  entered: dict[str, Callable[[], Any]], rounds: int, calls: int, seed: int
+) -> dict[str, dict[str, list]]:
+  """Seconds per call of each contestant in each round, by wall clock and of CPU; a fresh random order in each round."""
+  order = random.Random(seed)
+  times: dict[str, dict[str, list]] = {kind: {name: [] for name in entered} for kind in ("cpu", "wall")}
   for _ in range(rounds):
     names = list(entered)
     order.shuffle(names)
@@ -116,14 +116,21 @@ def measure(problem: Problem, rounds: int = 15, calls: int = 10, seed: int = 0) 
       for _ in range(calls):
         result = call()
       jax.block_until_ready(result)
-      wall[name].append((time.perf_counter() - clock) / calls)
-      cpu[name].append((time.process_time() - process) / calls)
-  ratios = {}
-  for label, (a, b) in RATIOS.items():
-    ratios[label] = {
-      kind: np.percentile(np.divide(times[a], times[b]), [25, 50, 75]).tolist()
-      for kind, times in {"cpu": cpu, "wall": wall}.items()
-    }
+      times["wall"][name].append((time.perf_counter() - clock) / calls)
+      times["cpu"][name].append((time.process_time() - process) / calls)
+  return times
+
+
+def quartiles_of(times: dict[str, dict[str, list]], a: str, b: str) -> dict[str, list[float]]:
+  """Quartiles of the ratio a / b, formed within each round."""
+  return {kind: np.percentile(np.divide(of[a], of[b]), [25, 50, 75]).tolist() for kind, of in times.items()}
+
+
+def measure(problem: Problem, rounds: int = 15, calls: int = 10, seed: int = 0) -> dict[str, Any]:
+  """Seconds of each contestant in each round, and the table of ratios."""
+  entered, before = contestants(problem), load_average()
+  times = interleaved(entered, rounds, calls, seed)
+  ratios = {label: quartiles_of(times, *pair) for label, pair in RATIOS.items()}
   return {
     "problem": problem.name,
     "batch_size": problem.batch_size,
@@ -132,18 +139,19 @@ def measure(problem: Problem, rounds: int = 15, calls: int = 10, seed: int = 0) 
     "environment": environment(),
     "load_average": [before, load_average()],
     "ratios": ratios,
-    "median_cpu_ms": {name: 1e3 * float(np.median(times)) for name, times in cpu.items()},
+    "median_cpu_ms": {name: 1e3 * float(np.median(seconds)) for name, seconds in times["cpu"].items()},
     "first_call_seconds": {name: call.first_seconds for name, call in entered.items()},
     "recompiled": sum(call.recompiled for call in entered.values()),
   }
 
 
+def cell(quartiles: list[float]) -> str:
+  low, median, high = quartiles
+  return f"{median:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def table(document: dict[str, Any]) -> Table:
   """One row per ratio: median [quartiles]."""
-
-  def cell(quartiles: list[float]) -> str:
-    low, median, high = quartiles
-    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
   rows = [
     (label, RATIOS[label][1], cell(ratio["cpu"]), cell(ratio["wall"])) for label, ratio in document["ratios"].items()
