@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer alone, without a model: what `update` costs beside psgd-jax and Adam, interleaved, as ratios.
 
-Workload: the gradients of an MLP 784-512-512-10. "One fit in 33" is measured over PERIOD updates, as it is used. psgd-jax 0.2.9 (extra `peers`) does not import today; `psgd_jax` below gives back the two names that it misses.
+Workload: the gradients of an MLP 784-512-512-10. "One fit in 33" is measured over PERIOD updates, as it is used.
+psgd-jax 0.2.9 (extra `peers`) does not import today; `psgd_jax` below gives back the two names that it misses.
 
 psgd-jax holds the factors, not P; ours keeps P as well, so that a step without a fit costs one product per factor.
 """
