@@ -8,6 +8,7 @@ psgd-jax holds the factors, not P; ours keeps P as well, so that a step without 
 """
 
 import importlib
+import itertools
 import sys
 import types
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def psgd_jax(module: str) -> Any:
 
 def params_of(widths: tuple[int, ...] = WIDTHS) -> dict[str, jax.Array]:
   rng = np.random.default_rng(0)
-  shapes = {f"w{i}": pair for i, pair in enumerate(zip(widths[:-1], widths[1:], strict=True))}
+  shapes = {f"w{i}": pair for i, pair in enumerate(itertools.pairwise(widths))}
   shapes |= {f"b{i}": (d,) for i, d in enumerate(widths[1:])}
   return {name: jnp.asarray(rng.standard_normal(shape) * 0.05, jnp.float32) for name, shape in shapes.items()}
 
