@@ -6,9 +6,11 @@ Flax helpers live in ``dpsgd_optax.training``, which is not imported here.
 """
 
 from dpsgd_optax.base import Curvature, Preconditioner, Probe
-from dpsgd_optax.curvature import newton, whitening
+from dpsgd_optax.curvature import layer_inputs, newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
-from dpsgd_optax.optimizers import dpsgd, psgd
+from dpsgd_optax.fitted import Fitted
+from dpsgd_optax.layers import LayerRecord, channel_moments, second_moments
+from dpsgd_optax.optimizers import bnp, dpsgd, psgd
 from dpsgd_optax.preconditioners._geometry import (
   eq,
   gl,
@@ -24,38 +26,60 @@ from dpsgd_optax.preconditioners._geometry import (
 )
 from dpsgd_optax.preconditioners._lift import per_leaf, raveled
 from dpsgd_optax.preconditioners.affine import affine, scan, scaw
+from dpsgd_optax.preconditioners.batch_norm import batch_norm, expected_scale
 from dpsgd_optax.preconditioners.damped_kron import additive, damped_kron, factored, recursive, two_tap, undamped
 from dpsgd_optax.preconditioners.dense import dense
 from dpsgd_optax.preconditioners.diagonal import diagonal
 from dpsgd_optax.preconditioners.kron import kron
 from dpsgd_optax.preconditioners.lra import lra
+from dpsgd_optax.preconditioners.second_moment import second_moment
 from dpsgd_optax.preconditioners.xmat import xmat
 from dpsgd_optax.products import ggnvp, hvp, hvp_finite_difference, value_and_grad_and_hvp
+from dpsgd_optax.regularization import (
+  add_gradient_norm_penalty,
+  add_l1_penalty,
+  add_l2_penalty,
+  gradient_norm,
+  proximal_l1,
+  proximal_l2,
+  sharpness_aware,
+)
 from dpsgd_optax.transform import annealed_probability, clipped_learning_rate, scale_by_preconditioner, state_bytes
 
 __version__ = "0.1.0"
 
 __all__ = [
   "Curvature",
+  "Fitted",
+  "LayerRecord",
   "Preconditioner",
   "Probe",
   "adapt_damping",
+  "add_gradient_norm_penalty",
+  "add_l1_penalty",
+  "add_l2_penalty",
   "additive",
   "affine",
   "annealed_probability",
+  "batch_norm",
+  "bnp",
+  "channel_moments",
   "clipped_learning_rate",
   "damped_kron",
   "dense",
   "diagonal",
   "dpsgd",
   "eq",
+  "expected_scale",
   "factored",
   "ggnvp",
   "gl",
+  "gradient_norm",
   "half_slope",
   "hvp",
   "hvp_finite_difference",
   "kron",
+  "layer_inputs",
   "levenberg_marquardt",
   "lipschitz",
   "lra",
@@ -65,6 +89,8 @@ __all__ = [
   "per_leaf",
   "pro",
   "pro4p",
+  "proximal_l1",
+  "proximal_l2",
   "psgd",
   "qep",
   "qeq",
@@ -74,6 +100,9 @@ __all__ = [
   "raveled",
   "recursive",
   "scale_by_preconditioner",
+  "second_moment",
+  "second_moments",
+  "sharpness_aware",
   "scan",
   "scaw",
   "spectral",

@@ -5,7 +5,8 @@ OBSERVE   Curvature       (key, updates, params, **extra) -> observation      wh
 FIT       Preconditioner  (state, observation, *, key, damping) -> state      how P is shaped
 APPLY     Preconditioner  (state, updates) -> P @ updates                     how it is used
 
-Nothing else is asked of a preconditioner: not its inverse, not its powers, not its eigenvalues.
+Nothing else is asked of a preconditioner: not its inverse, not its eigenvalues. Three optional fields say how P^½ is
+had; only `regularization` asks for it, and optimization works without them.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,10 @@ class Preconditioner(NamedTuple):
     advance: ``(state, *, damping) -> state``, or None. What ``fit`` does on a step on which nothing
       new is observed: running averages move on and a new damping takes effect. Most
       preconditioners have no such part and leave it None.
+    diagonal: True says that P acts entry by entry, and with it all powers of P are known.
+    power: ``(state, updates, exponent) -> P^exponent @ updates``, symmetric, for any real exponent; or None.
+    root: ``(state, updates, inverse) -> R @ updates``, or R⁻¹ @ updates if ``inverse`` (a bool), for some R with
+      R Rᵀ = P, not necessarily symmetric; or None. A preconditioner that has ``power`` needs none: R = P^½.
 
   Example:
     A preconditioner of one number, ‖v‖ / ‖Hv‖:
@@ -50,6 +55,9 @@ class Preconditioner(NamedTuple):
   fit: Callable[..., Any]
   apply: Callable[..., Any]
   advance: Callable[..., Any] | None = None
+  diagonal: bool = False
+  power: Callable[..., Any] | None = None
+  root: Callable[..., Any] | None = None
 
 
 class Probe(NamedTuple):

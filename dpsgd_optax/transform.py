@@ -17,6 +17,7 @@ from dpsgd_optax.base import (
   check_period,
   same_structure,
 )
+from dpsgd_optax.fitted import Fitted
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -89,6 +90,7 @@ class ScaleByPreconditionerState(NamedTuple):
   skipped: (), int32, steps skipped because something in gradient, observation or factors was not finite.
   momentum: state of the momentum.
   preconditioner: state of the preconditioner.
+  after: state of the transform after P.
   """
 
   count: jax.Array
@@ -98,6 +100,7 @@ class ScaleByPreconditionerState(NamedTuple):
   skipped: jax.Array
   momentum: Any
   preconditioner: Any
+  after: Any = optax.EmptyState()
 
 
 def make_key(key: int | jax.Array) -> jax.Array:
@@ -119,10 +122,14 @@ def scale_by_preconditioner(
   damping: Any = 0.0,
   momentum: optax.GradientTransformation | None = None,
   direction: Callable = plain,
+  after: optax.GradientTransformation | None = None,
   key: int | jax.Array = 0,
   finite_check: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
   """Observe → fit → apply: updates ← P @ updates, with P fitted to the curvature as training goes.
+
+  One step: P is fitted on the gradient; ``momentum``, P (by way of ``direction``) and ``after`` then act in this order.
+  The last three see P: ``momentum`` and ``after`` as the extra argument ``fitted``, a :class:`dpsgd_optax.Fitted`.
 
   Fitting comes before applying, so that a step already profits from what it observed. Every extra argument of
   ``update`` is handed to the curvature; those it does not know it ignores.
@@ -137,7 +144,10 @@ def scale_by_preconditioner(
     momentum: an optax transform between the gradient and P: ``momentum=optax.ema(0.9)`` fits on raw gradients and
       preconditions their average; ``optax.chain(optax.ema(0.9), scale_by_preconditioner(…))`` fits on the average.
       None: none. If the fit is on the average, divide the learning rate by √((1+β)/(1−β)).
-    direction: (apply, updates, params, **extra) → preconditioned updates; the default applies P. Static.
+    direction: (apply, updates, params, **extra) → preconditioned updates; the default applies P. Extra arguments are
+      those of ``update``, ``fitted`` and ``count``, the number of the step. Static.
+    after: an optax transform after P, for what must see both P and the step: penalties in preconditioned variables,
+      and the learning rate where they are proximal (see :func:`dpsgd_optax.proximal_l1`). None: none.
     key: int or PRNG key of the probes; lives in the state. Same key, same run.
     finite_check: skip and count a step on which anything is not finite. False saves a pass over the updates.
 
@@ -173,11 +183,19 @@ def scale_by_preconditioner(
   check_not_negative(damping, "damping", "It is λ ≥ 0. Try 0.")
   momentum = optax.identity() if momentum is None else momentum
   momentum = optax.with_extra_args_support(momentum)
+  after = optax.with_extra_args_support(optax.identity() if after is None else after)
 
   def init(params):
     zero = jnp.zeros((), jnp.int32)
     return ScaleByPreconditionerState(
-      zero, make_key(key), jnp.zeros((), jnp.float32), zero, zero, momentum.init(params), preconditioner.init(params)
+      zero,
+      make_key(key),
+      jnp.zeros((), jnp.float32),
+      zero,
+      zero,
+      momentum.init(params),
+      preconditioner.init(params),
+      after.init(params),
     )
 
   def schedule(state):
@@ -193,18 +211,22 @@ def scale_by_preconditioner(
     due, debt = schedule(state)
     due = due if refresh is None else refresh
     old = state.preconditioner
-    averaged, moved = momentum.update(updates, state.momentum, params, **extra)
 
     def use(new):
-      """P @ updates, and whether all went well: a NaN or infinity in gradient, observation or factors shows here."""
+      """The step, and whether all went well: a NaN or infinity in gradient, observation or factors shows here."""
       new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, old)
-      applied = direction(lambda x: preconditioner.apply(new, x), averaged, params, **extra)
+      fitted = Fitted(preconditioner, new, updates)
+      seen = {**extra, "fitted": fitted}
+      averaged, moved = momentum.update(updates, state.momentum, params, **seen)
+      applied = direction(fitted.apply, averaged, params, **{**seen, "count": state.count})
       same_structure(applied, updates, "what the direction returns", "the updates")
+      applied, done = after.update(applied, state.after, params, **seen)
+      around = (moved, done)
       if not finite_check:
-        return new, applied, jnp.array(True)
+        return new, around, applied, jnp.array(True)
       usable = all_finite(applied)
       # the select stays in the branch: where nothing was fitted, both sides are one and XLA drops it
-      return where(usable, new, old), applied, usable
+      return where(usable, new, old), where(usable, around, (state.momentum, state.after)), applied, usable
 
     def refit():
       observation = curvature(probe_key, updates, params, damping=strength, **extra)
@@ -213,9 +235,8 @@ def scale_by_preconditioner(
     def keep():
       return use(old if preconditioner.advance is None else preconditioner.advance(old, damping=strength))
 
-    new, applied, usable = choose(due, refit, keep)
+    new, (moved, done), applied, usable = choose(due, refit, keep)
     if finite_check:
-      moved = where(usable, moved, state.momentum)
       applied = jax.tree.map(lambda x: jnp.where(usable, x, jnp.zeros_like(x)), applied)
     applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, updates)
     fitted = jnp.asarray(due) & usable
@@ -227,6 +248,7 @@ def scale_by_preconditioner(
       state.skipped + (~usable).astype(jnp.int32),
       moved,
       new,
+      done,
     )
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -55,9 +55,12 @@ PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.additive),
   "damped_kron undamped": functools.partial(dpo.damped_kron, form=dpo.undamped, average=None, geometry=dpo.eq),
   "raveled": lambda **_: dpo.raveled(scaling()),
+  "second_moment": lambda **_: dpo.second_moment(),
 }
 DESCENDING = [
-  name for name in PRECONDITIONERS if name not in ("damped_kron factored", "damped_kron additive", "raveled")
+  name
+  for name in PRECONDITIONERS
+  if name not in ("damped_kron factored", "damped_kron additive", "raveled", "second_moment")
 ]
 """Those whose fit descends the criterion: no average, no damping of the factors."""
 
@@ -147,6 +150,15 @@ def marquardt(**kwargs):
   return dpo.levenberg_marquardt(optax.sgd(0.1), **kwargs)
 
 
+def penalised(**options):
+  """Regularised between fit and P, where the transform sees P."""
+  penalty = dpo.add_gradient_norm_penalty(0.01, preconditioned=True)
+  return optax.chain(
+    dpo.scale_by_preconditioner(dpo.diagonal(), dpo.newton(), momentum=penalty, every=2, **options),
+    optax.scale_by_learning_rate(0.1),
+  )
+
+
 OPTIMIZERS = {
   "psgd whitening": Row(functools.partial(dpo.psgd, 0.1), frozenset(), bound=0.2),
   "psgd newton": Row(functools.partial(dpo.psgd, 0.1, dpo.kron(), dpo.newton()), frozenset({"hvp"}), bound=0.2),
@@ -160,6 +172,7 @@ OPTIMIZERS = {
   ),
   "levenberg_marquardt": Row(marquardt, frozenset({"value", "value_fn"}), takes_key=False, skips="rejected"),
   "chain": Row(chained, frozenset({"hvp"})),
+  "gradient penalty": Row(penalised, frozenset({"hvp"})),
 }
 
 

@@ -7,6 +7,7 @@
 `raveled`   the whole tree as one vector
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -155,12 +156,13 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
 
     return over_buckets(state, run)
 
-  def apply(state, updates):
+  def product(of_one, state, updates, *more):
+    """``of_one(state, x, *more)`` on every matrix: `apply`, `power` or `root` of the group."""
     leaves, treedef = jax.tree.flatten(updates)
     buckets = make_buckets(updates, stacked)
     _match(state, buckets)
     for bucket in buckets:
-      run = over_matrices(group.apply, bucket.size)
+      run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)
       unstack(bucket, run(state.buckets[bucket.name], stack(bucket, leaves)), leaves)
     return jax.tree.unflatten(treedef, leaves)
 
@@ -168,9 +170,14 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     def one(old):
       return old if group.advance is None else group.advance(old, damping=damping)
 
-    return over_buckets(state, lambda i, name, old: jax.vmap(one)(old))
+    # a group may keep nothing for some shapes, and vmap refuses a tree without arrays
+    return over_buckets(state, lambda i, name, old: jax.vmap(one)(old) if jax.tree.leaves(old) else old)
 
-  return Preconditioner(init, fit, apply, advance if group.advance else None)
+  lift = lambda of_one: of_one and functools.partial(product, of_one)
+  advance_or_none = advance if group.advance else None
+  return Preconditioner(
+    init, fit, lift(group.apply), advance_or_none, group.diagonal, lift(group.power), lift(group.root)
+  )
 
 
 def noise(key: jax.Array, x: jax.Array) -> jax.Array:
@@ -208,9 +215,8 @@ def damped(group: Preconditioner) -> Preconditioner:
   def fit(state, probe, *, key, damping):
     noise_key, key = jax.random.split(key)
     xi = noise(noise_key, probe.product) if probe.vector is None else None
-    seen = damp(probe, xi, damping)
-    # whitening: noise alone says nothing about a leaf whose gradient is zero; Newton: H + λI does
-    return unless_zero(probe.product if probe.vector is None else seen.product, group.fit(state, seen, key=key), state)
+    # λ alone says nothing about a leaf that is not in use: 2000 such fits would leave it with P = I/λ
+    return unless_zero(probe.product, group.fit(state, damp(probe, xi, damping), key=key), state)
 
   return group._replace(fit=fit)
 
@@ -269,8 +275,8 @@ def raveled(group: Preconditioner) -> Preconditioner:
     vector = None if probe.vector is None else ravel(probe.vector)
     return lifted.fit(state, Probe(vector, ravel(probe.product)), key=key, damping=damping)
 
-  def apply(state, updates):
-    flat = lifted.apply(state, ravel(updates))
+  def product(of_vector, state, updates, *more):
+    flat = of_vector(state, ravel(updates), *more)
     leaves, treedef = jax.tree.flatten(updates)
     start = 0
     for i, leaf in enumerate(leaves):
@@ -280,4 +286,5 @@ def raveled(group: Preconditioner) -> Preconditioner:
         start += size
     return jax.tree.unflatten(treedef, leaves)
 
-  return lifted._replace(init=init, fit=fit, apply=apply)
+  lift = lambda of_vector: of_vector and functools.partial(product, of_vector)
+  return lifted._replace(init=init, fit=fit, apply=lift(lifted.apply), power=lift(lifted.power), root=lift(lifted.root))

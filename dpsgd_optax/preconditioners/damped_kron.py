@@ -23,6 +23,7 @@ from dpsgd_optax.base import Preconditioner, Probe, check, check_fraction, check
 from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._lift import Stacked, batched, sampled, unless_zero
 from dpsgd_optax.preconditioners._linalg import as_matrix_shape, multiply
+from dpsgd_optax.preconditioners._power import kron_power
 from dpsgd_optax.preconditioners.kron import KronState, Layout, check_geometry, dense_if, initial, refit
 
 # How the damped factors are made: (mean eigenvalue of Pbar_L, of Pbar_R, c) -> (shift of P_L, of P_R, multiple of G)
@@ -227,4 +228,15 @@ def damped_kron(
     u = multiply(u, right, 1, precision) + s_right * u
     return (u + c * g).reshape(x.shape)
 
-  return batched(Preconditioner(init, fit, apply, advance), stacked)
+  def power(state: DampedKronState | tuple, x: jax.Array, exponent: Any) -> jax.Array:
+    """((Pbar_L + s_L I) ⊗ (Pbar_R + s_R I) + c I)^exponent x."""
+    if not isinstance(state, DampedKronState):
+      return x
+    factors = state.kron.p if state.average is None else state.average
+    *shifts, c = state.shifts
+    one = lambda p: jnp.eye(len(p), dtype=p.dtype) if p.ndim > 1 else jnp.ones_like(p)
+    shifted = tuple(p + s * one(p) for p, s in zip(factors, shifts, strict=True))
+    g = x.reshape(as_matrix_shape(x.shape))
+    return kron_power(shifted, g, exponent, c, precision).reshape(x.shape)
+
+  return batched(Preconditioner(init, fit, apply, advance, power=power), stacked)

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
 from dpsgd_optax.preconditioners._geometry import Geometry, pro, steps, trace
 from dpsgd_optax.preconditioners._lift import raveled, sampled
+from dpsgd_optax.preconditioners._linalg import square
+from dpsgd_optax.preconditioners._power import kron_power
 from dpsgd_optax.preconditioners.kron import first_scale
 
 
@@ -113,4 +115,8 @@ def dense(
       return product
     return jnp.matmul(jnp.conj(state.q.T), product, precision=precision)
 
-  return raveled(Preconditioner(init, fit, apply))
+  def to_the_power(state: DenseState, x: jax.Array, exponent: Any) -> jax.Array:
+    p = state.q if geometry.fits_p else square(state.q, precision)
+    return kron_power((p,), x, exponent, precision=precision)
+
+  return raveled(Preconditioner(init, fit, apply, power=to_the_power))

@@ -65,4 +65,4 @@ def diagonal(step_size: float = 0.1, init_scale: float = 1.0, *, stacked: Stacke
   def apply(state: DiagonalState, x: jax.Array) -> jax.Array:
     return state.q**2 * x
 
-  return per_leaf(Preconditioner(init, fit, apply), stacked)
+  return per_leaf(Preconditioner(init, fit, apply, diagonal=True), stacked)

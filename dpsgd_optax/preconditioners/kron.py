@@ -21,6 +21,7 @@ from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
 from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, fit_factors, lipschitz, pro
 from dpsgd_optax.preconditioners._lift import Stacked, per_leaf, sampled
 from dpsgd_optax.preconditioners._linalg import balance, multiply
+from dpsgd_optax.preconditioners._power import kron_power
 
 
 class KronState(NamedTuple):
@@ -166,7 +167,11 @@ def group(
     seen = layout(x.shape)
     return seen.back(sandwich(state.p, seen.look(x), options.get("precision")), x.shape)
 
-  return Preconditioner(init, fit, apply)
+  def power(state: KronState, x: jax.Array, exponent: Any) -> jax.Array:
+    seen = layout(x.shape)
+    return seen.back(kron_power(state.p, seen.look(x), exponent, precision=options.get("precision")), x.shape)
+
+  return Preconditioner(init, fit, apply, power=power)
 
 
 def kron(

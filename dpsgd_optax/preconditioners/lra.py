@@ -162,6 +162,17 @@ def product(state: LRAState, x: jax.Array, precision: Any = None) -> jax.Array:
   return state.d * (a + times(times(u, a), v))
 
 
+def root(state: LRAState, x: jax.Array, inverse: bool, precision: Any = None) -> jax.Array:
+  """Qᵀx = d ⊙ (I + V Uᵀ) x, or its inverse, (I − V K⁻ᵀ Uᵀ)(x ⊘ d) with Kᵀ = I + UᵀV."""
+  u, v = state.w
+  times = lambda m, y: jnp.matmul(m, y, precision=precision)
+  if not inverse:
+    return state.d * (x + times(times(u, x), v))
+  y = x / state.d
+  kt = jnp.eye(len(u), dtype=u.dtype) + times(u, v.T)
+  return y - times(jnp.linalg.solve(kt, times(u, y)), v)
+
+
 def lra(
   *,
   rank: int = 10,
@@ -217,4 +228,11 @@ def lra(
       state = state._replace(d=state.d * gain)
     return refit(state, v, h, jax.random.bernoulli(coin), step_size=step_size, precision=precision)
 
-  return raveled(Preconditioner(init, fit, lambda state, x: product(state, x, precision)))
+  return raveled(
+    Preconditioner(
+      init,
+      fit,
+      lambda state, x: product(state, x, precision),
+      root=lambda state, x, inverse: root(state, x, inverse, precision),
+    )
+  )

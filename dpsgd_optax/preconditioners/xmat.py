@@ -61,6 +61,14 @@ def product(state: XMatState, x: jax.Array) -> jax.Array:
   return (a * a + (b * b)[::-1]) * x + (ab + ab[::-1]) * x[::-1]
 
 
+def root(state: XMatState, x: jax.Array, inverse: bool) -> jax.Array:
+  """Qᵀx = a x + (b x)~, or its inverse, (a~ x − b~ x~) / (a a~ − b b~)."""
+  a, b = state.a, state.b
+  if not inverse:
+    return a * x + (b * x)[::-1]
+  return (a[::-1] * x - b[::-1] * x[::-1]) / (a * a[::-1] - b * b[::-1])
+
+
 def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Preconditioner:
   """P = QᵀQ with Q an X-shaped matrix over all parameters as one vector. Memory: two copies of the parameters.
 
@@ -103,4 +111,4 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
       state = state._replace(a=state.a * gain, b=state.b * gain)
     return refit(state, v, h, step_size=step_size)
 
-  return raveled(Preconditioner(init, fit, product))
+  return raveled(Preconditioner(init, fit, product, root=root))
