@@ -6,10 +6,11 @@ Flax helpers live in ``dpsgd_optax.training``, which is not imported here.
 """
 
 from dpsgd_optax.base import Curvature, Preconditioner, Probe
-from dpsgd_optax.curvature import newton, whitening
+from dpsgd_optax.curvature import layer_inputs, newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
 from dpsgd_optax.fitted import Fitted
-from dpsgd_optax.optimizers import dpsgd, psgd
+from dpsgd_optax.layers import LayerRecord, channel_moments, second_moments
+from dpsgd_optax.optimizers import bnp, dpsgd, psgd
 from dpsgd_optax.preconditioners._geometry import (
   eq,
   gl,
@@ -25,6 +26,7 @@ from dpsgd_optax.preconditioners._geometry import (
 )
 from dpsgd_optax.preconditioners._lift import per_leaf, raveled
 from dpsgd_optax.preconditioners.affine import affine, scan, scaw
+from dpsgd_optax.preconditioners.batch_norm import batch_norm, expected_scale
 from dpsgd_optax.preconditioners.damped_kron import additive, damped_kron, factored, recursive, two_tap, undamped
 from dpsgd_optax.preconditioners.dense import dense
 from dpsgd_optax.preconditioners.diagonal import diagonal
@@ -49,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
   "Curvature",
   "Fitted",
+  "LayerRecord",
   "Preconditioner",
   "Probe",
   "adapt_damping",
@@ -58,12 +61,16 @@ __all__ = [
   "additive",
   "affine",
   "annealed_probability",
+  "batch_norm",
+  "bnp",
+  "channel_moments",
   "clipped_learning_rate",
   "damped_kron",
   "dense",
   "diagonal",
   "dpsgd",
   "eq",
+  "expected_scale",
   "factored",
   "ggnvp",
   "gl",
@@ -72,6 +79,7 @@ __all__ = [
   "hvp",
   "hvp_finite_difference",
   "kron",
+  "layer_inputs",
   "levenberg_marquardt",
   "lipschitz",
   "lra",
@@ -93,6 +101,7 @@ __all__ = [
   "recursive",
   "scale_by_preconditioner",
   "second_moment",
+  "second_moments",
   "sharpness_aware",
   "scan",
   "scaw",

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Curvature, Probe, working_dtype
+from dpsgd_optax.layers import Observation
 from dpsgd_optax.products import hvp as hessian_product
 
 
@@ -108,5 +109,40 @@ def newton() -> Curvature:
         f"{jax.tree.structure(vector)}; got {jax.tree.structure(product)}. Type `hvp=hvp(loss, params)`."
       )
     return Probe(vector, product)
+
+  return observe
+
+
+def layer_inputs() -> Curvature:
+  """Observe what entered each layer: P → (E x xᵀ + λI)⁻¹ (``least_squares``), or its diagonal (``batch_norm``).
+
+  No second derivative and no further pass: the inputs are values of the forward pass that gave the gradient.
+
+  Reads the extra argument ``layer_inputs``: a tree of :class:`dpsgd_optax.LayerRecord`, one for each layer, where its
+  kernel stands in the params. It comes from ``training.with_layer_inputs`` (linen), ``training.call_with_layer_inputs``
+  (nnx) or ``capture`` (any JAX loss). Of a dense layer an array (*rows, inputs) will do, at the place of the layer.
+
+  Source: arXiv:2201.12250; arXiv:2108.01110.
+
+  Raises:
+    ValueError: at trace time, if it is not there.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
+    >>> params, x = {"w": jnp.ones((2, 1))}, jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> seen = dpo.layer_inputs()(jax.random.key(0), params, params, layer_inputs={"w": x})
+    >>> seen.records["w"].shape
+    (2, 2)
+  """
+
+  def observe(key, updates, params, *, layer_inputs=None, **extra):
+    del key, params, extra
+    if layer_inputs is None:
+      raise ValueError(
+        "`layer_inputs()` fits on what enters each layer, but `update` received no `layer_inputs`. "
+        "Let `training.with_layer_inputs(model.apply)` return it beside the prediction, as aux of the loss, and pass "
+        "`layer_inputs=inputs`; or use `whitening()`, which needs only the gradient."
+      )
+    return Observation(layer_inputs, updates)
 
   return observe

@@ -7,18 +7,26 @@ arrays, so `hvp` and `value_fn` are functions of `nnx.as_pure(params)`, while `g
 
 `host_cadence` chooses on the host which steps fit the preconditioner and which are judged, so that each kind of step is
 a program of its own without `jax.lax.cond`.
+
+`with_layer_inputs` (linen) and `call_with_layer_inputs` (nnx) return what enters each linear layer beside the
+prediction, for `bnp` and `gls`, and leave the model as it is.
 """
 
+import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from flax.training import train_state
+
+from dpsgd_optax.layers import LayerRecord, Window, merged
 
 Schedule = Callable[[Any], Any]  # count ↦ probability of a fit
 
@@ -159,3 +167,251 @@ def _scheduled(probability: Schedule, chunk: int = 256) -> Callable[[int], bool]
     return due[count]
 
   return at
+
+
+# -- layer inputs: linen ----------------------------------------------------------------------------------------------
+
+LAYER_INPUTS = "layer_inputs"
+"""The collection of the records: in ``variable_axes`` of ``nn.scan`` and ``nn.vmap`` for the layers inside them."""
+
+PROBES = "layer_probes"
+"""The collection of the zeros that are added to the outputs of layers, to be differentiated by."""
+
+Recorder = Callable[..., LayerRecord | None]  # (module, *args, **kwargs) of a call ↦ record; its bias one name
+
+
+def _spread(value: Any, axes: int) -> tuple[int, ...]:
+  return (value,) * axes if isinstance(value, int) else (1,) * axes if value is None else tuple(value)
+
+
+def _dense(module: Any, x: jax.Array) -> LayerRecord:
+  features = module.features
+  return LayerRecord((x,), kernel_shape=(x.shape[-1], features), bias=("bias",) if module.use_bias else None)
+
+
+def _dense_general(module: Any, x: jax.Array) -> LayerRecord | None:
+  if _spread(module.batch_dims, 1):
+    return None
+  axes = tuple(a % x.ndim for a in _spread(module.axis, 1))
+  x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+  shape = (*x.shape[x.ndim - len(axes) :], *_spread(module.features, 1))
+  bias = ("bias",) if module.use_bias else None
+  return LayerRecord((x,), kernel_shape=shape, input_axes=len(axes), bias=bias)
+
+
+def _conv(module: Any, x: jax.Array) -> LayerRecord | None:
+  if module.mask is not None:
+    return None
+  size = _spread(module.kernel_size, 1)
+  axes = len(size)
+  dilation = _spread(module.kernel_dilation, axes)
+  padding = module.padding
+  if not isinstance(padding, str):
+    padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in _spread(padding, axes))
+  elif padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+    reach = [(k - 1) * d for k, d in zip(size, dilation, strict=True)]
+    pads = [(reach[0], 0)] if padding == "CAUSAL" else [(r // 2, (r + 1) // 2) for r in reach]
+    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - axes - 1) + pads + [(0, 0)], mode=mode)
+    padding = "VALID"
+  groups = module.feature_group_count
+  window = Window(_spread(module.strides, axes), padding, _spread(module.input_dilation, axes), dilation, groups)
+  shape = (*size, x.shape[-1] // groups, module.features)
+  bias = ("bias",) if module.use_bias else None
+  return LayerRecord((x,), kind="conv", kernel_shape=shape, input_axes=axes + 1, bias=bias, window=window)
+
+
+def _embed(module: Any, ids: jax.Array) -> LayerRecord:
+  return LayerRecord((ids,), kind="embed", kernel_shape=(module.num_embeddings, module.features))
+
+
+LINEN: dict[type, tuple[str, Recorder]] = {
+  nn.Dense: ("kernel", _dense),
+  nn.DenseGeneral: ("kernel", _dense_general),
+  nn.Conv: ("kernel", _conv),
+  nn.Embed: ("embedding", _embed),
+}
+
+
+def with_layer_inputs(
+  apply: Callable[..., Any],
+  *,
+  record: Mapping[type, tuple[str, Recorder]] | None = None,
+  reduce: Callable[..., LayerRecord] | None = None,
+) -> Callable[..., Any]:
+  """A linen model's `apply` that also returns what enters each linear layer. The model stays as it is.
+
+  Recorded are `nn.Dense`, `nn.DenseGeneral` (and so attention), `nn.Conv` and `nn.Embed`, by `nn.intercept_methods`
+  and `sow`. That works inside `nn.remat` (the inputs are then kept, and not recomputed). Inside `nn.scan`, `nn.vmap`
+  and `nn.RNN` the collection must be listed, `variable_axes={"params": 0, "layer_inputs": 0}`, else the layers there
+  are missing. A layer that is called several times has one record with the inputs of all calls.
+
+  Args:
+    apply: `model.apply`.
+    record: layers of your own: class ↦ (name of its kernel, recorder), where recorder(module, *args, **kwargs) of its
+      `__call__` returns a `LayerRecord` whose `bias` is a tuple with the name of the bias, or None.
+    reduce: what leaves the forward pass in place of the inputs: `dpsgd_optax.second_moments` for `gls`,
+      `channel_moments` for `bnp`; saves memory where the activations are not kept anyway (`nn.remat`, gradient accumulation).
+
+  Returns:
+    `forward(variables, *args, **kwargs) -> (what apply returns, inputs)`, where `inputs` is a tree of `LayerRecord`,
+    each in the place of its kernel in the params.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> from dpsgd_optax import training
+    >>> x, model = jnp.ones((4, 3)), nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(1)])
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> forward = training.with_layer_inputs(model.apply)
+    >>> pred, inputs = forward({"params": params}, x)
+    >>> [record.inputs[0].shape for record in (inputs["layers_0"]["kernel"], inputs["layers_2"]["kernel"])]
+    [(4, 3), (4, 5)]
+  """
+  recorders = {**LINEN, **(record or {})}
+
+  def interceptor(next_fun, args, kwargs, context):
+    out = next_fun(*args, **kwargs)
+    known = next((recorders[c] for c in type(context.module).__mro__ if c in recorders), None)
+    if known is None or context.method_name != "__call__" or context.module.is_initializing():
+      return out
+    kernel, recorder = known
+    seen = recorder(context.module, *args, **kwargs)
+    if seen is None:
+      return out
+    seen = jax.tree.map(jax.lax.stop_gradient, seen)
+    if not context.module.is_mutable_collection(LAYER_INPUTS):
+      return out
+    before = context.module.get_variable(LAYER_INPUTS, kernel, ())
+    probe = f"{kernel}_{len(before)}"
+    if context.module.has_variable(PROBES, probe):
+      out = out + context.module.get_variable(PROBES, probe)
+    context.module.sow(LAYER_INPUTS, kernel, seen)
+    return out
+
+  def forward(variables, *args, mutable=False, **kwargs):
+    listed = [mutable] if isinstance(mutable, str) else list(mutable or [])
+    with nn.intercept_methods(interceptor):
+      out, state = apply(variables, *args, mutable=[*listed, LAYER_INPUTS], **kwargs)
+    inputs = _assembled(state.pop(LAYER_INPUTS, {}))
+    if reduce is not None:
+      inputs = _reduced(inputs, variables["params"], reduce)
+    return (out if mutable is False else (out, state)), inputs
+
+  return forward
+
+
+def _assembled(sown: Any, path: tuple[str, ...] = ()) -> Any:
+  """{…: {kernel: (record of each call)}} → {…: {kernel: record}}, biases named by their whole path."""
+  found = {}
+  for name, below in sown.items():
+    if isinstance(below, Mapping):
+      found[name] = _assembled(below, (*path, name))
+    else:
+      one = merged(below)
+      found[name] = dataclasses.replace(one, bias=one.bias and (*path, *one.bias))
+  return found
+
+
+def _reduced(inputs: Any, params: Any, reduce: Callable[..., LayerRecord]) -> Any:
+  if isinstance(inputs, LayerRecord):
+    depth = jnp.ndim(params) - len(inputs.kernel_shape)
+    return reduce(inputs, jnp.shape(params)[:depth])
+  return {name: _reduced(below, params[name], reduce) for name, below in inputs.items()}
+
+
+# -- layer inputs: nnx ------------------------------------------------------------------------------------------------
+
+
+def call_with_layer_inputs(
+  model: nnx.Module, *args: Any, reduce: Callable[..., LayerRecord] | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
+  """Calls an nnx model and returns also what enters each linear layer. The model stays as it is.
+
+  Recorded are `nnx.Linear`, `nnx.LinearGeneral` (and so attention) and `nnx.Conv`. For the time of the call their
+  attributes `dot_general` and `conv_general_dilated` are functions that record; nnx has no hooks. Inside `nnx.scan`,
+  `nnx.vmap` and `nnx.remat` use `dpsgd_optax.capture`.
+
+  Args:
+    model: a live module: the argument of a loss under `nnx.value_and_grad`, or `nnx.merge(graphdef, params, …)`.
+    *args, **kwargs: of the call.
+    reduce: as in `with_layer_inputs`.
+
+  Returns:
+    (what the model returns, tree of `LayerRecord`), each record in the place of its kernel in `nnx.state(model)`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
+    >>> from flax import nnx
+    >>> from dpsgd_optax import training
+    >>> model, x = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
+    >>> optimizer = nnx.Optimizer(model, dpo.bnp(0.1), wrt=nnx.Param)
+    >>> @nnx.jit
+    ... def train_step(model, optimizer):
+    ...   def loss(model):
+    ...     pred, inputs = training.call_with_layer_inputs(model, x)
+    ...     return jnp.mean((pred - 1.0) ** 2), inputs
+    ...   (value, inputs), grads = nnx.value_and_grad(loss, has_aux=True)(model)
+    ...   optimizer.update(model, grads, layer_inputs=inputs)
+    ...   return value
+    >>> first = train_step(model, optimizer)
+    >>> bool(train_step(model, optimizer) < first)
+    True
+  """
+  sown: dict[tuple[str, ...], list[LayerRecord]] = {}
+  changed = []
+  try:
+    for path, module in nnx.iter_modules(model):
+      where = tuple(map(str, path))
+      for kind, attribute, recording in NNX:
+        if isinstance(module, kind):
+          changed.append((module, attribute, getattr(module, attribute)))
+          calls = sown.setdefault((*where, "kernel"), [])
+          bias = None if module.bias is None else (*where, "bias")
+          setattr(module, attribute, recording(changed[-1][-1], module, bias, calls))
+    out = model(*args, **kwargs)
+  finally:
+    for module, attribute, original in changed:
+      setattr(module, attribute, original)
+  inputs: dict[str, Any] = {}
+  for path, calls in sown.items():
+    if calls:
+      here = inputs
+      for name in path[:-1]:
+        here = here.setdefault(name, {})
+      here[path[-1]] = merged(calls) if reduce is None else reduce(merged(calls))
+  return out, inputs
+
+
+def _recording_dot(dot_general: Callable, module: Any, bias: tuple[str, ...] | None, calls: list) -> Callable:
+  dot_general = dot_general or jax.lax.dot_general
+
+  def recording(x, kernel, dimension_numbers, **kwargs):
+    (axes, _), (batch, _) = dimension_numbers
+    if not batch:
+      rows = jnp.moveaxis(jax.lax.stop_gradient(x), axes, range(-len(axes), 0))
+      calls.append(LayerRecord((rows,), kernel_shape=kernel.shape, input_axes=len(axes), bias=bias))
+    return dot_general(x, kernel, dimension_numbers, **kwargs)
+
+  return recording
+
+
+def _recording_conv(conv: Callable, module: Any, bias: tuple[str, ...] | None, calls: list) -> Callable:
+  def recording(x, kernel, strides, padding, *, lhs_dilation, rhs_dilation, feature_group_count, **kwargs):
+    if module.mask is None:
+      pads = padding if isinstance(padding, str) else tuple(map(tuple, padding))
+      window = Window(_spread(strides, kernel.ndim - 2), pads, lhs_dilation, rhs_dilation, feature_group_count)
+      seen = (jax.lax.stop_gradient(x),)
+      calls.append(
+        LayerRecord(seen, kind="conv", kernel_shape=kernel.shape, input_axes=kernel.ndim - 1, bias=bias, window=window)
+      )
+    more = {"lhs_dilation": lhs_dilation, "rhs_dilation": rhs_dilation, "feature_group_count": feature_group_count}
+    return conv(x, kernel, strides, padding, **more, **kwargs)
+
+  return recording
+
+
+NNX: list[tuple[type, str, Callable]] = [
+  (nnx.Linear, "dot_general", _recording_dot),
+  (nnx.LinearGeneral, "dot_general", _recording_dot),
+  (nnx.Conv, "conv_general_dilated", _recording_conv),
+]
