@@ -6,6 +6,7 @@ Flax helpers live in ``dpsgd_optax.training``, which is not imported here.
 """
 
 from dpsgd_optax.base import Curvature, Preconditioner, Probe
+from dpsgd_optax.capture import capture
 from dpsgd_optax.curvature import layer_inputs, newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
 from dpsgd_optax.fitted import Fitted
@@ -63,6 +64,7 @@ __all__ = [
   "annealed_probability",
   "batch_norm",
   "bnp",
+  "capture",
   "channel_moments",
   "clipped_learning_rate",
   "damped_kron",

@@ -174,9 +174,6 @@ def _scheduled(probability: Schedule, chunk: int = 256) -> Callable[[int], bool]
 LAYER_INPUTS = "layer_inputs"
 """The collection of the records: in ``variable_axes`` of ``nn.scan`` and ``nn.vmap`` for the layers inside them."""
 
-PROBES = "layer_probes"
-"""The collection of the zeros that are added to the outputs of layers, to be differentiated by."""
-
 Recorder = Callable[..., LayerRecord | None]  # (module, *args, **kwargs) of a call ↦ record; its bias one name
 
 
@@ -251,7 +248,7 @@ def with_layer_inputs(
     record: layers of your own: class ↦ (name of its kernel, recorder), where recorder(module, *args, **kwargs) of its
       `__call__` returns a `LayerRecord` whose `bias` is a tuple with the name of the bias, or None.
     reduce: what leaves the forward pass in place of the inputs: `dpsgd_optax.second_moments` for `gls`,
-      `channel_moments` for `bnp`; saves memory where the activations are not kept anyway (`nn.remat`, gradient accumulation).
+      `channel_moments` for `bnp`; saves memory where the activations are not kept anyway (remat, accumulation).
 
   Returns:
     `forward(variables, *args, **kwargs) -> (what apply returns, inputs)`, where `inputs` is a tree of `LayerRecord`,
@@ -276,16 +273,8 @@ def with_layer_inputs(
       return out
     kernel, recorder = known
     seen = recorder(context.module, *args, **kwargs)
-    if seen is None:
-      return out
-    seen = jax.tree.map(jax.lax.stop_gradient, seen)
-    if not context.module.is_mutable_collection(LAYER_INPUTS):
-      return out
-    before = context.module.get_variable(LAYER_INPUTS, kernel, ())
-    probe = f"{kernel}_{len(before)}"
-    if context.module.has_variable(PROBES, probe):
-      out = out + context.module.get_variable(PROBES, probe)
-    context.module.sow(LAYER_INPUTS, kernel, seen)
+    if seen is not None:  # where the collection is not lifted, `sow` does nothing
+      context.module.sow(LAYER_INPUTS, kernel, jax.tree.map(jax.lax.stop_gradient, seen))
     return out
 
   def forward(variables, *args, mutable=False, **kwargs):
