@@ -10,8 +10,9 @@ from dpsgd_optax.capture import capture
 from dpsgd_optax.curvature import layer_inputs, newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
 from dpsgd_optax.fitted import Fitted
+from dpsgd_optax.layer_steps import clip_output_change, match_layers, match_total
 from dpsgd_optax.layers import LayerRecord, channel_moments, second_moments
-from dpsgd_optax.optimizers import bnp, dpsgd, psgd
+from dpsgd_optax.optimizers import bnp, dpsgd, gls, psgd
 from dpsgd_optax.preconditioners._geometry import (
   eq,
   gl,
@@ -32,6 +33,7 @@ from dpsgd_optax.preconditioners.damped_kron import additive, damped_kron, facto
 from dpsgd_optax.preconditioners.dense import dense
 from dpsgd_optax.preconditioners.diagonal import diagonal
 from dpsgd_optax.preconditioners.kron import kron
+from dpsgd_optax.preconditioners.least_squares import least_squares
 from dpsgd_optax.preconditioners.lra import lra
 from dpsgd_optax.preconditioners.second_moment import second_moment
 from dpsgd_optax.preconditioners.xmat import xmat
@@ -66,6 +68,7 @@ __all__ = [
   "bnp",
   "capture",
   "channel_moments",
+  "clip_output_change",
   "clipped_learning_rate",
   "damped_kron",
   "dense",
@@ -76,15 +79,19 @@ __all__ = [
   "factored",
   "ggnvp",
   "gl",
+  "gls",
   "gradient_norm",
   "half_slope",
   "hvp",
   "hvp_finite_difference",
   "kron",
   "layer_inputs",
+  "least_squares",
   "levenberg_marquardt",
   "lipschitz",
   "lra",
+  "match_layers",
+  "match_total",
   "max_abs",
   "newton",
   "newton_model",

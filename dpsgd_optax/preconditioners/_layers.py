@@ -289,6 +289,12 @@ class Group(NamedTuple):
   kind: Callable = lambda layer: ""
 
 
+def running_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
+  """Weight of the new value in a debiased running mean: (1 − ρ) / (1 − ρᵗ), t = count + 1; exactly 1 at first."""
+  log = jnp.log(jnp.asarray(decay, dtype))
+  return jnp.expm1(log) / jnp.expm1((count + 1).astype(dtype) * log)
+
+
 class LayerBucket(NamedTuple):
   """Layers of one shape, for `_lift.match`."""
 

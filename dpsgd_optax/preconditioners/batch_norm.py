@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, check_fraction, check_not_negative
 from dpsgd_optax.layers import LayerRecord, extent, feature_moments
-from dpsgd_optax.preconditioners._layers import Group, Layer, per_layer
+from dpsgd_optax.preconditioners._layers import Group, Layer, per_layer, running_weight
 
 
 class BatchNormState(NamedTuple):
@@ -143,9 +143,7 @@ def batch_norm(
 
   def fit(layer: Layer, state: BatchNormState, seen: BatchStatistics, *, damping) -> BatchNormState:
     """μ ← μ + w (μ_B − μ), σ² ← (1 − w)(σ² + w (μ_B − μ)²) + w σ_B², w = (1 − ρ) or, debiased, (1 − ρ)/(1 − ρᵗ)."""
-    t = (state.count + 1).astype(layer.dtype)
-    log = jnp.log(jnp.asarray(decay, layer.dtype))
-    w = jnp.expm1(log) / jnp.expm1(t * log) if debias else jnp.asarray(1 - decay, layer.dtype)
+    w = running_weight(decay, state.count, layer.dtype) if debias else jnp.asarray(1 - decay, layer.dtype)
     moved = seen.mean - state.mean
     spread = 0 if within_batch or layer.bias is None else w * moved**2
     variance = (1 - w) * (state.variance + spread) + w * seen.variance

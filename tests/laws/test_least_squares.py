@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Theorems of the layerwise methods, least squares (GLS) and batch-norm preconditioning (BNP), by dense algebra."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dpsgd_optax as dpo
+from dpsgd_optax.layers import Window
+
+RNG = np.random.default_rng(0)
+N, D, K = 12, 4, 3
+X = RNG.standard_normal((N, D)) * np.array([1.0, 3.0, 0.3, 1.0]) + np.array([0.5, -1.0, 0.0, 2.0])
+Y = RNG.standard_normal((N, K))
+W, B = RNG.standard_normal((D, K)), RNG.standard_normal(K)
+ONES = np.ones((N, 1))
+
+
+@pytest.fixture(autouse=True)
+def in_float64(x64):
+  """All theorems hold to rounding, and are tested to it."""
+
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-9)
+
+
+def neurons(x=X, w=W, b=B, y=Y):
+  """n · d(mean ½‖z − y‖²)/dz."""
+  return x @ w + b - y
+
+
+def gradient(x, e):
+  return {"w": x.T @ e / len(x), "b": e.mean(0)}
+
+
+def step(preconditioner, grads, records, damping=0.0, times=1):
+  """P g after ``times`` equal batches."""
+  tx = dpo.scale_by_preconditioner(preconditioner, dpo.layer_inputs(), damping=damping)
+  grads = jax.tree.map(jnp.asarray, grads)
+  state = tx.init(grads)
+  for _ in range(times):
+    updates, state = tx.update(grads, state, grads, layer_inputs=records)
+  return jax.tree.map(np.asarray, updates)
+
+
+def stacked(tree):
+  return np.concatenate([tree["w"], tree["b"][None]])
+
+
+# -- least squares ----------------------------------------------------------------------------------------------------
+
+
+def test_one_unit_step_on_a_linear_layer_reaches_the_least_squares_solution():
+  """W − P g = argmin ‖X̃W − Y‖², which is Newton's step too."""
+  done = step(dpo.least_squares(), gradient(X, neurons()), {"w": X})
+  solution = np.linalg.lstsq(np.concatenate([X, ONES], 1), Y, rcond=None)[0]
+  close(stacked({"w": W, "b": B}) - stacked(done), solution)
+
+
+def test_it_is_newtons_step_for_one_linear_layer():
+  """The Hessian of the loss by jax.hessian, inverted."""
+
+  def loss(p):
+    return 0.5 * jnp.mean(jnp.sum((X @ p[:-1] + p[-1] - Y) ** 2, axis=1))
+
+  point = jnp.asarray(stacked({"w": W, "b": B}))
+  hessian = jax.hessian(loss)(point).reshape(point.size, point.size)
+  newton = np.linalg.solve(hessian, np.ravel(jax.grad(loss)(point)))
+  done = step(dpo.least_squares(), gradient(X, neurons()), {"w": X})
+  close(np.ravel(stacked(done)), newton)
+
+
+def test_it_is_gradient_descent_as_the_damping_grows():
+  """λ P g → g."""
+  grads = gradient(X, neurons())
+  lam = 1e9
+  done = step(dpo.least_squares(absolute_damping=lam), grads, {"w": X})
+  np.testing.assert_allclose(lam * stacked(done), stacked(grads), rtol=1e-6)
+
+
+def test_it_is_the_ridge_problem_of_the_neurons():
+  """P g minimizes ‖ÃD − E‖²/n + λ‖D‖², λ relative to the mean eigenvalue of S."""
+  e, a = neurons(), np.concatenate([X, ONES], 1)
+  lam = 0.1 * np.trace(a.T @ a / N) / (D + 1)
+  done = stacked(step(dpo.least_squares(), gradient(X, e), {"w": X}, damping=0.1))
+  rows = np.concatenate([a, np.sqrt(N * lam) * np.eye(D + 1)])
+  close(done, np.linalg.lstsq(rows, np.concatenate([e, np.zeros((D + 1, K))]), rcond=None)[0])
+
+
+def test_output_weights_are_invisible_without_a_ridge():
+  """For any SPD C, argmin ‖(ÃD − E) C^(−½)‖² is the same: the mend of wide layers has to act on the target."""
+  e, a = neurons(), np.concatenate([X, ONES], 1)
+  root = np.linalg.cholesky(np.cov(RNG.standard_normal((K, 20))))
+  system = np.kron(np.linalg.inv(root), a)
+  weighted = np.linalg.lstsq(system, np.ravel((e @ np.linalg.inv(root).T).T), rcond=None)[0]
+  done = step(dpo.least_squares(), gradient(X, e), {"w": X})
+  close(stacked(done), weighted.reshape(K, D + 1).T)
+
+
+def test_it_is_invariant_under_invertible_affine_maps_of_the_inputs():
+  """X → XA + c, W → A⁻¹W, b → b − cA⁻¹W: the outputs after the step are the same."""
+  a, c = RNG.standard_normal((D, D)), RNG.standard_normal(D)
+  mapped = X @ a + c
+  w, b = np.linalg.solve(a, W), B - c @ np.linalg.solve(a, W)
+  e = neurons()
+  close(mapped @ w + b, X @ W + B)
+  before = step(dpo.least_squares(), gradient(X, e), {"w": X})
+  after = step(dpo.least_squares(), gradient(mapped, e), {"w": mapped})
+  close(mapped @ after["w"] + after["b"], X @ before["w"] + before["b"])
+
+
+def spec(x, kernel=(D, K), bias=("b",), **more):
+  return {"w": dpo.LayerRecord((x,), kernel_shape=kernel, bias=bias, **more)}
+
+
+def test_the_dual_form_is_the_primal_form():
+  """(I − Ãᵀ(ÃÃᵀ + nλI)⁻¹Ã)/λ = (ÃᵀÃ/n + λI)⁻¹, with three rows of five numbers and any gradient."""
+  x = X[:3]
+  grads = {"w": W, "b": B}  # not of this batch: as with momentum
+  a = np.concatenate([x, ONES[:3]], 1)
+  s = a.T @ a / 3
+  lam = 0.1 * np.trace(s) / (D + 1)
+  dual = dpo.least_squares(decay=None, layers=spec(x))
+  assert jax.tree.leaves(dual.init(grads))[1].shape == (1, 3, D + 1)
+  expected = np.linalg.solve(s + lam * np.eye(D + 1), stacked(grads))
+  close(stacked(step(dual, grads, spec(x), damping=0.1)), expected)
+  close(stacked(step(dpo.least_squares(decay=None), grads, {"w": x}, damping=0.1)), expected)
+  with pytest.raises(ValueError, match=r"'w' was given 4 rows.*made for 3"):
+    step(dual, grads, spec(X[:4]))
+
+
+def test_it_is_the_input_factor_of_kfac_and_with_output_damping_also_its_output_factor():
+  """D = A⁻¹ g C⁻¹, A = ÃᵀÃ/n and C = EᵀE k/tr: K-FAC with the output factor normalized."""
+  e, a = neurons(), np.concatenate([X, ONES], 1)
+  c = e.T @ e / np.trace(e.T @ e) * K
+  record = dpo.LayerRecord((X,), gradients=(e,), kernel_shape=(D, K), bias=("b",))
+  grads = gradient(X, e)
+  one_sided = np.linalg.solve(a.T @ a / N, stacked(grads))
+  rho = 1e-12
+  done = step(dpo.least_squares(output_damping=rho), grads, {"w": record})
+  np.testing.assert_allclose(stacked(done), one_sided @ np.linalg.inv(c), rtol=1e-6)
+  done = step(dpo.least_squares(output_damping=0.5), grads, {"w": record})
+  close(stacked(done), one_sided @ np.linalg.inv(c + 0.5 * np.eye(K)) * 1.5)
+  done = step(dpo.least_squares(output_damping=1e9), grads, {"w": record})
+  np.testing.assert_allclose(stacked(done), one_sided, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"output gradients of the layer 'w'.*gradients=True"):
+    step(dpo.least_squares(output_damping=0.5), grads, {"w": X})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_is_solved_as_the_dense_layers_of_its_patches(groups):
+  """(S + λI)⁻¹ g for each group, S from `jax.lax.conv_general_dilated_patches` and summed over the positions."""
+  x = jnp.asarray(RNG.standard_normal((3, 5, 4, 4)))
+  kernel = RNG.standard_normal((2, 2, 4 // groups, 6))
+  bias = RNG.standard_normal(6)
+  window = Window((2, 1), "SAME", (1, 1), (1, 1), groups)
+  record = dpo.LayerRecord((x,), kind="conv", kernel_shape=kernel.shape, input_axes=3, bias=("bias",), window=window)
+  p = dpo.least_squares(layers={"kernel": record})
+  done = step(p, {"kernel": kernel, "bias": bias}, {"kernel": record}, damping=0.1)
+  found = jax.lax.conv_general_dilated_patches(x, (2, 2), (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  rows = np.asarray(found).reshape(-1, 4, 4)  # rows, channels, window
+  width, out = 4 // groups, 6 // groups
+  for g in range(groups):
+    a = np.moveaxis(rows[:, g * width : (g + 1) * width], 1, 2).reshape(len(rows), -1)
+    a = np.concatenate([a, np.ones((len(a), 1))], 1)
+    s = a.T @ a / 3
+    lam = 0.1 * np.trace(s) / len(s)
+    part = slice(g * out, (g + 1) * out)
+    grads = np.concatenate([kernel[..., part].reshape(-1, out), bias[None, part]])
+    expected = np.linalg.solve(s + lam * np.eye(len(s)), grads)
+    close(done["kernel"][..., part].reshape(-1, out), expected[:-1])
+    close(done["bias"][part], expected[-1])
+
+
+def test_shared_weights_add_their_moments():
+  """S = Σ_calls ÃᵀÃ / n, n the examples of one call."""
+  record = dpo.LayerRecord((X, 2 * X), kernel_shape=(D, K), bias=("b",))
+  a = np.concatenate([X, ONES], 1)
+  b = np.concatenate([2 * X, ONES], 1)
+  grads = {"w": W, "b": B}
+  done = step(dpo.least_squares(), grads, {"w": record})
+  close(stacked(done), np.linalg.solve((a.T @ a + b.T @ b) / N, stacked(grads)))
+
+
+def test_an_embedding_is_divided_by_the_frequencies_of_its_entries():
+  """The dense layer of one-hot rows: S = diag(frequency)."""
+  ids = jnp.array([[0, 2], [2, 2]])
+  table = RNG.standard_normal((4, 3))
+  record = dpo.LayerRecord((ids,), kind="embed", kernel_shape=(4, 3))
+  p = dpo.least_squares(absolute_damping=0.5, layers={"table": record})
+  done = step(p, {"table": table}, {"table": record})
+  close(done["table"], table / (np.array([0.25, 0, 0.75, 0]) + 0.5)[:, None])
+
+
+def test_a_layer_that_is_too_wide_keeps_the_diagonal():
+  grads = gradient(X, neurons())
+  done = step(dpo.least_squares(max_size=D), grads, {"w": X})
+  close(done["w"], grads["w"] / np.mean(X**2, 0)[:, None])
+  close(done["b"], grads["b"])
+
+
+def test_the_second_moment_is_the_debiased_running_mean():
+  """S_t = Σ ρ^(t−s) S_s (1 − ρ)/(1 − ρᵗ)."""
+  tx = dpo.scale_by_preconditioner(dpo.least_squares(decay=0.9), dpo.layer_inputs())
+  grads = {"w": jnp.asarray(W)}
+  state, batches = tx.init(grads), [X, 2 * X[:5], X[3:] - 1]
+  for x in batches:
+    updates, state = tx.update(grads, state, grads, layer_inputs={"w": x})
+  moments = [x.T @ x / len(x) for x in batches]
+  s = sum(0.9 ** (2 - i) * m for i, m in enumerate(moments)) / sum(0.9**i for i in range(3))
+  close(updates["w"], np.linalg.solve(s, W))
+
+
+def test_equal_layers_are_solved_as_if_they_were_alone():
+  """Stacked by shape ≡ one by one."""
+  grads = {"one": {"w": W, "b": B}, "two": {"w": 2 * W, "b": -B}}
+  inputs = {"one": X, "two": X[:5] ** 2}
+  p = dpo.least_squares()
+  assert {s.moment.shape for s in p.init(grads).buckets.values()} == {(2, D + 1, D + 1)}
+  together = step(p, grads, inputs, damping=0.1)
+  for name, x in inputs.items():
+    alone = step(p, grads[name], {"w": x}, damping=0.1)
+    close(stacked(together[name]), stacked(alone))
+
+
+@pytest.mark.parametrize("match", [dpo.match_layers, dpo.match_total])
+def test_a_matched_step_is_as_long_as_that_of_sgd(match):
+  grads = {"one": {"w": W, "b": B}, "two": {"w": 0.1 * W, "b": -B}}
+  tx = dpo.gls(0.3, match=match)
+  updates, _ = tx.update(grads, tx.init(grads), grads, layer_inputs={"one": X, "two": X**2})
+  close(optax.tree.norm(updates), 0.3 * optax.tree.norm(grads))
+  if match is dpo.match_layers:
+    close(optax.tree.norm(updates["two"]), 0.3 * optax.tree.norm(grads["two"]))
+
+
+def test_the_trust_region_bounds_the_change_of_the_outputs():
+  """rms(ÃD) = limit · rms(Z) where the step was longer, and the step itself where it was not."""
+  params, steps = {"w": W, "b": B}, {"w": RNG.standard_normal((D, K)), "b": RNG.standard_normal(K)}
+  rms = lambda z: np.sqrt(np.mean(z**2))
+  for rows, inputs in ((X, {"w": X}), (X[:2], {"w": X[:2]})):
+    tx = dpo.clip_output_change(0.1)
+    done, _ = tx.update(steps, tx.init(params), params, layer_inputs=inputs)
+    close(rms(rows @ done["w"] + done["b"]), 0.1 * rms(rows @ W + B))
+    small = jax.tree.map(lambda x: 1e-3 * x, steps)
+    jax.tree.map(close, tx.update(small, tx.init(params), params, layer_inputs=inputs)[0], small)
+
+
+def test_a_wide_output_makes_the_step_too_long_and_the_mends_shorten_it():
+  """Linear autoencoder d → D → d behind the layer: one step changes the final output by λ_max(VVᵀ) times what was asked.
+
+  The change of the layer's outputs is −ηE, E = (z V − y)Vᵀ, so that the residual becomes r (I − η VᵀV): it diverges
+  for η > 2 / λ_max, which grows with the width. With whitened outputs the bound is of the order of one again.
+  """
+  wide = 40
+  v = RNG.standard_normal((wide, D)) * np.sqrt(2 / D)
+  x = RNG.standard_normal((30, D))
+  w = RNG.standard_normal((D, wide)) / 3
+  residual = lambda w: x @ w @ v - x
+  e = residual(w) @ v.T
+  grads = {"w": x.T @ e / 30}
+  eta = 4 / np.linalg.eigvalsh(v.T @ v)[-1]
+  size = lambda r: np.linalg.norm(r)
+  plain = step(dpo.least_squares(), grads, {"w": x})["w"]
+  close(residual(w - eta * plain), residual(w) @ (np.eye(D) - eta * v.T @ v))
+  point, blown = w, w
+  for _ in range(20):
+    e = residual(blown) @ v.T
+    blown = blown - eta * step(dpo.least_squares(), {"w": x.T @ e / 30}, {"w": x})["w"]
+    e = residual(point) @ v.T
+    record = dpo.LayerRecord((x,), gradients=(e,), kernel_shape=(D, wide))
+    point = point - eta * step(dpo.least_squares(output_damping=0.1), {"w": x.T @ e / 30}, {"w": record})["w"]
+  assert size(residual(blown)) > 1e3 * size(residual(w))
+  assert size(residual(point)) < 0.5 * size(residual(w))
+
+
+# -- batch-norm preconditioning ---------------------------------------------------------------------------------------
+
+
+def test_bnp_is_the_explicit_product_p_pt():
+  """P = (1/q) U D on [b; W]: U = [[1, −μᵀ], [0, I]], D = diag(1, 1/σ̃)."""
+  grads = gradient(X, neurons())
+  mu, variance = X.mean(0), X.var(0)
+  damped = variance + 0.01 * variance.max() + 1e-3
+  u = np.eye(D + 1)
+  u[0, 1:] = -mu
+  p = u @ np.diag(np.concatenate([[1.0], damped**-0.5])) / np.sqrt(2.5)
+  expected = p @ p.T @ np.concatenate([grads["b"][None], grads["w"]])
+  done = step(dpo.batch_norm(q2=2.5), grads, {"w": X}, damping=1e-3)
+  close(done["b"], expected[0])
+  close(done["w"], expected[1:])
+
+
+def test_bnp_is_the_step_of_a_batch_normalized_network_mapped_back():
+  """a = ((x − μ)/σ) V + c with constant μ, σ: a gradient step of (V, c), written in (W, b), is the BNP step, q = 1."""
+  mu, sigma = X.mean(0), X.std(0)
+  normal = (X - mu) / sigma
+  v, c = sigma[:, None] * W, B + mu @ W
+  close(normal @ v + c, X @ W + B)
+  e = np.tanh(neurons())
+  v, c = v - 0.1 * normal.T @ e / N, c - 0.1 * e.mean(0)
+  w = v / sigma[:, None]
+  done = step(dpo.batch_norm(q2=1.0, relative_damping=0.0), gradient(X, e), {"w": X})
+  close(W - 0.1 * done["w"], w)
+  close(B - 0.1 * done["b"], c - mu @ w)
+
+
+def condition(a):
+  values = np.linalg.svd(a, compute_uv=False)
+  return values[0] / values[-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 8), st.integers(0, 30))
+def test_the_condition_number_inequalities(seed, width, more):
+  """κ(ĤU) ≤ κ(Ĥ);  κ(Ĝ) ≤ √(m+1) κ(ĤU·diag) for all positive scalings;  κ(ĤᵀSĤ) ≤ κ(S) κ(Ĥ)²."""
+  rng = np.random.default_rng(seed)
+  rows = width + 2 + more
+  h = rng.standard_normal((rows, width)) * np.exp(rng.normal(0, 2, width)) + rng.normal(0, 3, width)
+  e = np.ones((rows, 1))
+  raw, centred = np.concatenate([e, h], 1), np.concatenate([e, h - h.mean(0)], 1)
+  normal = np.concatenate([e, (h - h.mean(0)) / h.std(0)], 1)
+  slack = 1 + 1e-6
+  assert condition(centred) <= slack * condition(raw)
+  for scale in np.exp(rng.normal(0, 2, (5, width + 1))):
+    assert condition(normal) <= slack * np.sqrt(width + 1) * condition(centred * scale)
+  s = np.exp(rng.normal(0, 1, rows))
+  assert condition(raw.T @ (s[:, None] * raw)) <= slack * s.max() / s.min() * condition(raw) ** 2
+
+
+def test_batches_of_one_give_the_statistics_of_the_stream():
+  """With batches of one example the running variance is that of the examples, not the zero of each batch."""
+  tx = dpo.scale_by_preconditioner(dpo.batch_norm(decay=0.999), dpo.layer_inputs())
+  grads = {"w": jnp.asarray(W), "b": jnp.asarray(B)}
+  update = jax.jit(lambda state, x: tx.update(grads, state, grads, layer_inputs={"w": x})[1])
+  state = tx.init(grads)
+  for x in np.concatenate([X, X])[:, None]:
+    state = update(state, x)
+  (seen,) = state.preconditioner.buckets.values()
+  np.testing.assert_allclose(seen.mean[0], X.mean(0), atol=0.02 * X.std())
+  np.testing.assert_allclose(seen.variance[0], X.var(0), rtol=0.02)
+  assert int(state.skipped) == 0
+
+
+def test_a_layer_without_bias_is_divided_by_its_mean_squares():
+  done = step(dpo.batch_norm(q2=1.0, relative_damping=0.0), {"w": W}, {"w": X})
+  close(done["w"], W / np.mean(X**2, 0)[:, None])
+
+
+def test_shared_layers_are_refused_unless_averaging_is_asked_for():
+  record = dpo.LayerRecord((X, 2 * X), kernel_shape=(D, K), bias=("b",))
+  grads = {"w": W, "b": B}
+  with pytest.raises(ValueError, match=r"'w' is called 2 times.*average_calls=True"):
+    step(dpo.batch_norm(), grads, {"w": record})
+  both = step(dpo.batch_norm(average_calls=True, q2=1.0), grads, {"w": record})
+  whole = step(dpo.batch_norm(q2=1.0), grads, {"w": np.concatenate([X, 2 * X])})
+  close(stacked(both), stacked(whole))
+
+
+@pytest.mark.parametrize("make", [dpo.batch_norm, dpo.least_squares])
+def test_shards_average_to_the_statistics_of_the_whole_batch(make):
+  """`axis_name`: each of two shards gives the P of the whole batch."""
+  grads = {"w": jnp.asarray(W), "b": jnp.asarray(B)}
+  kwargs = {"q2": 1.0} if make is dpo.batch_norm else {}
+  tx = dpo.scale_by_preconditioner(make(axis_name="i", **kwargs), dpo.layer_inputs(), damping=0.1)
+  shard = lambda x: tx.update(grads, tx.init(grads), grads, layer_inputs={"w": x})[0]
+  done = jax.vmap(shard, axis_name="i")(X.reshape(2, -1, D))
+  whole = step(make(**kwargs), grads, {"w": X}, damping=0.1)
+  for i in range(2):
+    close(stacked(jax.tree.map(lambda x: x[i], done)), stacked(whole))
+
+
+@pytest.mark.parametrize("make", [dpo.batch_norm, dpo.least_squares])
+def test_reduced_records_are_the_records(make):
+  """`reduce=` in the forward pass changes nothing but the memory."""
+  record = dpo.LayerRecord((X,), kernel_shape=(D, K), bias=("b",))
+  reduced = (dpo.channel_moments if make is dpo.batch_norm else dpo.second_moments)(record)
+  assert not reduced.inputs and (reduced.rows, reduced.examples) == (N, N)
+  grads = {"w": W, "b": B}
+  close(stacked(step(make(), grads, {"w": reduced}, 0.1)), stacked(step(make(), grads, {"w": record}, 0.1)))
+
+
+# -- degenerate input -------------------------------------------------------------------------------------------------
+
+ODD = {
+  "all zero": np.zeros((N, D)),
+  "constant feature": np.concatenate([X[:, :-1], ONES], 1),
+  "one example": X[:1],
+  "more features than examples": X[:2],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("make", [dpo.batch_norm, dpo.least_squares])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_degenerate_inputs_give_finite_steps(make, name, damping):
+  x = ODD[name]
+  done = step(make(), gradient(x, neurons(x, y=Y[: len(x)])), {"w": x}, damping=damping)
+  assert np.all(np.isfinite(stacked(done)))
+
+
+@pytest.mark.parametrize("make", [dpo.bnp, dpo.gls])
+def test_inputs_that_are_not_finite_are_skipped_and_counted(make):
+  tx = make(0.1)
+  grads = {"w": jnp.asarray(W), "b": jnp.asarray(B)}
+  update = jax.jit(lambda state, x: tx.update(grads, state, grads, layer_inputs={"w": x}))
+  _, state = update(tx.init(grads), X)
+  updates, after = update(state, np.where(X > 1, np.nan, X))
+  assert all(np.all(x == 0) for x in jax.tree.leaves(updates))
+  jax.tree.map(np.testing.assert_array_equal, after[0].preconditioner, state[0].preconditioner)
+  assert int(optax.tree.get(after, "skipped")) == 1
