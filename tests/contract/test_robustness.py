@@ -117,6 +117,18 @@ def test_300_zero_gradients_do_not_let_p_run_away(name):
   real_step_after(name, 300)
 
 
+@pytest.mark.parametrize("vector", [None, 1.0])
+def test_a_leaf_whose_product_is_zero_keeps_its_p(vector):
+  """Whitening and Newton: λ alone teaches nothing; the leaf beside it learns."""
+  p, like = dpo.diagonal(), {"idle": jnp.ones(2), "used": jnp.ones(3)}
+  start = p.init(like)
+  v = vector and jax.tree.map(lambda x: vector * x, like)
+  probe = dpo.Probe(v, {"idle": jnp.zeros(2), "used": 5 * jnp.ones(3)})
+  applied = p.apply(p.fit(start, probe, key=jax.random.key(0), damping=1e-9), like)
+  np.testing.assert_array_equal(applied["idle"], 1)
+  assert np.all(applied["used"] < 0.99)
+
+
 PRECONDITIONED = pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.takes_key])
 
 
