@@ -192,9 +192,9 @@ def vector_curves(method, rank=0):
     n = len(target)
     eye = jnp.eye(n)
     if method == "lra":
-      w = jax.random.normal(key, (2, rank, n))
+      w = jax.random.normal(key, (2, n, rank))
       w = w * jnp.sqrt(0.1 / jnp.maximum(jnp.sum(w * w, (1, 2), keepdims=True), 1e-30))
-      state = lra.LRAState(w, jnp.ones(n), jnp.zeros(3))
+      state = lra.LRAState(jnp.concatenate([*w], 1), jnp.ones(n), jnp.zeros(3))
       update = lambda s, v, h, size, coin: lra.refit(s, v, h, coin, step_size=size)
       product = lra.product
     else:

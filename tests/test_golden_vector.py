@@ -22,8 +22,8 @@ def precision(request):
     yield request.param
 
 
-def rows(u, v):
-  return jnp.stack([jnp.asarray(u).T, jnp.asarray(v).T])
+def columns(u, v):
+  return jnp.concatenate([jnp.asarray(u), jnp.asarray(v)], 1)
 
 
 def test_all_cases_are_here():
@@ -35,7 +35,7 @@ def test_all_cases_are_here():
 def test_six_updates_of_lra_equal_psgd_torch(name, precision):
   """Rank 0, 1, 3; when whitening, psgd_torch takes the damping noise for v."""
   z, meta = case(f"lra_{precision}", name)
-  state = lra.LRAState(rows(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype))
+  state = lra.LRAState(columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype))
   update = jax.jit(functools.partial(lra.refit, step_size=meta["lr"]))
   for t in range(meta["steps"]):
     noise, *coin = draws(z, t)
@@ -44,7 +44,7 @@ def test_six_updates_of_lra_equal_psgd_torch(name, precision):
     h = x + (x.dtype.type(meta["damping"]) + np.finfo(x.dtype).eps * np.abs(x)) * noise[:, 0]
     state = update(state, v, h, jnp.asarray(not coin or coin[0] < 0.5))
     assert error(state.d, z[f"t{t}/d"]) <= TOLERANCE[precision]
-    assert error(state.w, rows(z[f"t{t}/U"], z[f"t{t}/V"])) <= TOLERANCE[precision]
+    assert error(state.w, columns(z[f"t{t}/U"], z[f"t{t}/V"])) <= TOLERANCE[precision]
     if state.w.size:
       assert error(state.lipschitz, [z[f"t{t}/L{k}"] for k in ("d", "U", "V")]) <= TOLERANCE[precision]
     assert error(lra.product(state, z[f"t{t}/g"][:, 0]), z[f"t{t}/Pg"]) <= TOLERANCE[precision]
@@ -54,17 +54,18 @@ def test_six_updates_of_lra_equal_psgd_torch(name, precision):
 def test_legacy_updates_equal_psgd_torch(name, precision):
   """The legacy code: other normalisers, no memory, and a coin for balancing by ρ = √(‖U‖/‖V‖)."""
   z, meta = case(f"legacy_{precision}", name)
-  state = lra.LRAState(rows(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype))
+  state = lra.LRAState(columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype))
   for t in range(meta["steps"]):
     v, h, g = (z[f"t{t}/{k}"][:, 0] for k in "vhg")
     balance, coin = draws(z, t)
     if balance < 0.01:
-      rho = jnp.sqrt(jnp.linalg.norm(state.w[0]) / jnp.linalg.norm(state.w[1]))
-      state = state._replace(w=state.w * jnp.stack([1 / rho, rho])[:, None, None])
+      u, w = jnp.split(state.w, 2, 1)
+      rho = jnp.sqrt(jnp.linalg.norm(u) / jnp.linalg.norm(w))
+      state = state._replace(w=columns(u / rho, w * rho))
     seen, of_u = lra.look(state, v, h, balance=lra.identity_mix), bool(coin < 0.5)
     ph, pv = state.d * seen.e, seen.f / state.d
-    other = state.w[1] if of_u else state.w[0]
-    back = lambda x, other=other: other.T @ (other @ x)
+    other = jnp.split(state.w, 2, 1)[1 if of_u else 0]
+    back = lambda x, other=other: other @ (other.T @ x)
     a, b = back(seen.a), back(seen.b)
     if "1st" in name:
       d_step = 1 / jnp.max(jnp.abs(ph * h - v * pv))
@@ -75,7 +76,7 @@ def test_legacy_updates_equal_psgd_torch(name, precision):
       step = 1 / (jnp.linalg.norm(seen.a) * jnp.linalg.norm(a) + jnp.linalg.norm(seen.b) * jnp.linalg.norm(b))
     state = lra.moved(state, v, h, seen, meta["lr"] * d_step, meta["lr"] * step, of_u)
     assert error(state.d, z[f"t{t}/d"]) <= TOLERANCE[precision]
-    assert error(state.w, rows(z[f"t{t}/U"], z[f"t{t}/V"])) <= TOLERANCE[precision]
+    assert error(state.w, columns(z[f"t{t}/U"], z[f"t{t}/V"])) <= TOLERANCE[precision]
     assert error(lra.product(state, g), z[f"t{t}/Pg"]) <= TOLERANCE[precision]
 
 

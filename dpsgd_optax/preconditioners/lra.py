@@ -3,7 +3,7 @@
 
 Notation
   n, r     number of parameters, rank
-  w        (2, r, n), the rows of Uᵀ and of Vᵀ
+  w        (n, 2r), the columns of U, then those of V
   K        I + VᵀU, (r, r): (I + UVᵀ)⁻¹ = I − U K⁻¹ Vᵀ (Woodbury)
   x, y     d ⊙ h and v ⊘ d
   a, b     Qh = x + U t with t = Vᵀx;  Q⁻ᵀv = y − V c with Kᵀc = Uᵀy
@@ -28,7 +28,7 @@ from dpsgd_optax.preconditioners.kron import first_scale
 
 class LRAState(NamedTuple):
   """Attributes:
-  w: (2, r, n), Uᵀ and Vᵀ.
+  w: (n, 2r), U and V side by side.
   d: (n,), the diagonal; positive.
   lipschitz: (3,), what the steps of d, U and V are divided by; 0 before the first fit.
   """
@@ -41,7 +41,7 @@ class LRAState(NamedTuple):
 class Look(NamedTuple):
   """The probe seen through Q, and what of U and V the steps need. See the notation of the module."""
 
-  mix: jax.Array  # (2, r, r): the balanced factors are mix @ w
+  mix: jax.Array  # (2, r, r): the balanced factors are U mix[0] and V mix[1]
   gram: jax.Array  # (2, r, r): UᵀU and VᵀV, balanced
   k: jax.Array
   a: jax.Array
@@ -56,7 +56,7 @@ class Look(NamedTuple):
 
 
 def balancing(alpha: jax.Array, beta: jax.Array) -> jax.Array:
-  """(2, r, r), symmetric: what to multiply Uᵀ and Vᵀ by, so that UᵀU and VᵀV draw near; UVᵀ changes by O(ε⁴) only."""
+  """(2, r, r), symmetric: what to multiply U and V by, so that UᵀU and VᵀV draw near; UVᵀ changes by O(ε⁴) only."""
   traces = jnp.trace(alpha), jnp.trace(beta)
   rho = (traces[0] / traces[1]) ** 0.25
   alpha, beta = alpha / rho**2, beta * rho**2
@@ -73,24 +73,24 @@ def identity_mix(alpha: jax.Array, beta: jax.Array) -> jax.Array:
 
 def look(state: LRAState, v: jax.Array, h: jax.Array, *, balance=balancing, precision: Any = None) -> Look:
   """Everything that depends on w, in two passes over it."""
-  rank, n = state.w.shape[1:]
+  rank = state.w.shape[1] // 2
   x, y = state.d * h, v / state.d
-  rows = jnp.concatenate([state.w.reshape(2 * rank, n), x[None], y[None]])
-  inner = jnp.matmul(rows, rows.T, precision=precision)
+  inner = jnp.matmul(state.w.T, state.w, precision=precision)
+  outer = jnp.matmul(jnp.stack([x, y]), state.w, precision=precision).T
   u, w = slice(rank), slice(rank, 2 * rank)
   mix = balance(inner[u, u], inner[w, w])
   gram = mix @ jnp.stack([inner[u, u], inner[w, w]]) @ mix
   vu = mix[1] @ inner[w, u] @ mix[0]
   k = jnp.eye(rank, dtype=vu.dtype) + vu
-  (ux, uy), (vx, vy) = ((mix[i] @ inner[part, 2 * rank :]).T for i, part in enumerate((u, w)))
+  (ux, uy), (vx, vy) = ((mix[i] @ outer[part]).T for i, part in enumerate((u, w)))
   lu = jax.scipy.linalg.lu_factor(k)
   t, c = vx, jax.scipy.linalg.lu_solve(lu, uy, trans=1)
   s = ux + gram[0] @ t
   z = jax.scipy.linalg.lu_solve(lu, vy - gram[1] @ c)
-  # columns of Uᵀ and Vᵀ in a − x, b − y, e − a, f − b
+  # the weights of the columns of U and of V in a − x, b − y, e − a, f − b
   zero = jnp.zeros_like(t)
-  sums = jnp.stack([jnp.stack([t, zero, zero, -z]) @ mix[0], jnp.stack([zero, -c, s, zero]) @ mix[1]])
-  ax, by, ea, fb = jnp.einsum("ikr,irn->kn", sums, state.w, precision=precision)
+  sums = jnp.concatenate([mix[0] @ jnp.stack([t, zero, zero, -z], 1), mix[1] @ jnp.stack([zero, -c, s, zero], 1)])
+  ax, by, ea, fb = jnp.matmul(state.w, sums, precision=precision).T
   a, b = x + ax, y + by
   return Look(mix, gram, k, a, b, a + ea, b + fb, y, t, s, c, z)
 
@@ -112,11 +112,12 @@ def moved(state: LRAState, v: jax.Array, h: jax.Array, seen: Look, d_step: Any, 
   d = state.d - d_step * (h * seen.e * state.d - v * seen.f / state.d) * state.d
   va, vb = seen.k @ seen.t, seen.k @ seen.z
   zero = jnp.zeros_like(va)
-  by_u = jnp.stack([jnp.stack([seen.k.T @ va, -(seen.k.T @ vb)]), jnp.stack([zero, zero])])
-  by_v = jnp.stack([jnp.stack([zero, zero]), jnp.stack([seen.s, -seen.c])])
-  rank_two = jnp.where(of_u, jnp.stack([seen.a, seen.b]), jnp.stack([seen.e, seen.y]))
-  weights = step * jnp.where(of_u, by_u, by_v)
-  w = jnp.einsum("irs,isn->irn", seen.mix, state.w) - jnp.einsum("ikr,kn->irn", weights, rank_two)
+  by_u = jnp.stack([jnp.concatenate([seen.k.T @ va, zero]), jnp.concatenate([-(seen.k.T @ vb), zero])])
+  by_v = jnp.stack([jnp.concatenate([zero, seen.s]), jnp.concatenate([zero, -seen.c])])
+  first, second = (step * jnp.where(of_u, by_u[i], by_v[i]) for i in range(2))
+  left, right = jnp.where(of_u, seen.a, seen.e), jnp.where(of_u, seen.b, seen.y)
+  w = state.w @ jax.scipy.linalg.block_diag(*seen.mix)
+  w = w - left[:, None] * first - right[:, None] * second
   return LRAState(w, d, state.lipschitz)
 
 
@@ -124,7 +125,7 @@ def refit(
   state: LRAState, v: jax.Array, h: jax.Array, of_u: jax.Array, *, step_size: Any, memory: float = 0.9, **options: Any
 ) -> LRAState:
   """One fit: balance, look, and move d and one of U and V; each step is divided by its L."""
-  if state.w.shape[1] == 0:
+  if state.w.size == 0:
     hp, vp = h * (state.d**2 * h), v * (v / state.d**2)
     lip = tracked(state.lipschitz[0], jnp.max(jnp.abs(hp)) + jnp.max(jnp.abs(vp)), memory)
     d = state.d - step_size / (lip + tiny(lip)) * (hp - vp) * state.d
@@ -155,16 +156,18 @@ def tracked(old: jax.Array, measured: jax.Array, memory: float) -> jax.Array:
 
 def product(state: LRAState, x: jax.Array, precision: Any = None) -> jax.Array:
   """P x = d ⊙ (I + V Uᵀ)(I + U Vᵀ)(d ⊙ x)."""
-  u, v = state.w
+  rank = state.w.shape[1] // 2
   times = lambda m, y: jnp.matmul(m, y, precision=precision)
+  zero = jnp.zeros(rank, x.dtype)
   a = state.d * x
-  a = a + times(times(v, a), u)
-  return state.d * (a + times(times(u, a), v))
+  # all columns at once, half of them with weight 0: slices of w would be copies
+  a = a + times(state.w, jnp.concatenate([times(a, state.w)[rank:], zero]))
+  return state.d * (a + times(state.w, jnp.concatenate([zero, times(a, state.w)[:rank]])))
 
 
 def root(state: LRAState, x: jax.Array, inverse: bool, precision: Any = None) -> jax.Array:
   """Qᵀx = d ⊙ (I + V Uᵀ) x, or its inverse, (I − V K⁻ᵀ Uᵀ)(x ⊘ d) with Kᵀ = I + UᵀV."""
-  u, v = state.w
+  u, v = jnp.split(state.w.T, 2)
   times = lambda m, y: jnp.matmul(m, y, precision=precision)
   if not inverse:
     return state.d * (x + times(times(u, x), v))
@@ -208,15 +211,16 @@ def lra(
     >>> import jax.numpy as jnp, dpsgd_optax as dpo
     >>> state = dpo.lra(rank=2).init({"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)})
     >>> state.buckets["16_float32"].w.shape
-    (1, 2, 2, 16)
+    (1, 16, 4)
   """
   check(lambda x: x >= 0, rank, "rank", "not negative", "0 is a diagonal preconditioner; 10 is usual.")
   check_step_size(step_size)
   check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
 
   def init(x: jax.Array) -> LRAState:
-    w = jax.random.normal(jax.random.key(key), (2, rank, x.size), x.dtype)
-    w = w * jnp.sqrt(0.1 / jnp.maximum(jnp.sum(w * w, (1, 2), keepdims=True), jnp.finfo(x.dtype).tiny))
+    u, v = jax.random.normal(jax.random.key(key), (2, x.size, rank), x.dtype)
+    size = lambda m: jnp.sqrt(0.1 / jnp.maximum(jnp.sum(m * m), jnp.finfo(x.dtype).tiny))
+    w = jnp.concatenate([size(u) * u, size(v) * v], 1)
     d = jnp.full(x.shape, 1.0 if init_scale is None else init_scale, x.dtype)
     return LRAState(w, d, jnp.zeros(3, x.dtype))
 

@@ -18,14 +18,14 @@ N, R = 6, 2
 
 def lra_state(rng, n=N, rank=R):
   return lra.LRAState(
-    jnp.asarray(0.5 * rng.standard_normal((2, rank, n))), jnp.asarray(rng.uniform(0.5, 2, n)), jnp.zeros(3)
+    jnp.asarray(0.5 * rng.standard_normal((n, 2 * rank))), jnp.asarray(rng.uniform(0.5, 2, n)), jnp.zeros(3)
   )
 
 
 def lra_matrix(state):
   """Q = (I + U Vᵀ) diag(d)."""
-  u, v = np.asarray(state.w)
-  return (np.eye(u.shape[1]) + u.T @ v) * np.asarray(state.d)
+  u, v = np.split(np.asarray(state.w), 2, 1)
+  return (np.eye(len(u)) + u @ v.T) * np.asarray(state.d)
 
 
 def x_matrix(a, b):
@@ -68,12 +68,11 @@ def test_the_determinant_of_lra_is_that_of_a_small_matrix(rng):
 def test_balancing_of_lra_draws_both_factors_together_and_keeps_their_product(rng):
   """tr UᵀU = tr VᵀV afterwards up to O(ε²); UVᵀ moves by O(ε⁴)."""
   state = lra_state(rng)
-  state = state._replace(w=state.w * jnp.array([10.0, 0.1])[:, None, None])
-  u, v = np.asarray(state.w)
-  mix = np.asarray(lra.balancing(jnp.asarray(u @ u.T), jnp.asarray(v @ v.T)))
-  new_u, new_v = mix[0] @ u, mix[1] @ v
-  assert abs(np.log(np.trace(new_u @ new_u.T) / np.trace(new_v @ new_v.T))) < 0.1
-  np.testing.assert_allclose(new_u.T @ new_v, u.T @ v, atol=1e-3 * np.abs(u.T @ v).max())
+  u, v = np.split(np.asarray(state.w) * np.repeat([10.0, 0.1], R), 2, 1)
+  mix = np.asarray(lra.balancing(jnp.asarray(u.T @ u), jnp.asarray(v.T @ v)))
+  new_u, new_v = u @ mix[0], v @ mix[1]
+  assert abs(np.log(np.trace(new_u.T @ new_u) / np.trace(new_v.T @ new_v))) < 0.1
+  np.testing.assert_allclose(new_u @ new_v.T, u @ v.T, atol=1e-3 * np.abs(u @ v.T).max())
 
 
 @pytest.mark.parametrize("of_u", [True, False])
@@ -92,7 +91,7 @@ def test_lra_commutes_with_a_diagonal_change_of_variables(rng, of_u):
 def test_lra_of_rank_0_is_the_diagonal_of_its_own_rule(rng):
   """d ← d − μ (h Ph − v P⁻¹v) d, μ by max |h Ph| + max |v P⁻¹v|."""
   (d, v, h), size = np.abs(rng.standard_normal((3, N))), 0.3
-  state = lra.LRAState(jnp.zeros((2, 0, N)), jnp.asarray(d), jnp.zeros(3))
+  state = lra.LRAState(jnp.zeros((N, 0)), jnp.asarray(d), jnp.zeros(3))
   a, b = (h * d) ** 2, (v / d) ** 2
   expected = d - size / (a.max() + b.max()) * (a - b) * d
   np.testing.assert_allclose(lra.refit(state, v, h, jnp.array(True), step_size=size).d, expected, rtol=1e-12)
