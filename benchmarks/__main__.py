@@ -6,9 +6,13 @@ python -m benchmarks mnist curves --setting author     the paper's runs, in the 
 python -m benchmarks mnist --optimizers ablation       the four cells: damping and averaging, each on and off
 python -m benchmarks mnist --optimizers betas          the sweep over the weight of the average
 python -m benchmarks mnist --optimizers "psgd,dpsgd(average=0.5, judge_every=10)"
+python -m benchmarks "xor(length=55, cell=lstm)"       a problem with options
 python -m benchmarks tune mnist                        choose the learning rates, the same number of trials for each
 python -m benchmarks cost mnist                        cost of a step as ratios in one interleaved run
 python -m benchmarks peers                             the optimizer alone against psgd-jax and Adam (extra `peers`)
+python -m benchmarks condition                         condition number of a layer's Hessian under each preconditioner
+python -m benchmarks regularization                    test accuracy against strength for each penalty, and its cost
+python -m benchmarks robustness                        zeros, an outlier, a NaN, bfloat16: every preconditioner
 python -m benchmarks report                            Markdown tables from the results kept in --out
 python -m benchmarks readme                            the figures of README.md, written anew from them
 """
@@ -18,16 +22,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, hyperparameters, peers, readme, tune
+from benchmarks import condition, cost, hyperparameters, peers, readme, regularization, robustness, tune
+from benchmarks.calls import SpecError, file_name, name_of
 from benchmarks.data import DataError
-from benchmarks.optimizers import SpecError, split
+from benchmarks.optimizers import split
 from benchmarks.problems import PROBLEMS
 from benchmarks.progress import say
 from benchmarks.records import Results, ResumeError, load
 from benchmarks.report import claim_table, tables
 from benchmarks.session import prepare, run
 
-COMMANDS = ("demo", "tune", "cost", "peers", "report", "readme")
+NOT_RUNS = ("tune-", "trials-", "cost-", "condition", "regularization", "robustness")  # documents of another layout
+COMMANDS = ("demo", "tune", "cost", "peers", "condition", "regularization", "robustness", "report", "readme")
 
 
 def positive(kind: type) -> Any:
@@ -77,7 +83,7 @@ def show(results: Results, out: Path, targets: list[float]) -> None:
   """Tables, and the picture beside the JSON."""
   from benchmarks.plots import plot  # matplotlib is slow to import
 
-  for table in tables(results, targets):
+  for table in tables(results, targets or hyperparameters.targets(results.plan.problem)):
     table.show()
   if results.seeds():
     picture = out / f"{results.name}.png"
@@ -87,7 +93,7 @@ def show(results: Results, out: Path, targets: list[float]) -> None:
 
 def run_problem(name: str, arguments: argparse.Namespace) -> None:
   problem, plan, entered = prepare(name, arguments.setting, arguments.optimizers, **overrides(arguments))
-  path = arguments.out / f"{arguments.name or f'{name}-{arguments.setting}'}.json"
+  path = arguments.out / f"{arguments.name or f'{file_name(name)}-{arguments.setting}'}.json"
   seeds = range(1, 1 + (arguments.seeds or problem.default_seeds))
   try:
     results = run(problem, plan, entered, seeds, path, arguments.resume)
@@ -106,10 +112,10 @@ def tune_problem(name: str, arguments: argparse.Namespace) -> None:
   if unknown:
     raise SpecError(f"{unknown} cannot be tuned: there is no grid of that name in hyperparameters.py.")
   problem, plan, entered = prepare(name, "tuned", tune.grid_of(optimizers), **overrides(arguments))
-  path = arguments.out / f"{arguments.name or f'trials-{name}'}.json"
+  path = arguments.out / f"{arguments.name or f'trials-{file_name(name)}'}.json"
   results = run(problem, plan, entered, [hyperparameters.TUNING_SEED], path, arguments.resume)
   tune.trial_table(name, tune.trials(results)).show()
-  path = arguments.out / f"tune-{name}.json"
+  path = arguments.out / f"tune-{file_name(name)}.json"
   chosen = tune.save_trials(results, path)
   say(f"chosen: {chosen}\nwrote {path}; runs in the setting `tuned` read it from {hyperparameters.RESULTS.name}/")
 
@@ -118,19 +124,17 @@ def cost_of_problem(name: str, arguments: argparse.Namespace) -> None:
   problem, *_ = prepare(name, "tuned", "sgd(learning_rate=0.1)", **overrides(arguments))
   document = cost.measure(problem)
   cost.table(document).show()
-  cost.save(document, arguments.out / f"cost-{name}.json")
+  cost.save(document, arguments.out / f"cost-{file_name(name)}.json")
 
 
 def report(arguments: argparse.Namespace) -> None:
   """Markdown for every document in the folder."""
-  paths = [
-    path for path in sorted(arguments.out.glob("*.json")) if not path.stem.startswith(("tune-", "trials-", "cost-"))
-  ]
+  paths = [path for path in sorted(arguments.out.glob("*.json")) if not path.stem.startswith(NOT_RUNS)]
   documents = [load(path) for path in paths]
   if claim := claim_table(documents):
     say(claim.markdown() + "\n")
   for results in documents:
-    for table in tables(results, arguments.target):
+    for table in tables(results, arguments.target or hyperparameters.targets(results.plan.problem)):
       say(table.markdown() + "\n")
 
 
@@ -146,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
   if command == "demo":
     names, arguments.name = ["digits"], arguments.name or "demo"
     arguments.optimizers = arguments.optimizers or "demo"
-  if unknown := [name for name in names if name not in PROBLEMS]:
+  if unknown := [name for name in names if name_of(name) not in PROBLEMS]:
     parser().error(f"no problem is called {unknown}; known are {', '.join(PROBLEMS)}")
   if command in ("tune", "cost") and not names:
     parser().error(f"{command} needs a problem, for example: python -m benchmarks {command} digits")
@@ -156,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
       report(arguments)
     elif command == "readme":
       readme.write(arguments.out)
+    elif command in (whole := {"condition": condition, "regularization": regularization, "robustness": robustness}):
+      whole[command].run(arguments.out)
     for name in names:
       actions[command](name, arguments)
   except (DataError, SpecError, ResumeError) as error:

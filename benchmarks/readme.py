@@ -7,7 +7,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import cost
+from benchmarks import cost, peers, robustness
 from benchmarks.records import load
 from benchmarks.report import claim_table, final_table
 
@@ -29,7 +29,10 @@ def figures(results: Path) -> str:
       if picture:
         parts.append(f"![Training loss of the demo](benchmarks/{results.name}/{name}.png)")
   for path in sorted(results.glob("cost-*.json")):
-    parts.append(cost.table(json.loads(path.read_text())).markdown())
+    document = json.loads(path.read_text())
+    parts.append((peers if "workload" in document else cost).table(document).markdown())
+  if (path := results / "robustness.json").exists():
+    parts.append(robustness.table(json.loads(path.read_text())).markdown())
   return "\n\n".join(parts)
 
 

@@ -173,12 +173,21 @@ OPTIMIZERS = {
   "levenberg_marquardt": Row(marquardt, frozenset({"value", "value_fn"}), takes_key=False, skips="rejected"),
   "chain": Row(chained, frozenset({"hvp"})),
   "gradient penalty": Row(penalised, frozenset({"hvp"})),
+  "bnp": Row(functools.partial(dpo.bnp, 0.05), frozenset({"layer_inputs"}), takes_key=False),
+  "gls": Row(functools.partial(dpo.gls, 0.1, fallback=optax.sgd(0.1)), frozenset({"layer_inputs"}), takes_key=False),
 }
 
 
 def loss(params):
   """Smooth, neither quadratic nor convex."""
   return jnp.sum((jnp.tanh(params["w"]) @ params["b"] - 1.0) ** 2) + 0.1 * jnp.sum(params["w"] ** 2)
+
+
+def layer_inputs(params):
+  """What enters the layer ("w", "b"), if the tree has one: four rows. The loss need not be that of a network."""
+  if not isinstance(params, dict) or not hasattr(params.get("w"), "shape"):
+    return {}
+  return {"w": np.random.default_rng(0).standard_normal((4, params["w"].shape[0])).astype(np.float32)}
 
 
 class Fault(NamedTuple):
@@ -228,6 +237,7 @@ def compiled(name: str) -> Compiled:
       "value": value + fault.value,
       "value_fn": lambda p: loss(p) + fault.ahead,
       "hvp": lambda v: spoil(hvp(v), fault.product, fault.scale),
+      "layer_inputs": layer_inputs(params),
     }
     extras = {k: v for k, v in offers.items() if k in row.extras}
     updates, state = tx.update(spoil(grads, fault.gradient, fault.scale), state, params, **extras)

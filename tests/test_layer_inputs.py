@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -280,3 +281,90 @@ def test_other_mutable_collections_are_returned_as_linen_returns_them():
   close(out, expected)
   jax.tree.map(close, state, there)
   assert set(state) == {"batch_stats"} and set(inputs) == {"layers_0"}
+
+
+# -- three models as in public examples, in linen and nnx -------------------------------------------------------------
+
+
+class LinenBlock(nn.Module):
+  """A pre-norm transformer block."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+    return x + nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(2 * x.shape[-1])(nn.LayerNorm()(x))))
+
+
+class LinenResidual(nn.Module):
+  """A residual block with group norm and a projection."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.relu(nn.GroupNorm(2)(nn.Conv(4, (3, 3), 2, use_bias=False)(x)))
+    y = nn.GroupNorm(2)(nn.Conv(4, (3, 3), use_bias=False)(y))
+    return nn.relu(y + nn.Conv(4, (1, 1), 2)(x))
+
+
+class NnxBlock(nnx.Module):
+  def __init__(self, rngs):
+    self.norms = nnx.List([nnx.LayerNorm(4, rngs=rngs) for _ in range(2)])
+    self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+    self.mlp = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.gelu, nnx.Linear(8, 4, rngs=rngs))
+
+  def __call__(self, x):
+    x = x + self.attention(self.norms[0](x))
+    return x + self.mlp(self.norms[1](x))
+
+
+class NnxResidual(nnx.Module):
+  def __init__(self, rngs):
+    self.convs = nnx.List([nnx.Conv(c, 4, (3, 3), s, use_bias=False, rngs=rngs) for c, s in ((2, 2), (4, 1))])
+    self.norms = nnx.List([nnx.GroupNorm(4, 2, rngs=rngs) for _ in range(2)])
+    self.projection = nnx.Conv(2, 4, (1, 1), 2, rngs=rngs)
+
+  def __call__(self, x):
+    y = nnx.relu(self.norms[0](self.convs[0](x)))
+    return nnx.relu(self.norms[1](self.convs[1](y)) + self.projection(x))
+
+
+MODELS = {
+  "mlp": (
+    nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(1)]),
+    lambda r: nnx.Sequential(nnx.Linear(3, 5, rngs=r), nnx.tanh, nnx.Linear(5, 1, rngs=r)),
+    (4, 3),
+    2,
+  ),
+  "residual": (LinenResidual(), NnxResidual, (2, 4, 4, 2), 3),
+  "transformer": (LinenBlock(), NnxBlock, (2, 3, 4), 6),
+}
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.parametrize("name", MODELS)
+def test_unchanged_models_take_a_step_of_gls(name, kind):
+  """Every kernel has its inputs, without a word about layers; what is no layer goes to the fallback."""
+  linen, make, shape, layers = MODELS[name]
+  x = jnp.cos(jnp.arange(float(np.prod(shape))).reshape(shape))
+  if kind == "linen":
+    params = linen.init(jax.random.key(0), x)["params"]
+    call = lambda p: training.with_layer_inputs(linen.apply)({"params": p}, x)
+  else:
+    graphdef, params = nnx.split(make(nnx.Rngs(0)))
+    call = lambda p: training.call_with_layer_inputs(nnx.merge(graphdef, p), x)
+  tx = dpo.gls(0.01, fallback=optax.sgd(0.1))
+
+  def loss(p):
+    out, inputs = call(p)
+    return jnp.mean((out - 0.5) ** 2), inputs
+
+  @jax.jit
+  def step(params, state):
+    (value, inputs), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, state = tx.update(grads, state, params, layer_inputs=inputs)
+    return optax.apply_updates(params, updates), state, value
+
+  assert len(find_layers(params)) == layers
+  moved, state, before = step(params, tx.init(params))
+  after = step(moved, state)[2]
+  assert after < before and int(optax.tree.get(state, "skipped")) == 0
+  assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True))

@@ -60,7 +60,7 @@ def gram(x: jax.Array, axis: int, like: Any, precision=None) -> Any:
   return jnp.einsum(f"{letters},{moved}->{letters[axis]}z", x, jnp.conj(x), precision=precision)
 
 
-def square(q: jax.Array, precision=None) -> jax.Array:
+def square(q: Any, precision=None) -> Any:
   """qᴴ q, the factor of P that belongs to the factor q of Q."""
   if isinstance(q, Arrow):
     return q.square()

@@ -8,6 +8,9 @@ import pytest
 import dpsgd_optax as dpo
 
 P = jnp.ones(2)
+LAYER = {"one": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+ROWS = jnp.ones((4, 3))
+SHAPES = {"one": {"kernel": dpo.LayerRecord((ROWS,), kernel_shape=(3, 2), bias=("one", "bias"))}}
 
 
 def loss(p):
@@ -18,7 +21,68 @@ def update(tx, params=P, **extra):
   return tx.update(P, tx.init(P), params, **extra)
 
 
+def layered(make, params=LAYER, inputs=None, **options):
+  """One step of `bnp` or `gls`."""
+  tx = make(0.1, **options)
+  return tx.update(params, tx.init(params), params, layer_inputs=inputs)
+
+
 CALLS = {
+  "gls learning rate": (lambda: dpo.gls(-0.1), "learning_rate", "-0.1"),
+  "gls damping": (lambda: dpo.gls(0.1, damping=-0.1), "damping", "not negative", "-0.1"),
+  "gls decay": (lambda: dpo.gls(0.1, decay=1.0), "decay", "[0, 1)", "1.0"),
+  "gls max_size": (lambda: dpo.gls(0.1, max_size=0), "max_size", "positive", "jnp.inf"),
+  "bnp decay": (lambda: dpo.bnp(0.1, decay=-0.5), "decay", "[0, 1)", "-0.5"),
+  "bnp damping": (lambda: dpo.bnp(0.1, damping=-1.0), "damping", "not negative", "-1.0"),
+  "bnp relative damping": (lambda: dpo.bnp(0.1, relative_damping=-1.0), "relative_damping", "-1.0"),
+  "bnp without layer_inputs": (lambda: layered(dpo.bnp), "`layer_inputs`", "with_layer_inputs", "layer_inputs=inputs"),
+  "gls without layer_inputs": (lambda: layered(dpo.gls), "`layer_inputs`", "with_layer_inputs", "layer_inputs=inputs"),
+  "clip without layer_inputs": (
+    lambda: dpo.clip_output_change().update(LAYER, (), LAYER),
+    "`clip_output_change`",
+    "`layer_inputs`",
+  ),
+  "a layer without inputs": (
+    lambda: layered(dpo.gls, {**LAYER, "two": LAYER["one"]}, {"one": ROWS}),
+    "two/kernel",
+    "variable_axes",
+    "fallback=",
+  ),
+  "inputs of no layer": (lambda: layered(dpo.bnp, inputs={"one": ROWS, "three": ROWS}), "'three'", "one/kernel"),
+  "layers of no layer": (
+    lambda: layered(dpo.gls, {"two": LAYER["one"]}, SHAPES, layers=SHAPES),
+    "`layers`",
+    "'one/kernel'",
+    "two/kernel",
+  ),
+  "layers that are no records": (lambda: layered(dpo.gls, layers={"one": ROWS}), "`layers`", "jax.eval_shape"),
+  "inputs of the wrong width": (
+    lambda: layered(dpo.gls, inputs={"one": jnp.ones((4, 5))}),
+    "'one/kernel'",
+    "(…, 3)",
+    "(4, 5)",
+  ),
+  "a leaf of no layer": (
+    lambda: layered(dpo.gls, {**LAYER, "norm": {"scale": P}}, {"one": ROWS}),
+    "norm/scale",
+    "fallback=optax.adam(1e-3)",
+  ),
+  "a matrix of no layer": (
+    lambda: layered(dpo.bnp, {**LAYER, "other": jnp.ones((2, 2))}, {"one": ROWS}),
+    "other",
+    "fallback=",
+    "jax.eval_shape",
+  ),
+  "a stack of layers by shape alone": (
+    lambda: layered(
+      dpo.gls,
+      {"one": {"kernel": jnp.ones((5, 3, 2))}},
+      {"one": {"kernel": dpo.LayerRecord((jnp.ones((5, 4, 3)),), kernel_shape=(3, 2))}},
+    ),
+    "'one/kernel'",
+    "stacked",
+    "jax.eval_shape",
+  ),
   "psgd learning rate": (lambda: dpo.psgd(-0.1), "learning_rate", "-0.1", "descends"),
   "dpsgd learning rate": (lambda: dpo.dpsgd(-1), "learning_rate", "-1"),
   "clipped learning rate": (lambda: dpo.clipped_learning_rate(-0.1), "learning_rate", "-0.1"),

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
-from tests.table import OPTIMIZERS, PARAMS, Fault, compiled, loss
+from tests.table import OPTIMIZERS, PARAMS, Fault, compiled, layer_inputs, loss
 
 CALM = Fault()
 rows = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -29,7 +29,7 @@ def one_step(tx, extras, loss=squares, **more):
 
   def step(params, state):
     value, grads = jax.value_and_grad(loss)(params)
-    offers = {"value": value, "value_fn": loss, "hvp": dpo.hvp(loss, params)}
+    offers = {"value": value, "value_fn": loss, "hvp": dpo.hvp(loss, params), "layer_inputs": layer_inputs(params)}
     updates, state = tx.update(grads, state, params, **{k: v for k, v in offers.items() if k in extras}, **more)
     return optax.apply_updates(params, updates), state, updates
 
@@ -93,7 +93,7 @@ def test_unknown_extra_arguments_are_ignored(name):
   row, tx = OPTIMIZERS[name], compiled(name).tx
   state = tx.init(PARAMS)
   plain = jax.eval_shape(one_step(tx, row.extras), PARAMS, state)
-  unknown = jax.eval_shape(one_step(tx, row.extras, unknown=object(), layer_inputs=None), PARAMS, state)
+  unknown = jax.eval_shape(one_step(tx, row.extras, unknown=object(), another=None), PARAMS, state)
   assert avals(plain) == avals(unknown)
 
 

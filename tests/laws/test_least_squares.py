@@ -252,7 +252,7 @@ def test_the_trust_region_bounds_the_change_of_the_outputs():
 
 
 def test_a_wide_output_makes_the_step_too_long_and_the_mends_shorten_it():
-  """Linear autoencoder d → D → d behind the layer: one step changes the final output by λ_max(VVᵀ) times what was asked.
+  """Linear autoencoder d → D → d: one step changes the final output by λ_max(VVᵀ) times what was asked for.
 
   The change of the layer's outputs is −ηE, E = (z V − y)Vᵀ, so that the residual becomes r (I − η VᵀV): it diverges
   for η > 2 / λ_max, which grows with the width. With whitened outputs the bound is of the order of one again.
@@ -383,6 +383,27 @@ def test_reduced_records_are_the_records(make):
   assert not reduced.inputs and (reduced.rows, reduced.examples) == (N, N)
   grads = {"w": W, "b": B}
   close(stacked(step(make(), grads, {"w": reduced}, 0.1)), stacked(step(make(), grads, {"w": record}, 0.1)))
+
+
+def test_levenberg_marquardt_sets_the_relative_damping():
+  """λ = damping · tr S/d with the damping of the wrapper, not that of the constructor."""
+  tx = dpo.levenberg_marquardt(dpo.gls(1.0, damping=123.0), damping=0.25)
+  params = {"w": jnp.asarray(W), "b": jnp.asarray(B)}
+  value = lambda p: 0.5 * jnp.mean(jnp.sum((X @ p["w"] + p["b"] - Y) ** 2, axis=1))
+  grads = jax.grad(value)(params)
+  updates, state = tx.update(grads, tx.init(params), params, value_fn=value, layer_inputs={"w": X})
+  expected = step(dpo.least_squares(), grads, {"w": X}, damping=0.25)
+  close(-stacked(updates), stacked(expected))
+  assert float(state.ratio) > 0
+
+
+def test_kernels_alone_are_solved_without_the_bias_that_another_transform_trains():
+  """`optax.partition`: GLS on the kernel sees x, not [x, 1]."""
+  both = optax.partition({"kernel": dpo.gls(1.0, damping=0.0), "bias": optax.sgd(0.1)}, {"w": "kernel", "b": "bias"})
+  grads = jax.tree.map(jnp.asarray, gradient(X, neurons()))
+  updates, _ = both.update(grads, both.init(grads), grads, layer_inputs={"w": X})
+  close(-updates["w"], np.linalg.solve(X.T @ X / N, grads["w"]))
+  close(-updates["b"], 0.1 * grads["b"])
 
 
 # -- degenerate input -------------------------------------------------------------------------------------------------
