@@ -27,7 +27,15 @@ class RemoteFile(NamedTuple):
 
   url: str
   size: int  # bytes
-  sha256: str
+  sha256: str  # or the MD5, where nothing better was published
+
+  @property
+  def algorithm(self) -> str:
+    return "md5" if len(self.sha256) == 32 else "sha256"
+
+  @property
+  def checksum(self) -> str:
+    return f"{'MD5' if self.algorithm == 'md5' else 'SHA-256'} {self.sha256}"
 
 
 class Arrays(NamedTuple):
@@ -57,6 +65,18 @@ FILES = {
     ("fashion_mnist", TEST_X, 4422102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
     ("fashion_mnist", TEST_Y, 5148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
   ]
+}
+SHAKESPEARE = "tiny_shakespeare/input.txt"
+FILES[SHAKESPEARE] = RemoteFile(
+  "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+  1115394,
+  "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+PTB_TRAIN, PTB_TEST = "ptb/ptb.train.txt", "ptb/ptb.valid.txt"
+PTB_SOURCE = "Mikolov's simple-examples.tgz, folder data/ (the text is licensed by the LDC, LDC99T42)"
+FILES |= {  # MD5 as in torchtext, which published nothing better
+  PTB_TRAIN: RemoteFile(PTB_SOURCE, 5101618, "f26c4b92c5fdc7b3f8c7cdcb991d8420"),
+  PTB_TEST: RemoteFile(PTB_SOURCE, 399782, "aa0affc06ff7c36e977d7cd49e3839bf"),
 }
 CURVES_FILE = "digs3pts_1.mat"
 CURVES_BYTES = 189_600_400  # no checksum of the original was ever published
@@ -92,12 +112,12 @@ def download(key: str, path: Path, file: RemoteFile) -> None:
 def verify(key: str, path: Path, file: RemoteFile) -> None:
   """Raise a DataError unless the file has the published length and checksum."""
   size = path.stat().st_size
-  found = hashlib.sha256(path.read_bytes()).hexdigest()
+  found = hashlib.new(file.algorithm, path.read_bytes()).hexdigest()
   if found == file.sha256:
     return
   what = f"is truncated ({size} of {file.size} bytes)" if size < file.size else "was altered"
   raise DataError(
-    f"{path} {what}: expected SHA-256 {file.sha256}, found {found}. "
+    f"{path} {what}: expected {file.checksum}, found {found}. "
     f"Delete it and fetch it again from {file.url} (without `--data-dir` this is done for you)."
   )
 
@@ -109,7 +129,7 @@ def obtain(key: str, folder: Path | None) -> Path:
     download(key, path, file)
   if not path.exists():
     raise DataError(
-      f"{path} is missing: expected {file.size} bytes with SHA-256 {file.sha256}, found nothing. "
+      f"{path} is missing: expected {file.size} bytes with {file.checksum}, found nothing. "
       f"Put {file.url} there, or leave out `--data-dir` to have it downloaded."
     )
   verify(key, path, file)
@@ -196,6 +216,70 @@ def addition(samples: int = 50_000, length: int = 32, seed: int = 0) -> Arrays:
   cut = samples * 9 // 10
   train, test = ({"x": x[part], "y": y[part]} for part in (slice(cut), slice(cut, None)))
   return Arrays(train, test, f"addition: {samples} generated sequences of length {length}")
+
+
+def delayed_xor(length: int, samples: int = 1 << 17, seed: int = 0) -> Arrays:
+  """Delayed XOR: channel 0 uniform in {-1, 1}, channel 1 marks two positions i < 0.1 length <= 0.5 length > j.
+
+  i = floor(0.1 length u), j = floor(length (0.1 + 0.4 u')), u and u' uniform in [0, 1); y = 1 if the values there
+  differ, else 0, also in the rare case i = j of a length that 10 does not divide. 131072 sequences stand for an endless
+  stream: a network of a thousand parameters cannot learn a hundred thousand coin tosses by heart.
+  """
+  rng = np.random.default_rng([seed, length])
+  total, rows = samples + samples // 32, np.arange(samples + samples // 32)
+  values = rng.choice(np.array([-1, 1], np.float32), (total, length))
+  first = (0.1 * length * rng.random(total)).astype(int)
+  second = (length * (0.1 + 0.4 * rng.random(total))).astype(int)
+  marks = np.zeros_like(values)
+  marks[rows, first] = marks[rows, second] = 1
+  x, y = np.stack([values, marks], -1), (values[rows, first] != values[rows, second]).astype(np.float32)
+  train, test = ({"x": x[part], "y": y[part, None]} for part in (slice(samples), slice(samples, None)))
+  return Arrays(train, test, f"xor: {samples} generated sequences of length {length}")
+
+
+def quadratic_features(arrays: Arrays) -> Arrays:
+  """x (n, d) -> all x_i and all x_i x_j, (n, d + d^2)."""
+
+  def split(part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    x = part["x"]
+    return part | {"x": np.concatenate([x, (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)], 1)}
+
+  return Arrays(split(arrays.train), split(arrays.test), f"{arrays.note}; all products of two pixels added")
+
+
+def low_rank_tensor(rank: int = 10, shape: tuple[int, int, int] = (20, 50, 100), seed: int = 0) -> Arrays:
+  """One sample: T = sum_r a_r (x) b_r (x) c_r, all entries of a, b, c normal."""
+  rng = np.random.default_rng(seed)
+  factors = (rng.normal(size=(rank, size)) for size in shape)
+  sample = {"x": np.einsum("ri,rj,rk->ijk", *factors)[None].astype(np.float32)}
+  return Arrays(sample, sample, f"tensor_decomposition: generated, of rank {rank} and shape {shape}")
+
+
+def windows(tokens: np.ndarray, length: int, stride: int) -> dict[str, np.ndarray]:
+  """x (n, length + 1): stretches of the text that begin every `stride` tokens; each is input and, shifted, target."""
+  return {"x": np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::stride])}
+
+
+def shakespeare(data_dir: str | None, length: int) -> tuple[Arrays, int]:
+  """Tiny Shakespeare by characters, the first 90 % for training; and the size of the vocabulary (65)."""
+  text = np.frombuffer(obtain(SHAKESPEARE, given_folder(data_dir)).read_bytes(), np.uint8)
+  alphabet, tokens = np.unique(text, return_inverse=True)
+  tokens, cut = tokens.astype(np.uint8), len(text) * 9 // 10
+  train, test = windows(tokens[:cut], length, max(1, length // 8)), windows(tokens[cut:], length, length)
+  return Arrays(train, test, f"tiny Shakespeare: windows of {length} characters, the last 10 % held out"), len(alphabet)
+
+
+def ptb(data_dir: str | None, length: int) -> tuple[Arrays, int]:
+  """Penn Treebank by words in the version of Mikolov, for those who hold the files; and the size of the vocabulary.
+
+  The text is licensed: it is never downloaded. Test is the validation split.
+  """
+  folder = given_folder(data_dir) or cache_folder()
+  train, test = (obtain(key, folder).read_text().replace("\n", " <eos> ").split() for key in (PTB_TRAIN, PTB_TEST))
+  number = {word: i for i, word in enumerate(sorted(set(train)))}
+  encode = lambda words: np.array([number[word] for word in words], np.int32)
+  arrays = Arrays(windows(encode(train), length, length), windows(encode(test), length, length), "")
+  return arrays._replace(note=f"Penn Treebank: windows of {length} words"), len(number)
 
 
 def ill_conditioned(samples: int = 2_000, inputs: int = 30, outputs: int = 10, seed: int = 0) -> Arrays:

@@ -11,8 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-Options = dict[str, float | int | str | None]
-
+from benchmarks.calls import Options, file_name, name_of
 
 ABLATION = ("psgd", "psgd+damping", "psgd+averaging", "dpsgd")  # damping and averaging, each off and on
 
@@ -58,6 +57,38 @@ AUTHOR = {
   "mnist_autoencoder": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5),
 }
 
+# Settings of the original PSGD code, specs/PSGD_RESULTS.md section 9, T3 to T5; its function is rosenbrock(pairs=True).
+AUTHOR |= {
+  "rosenbrock": Setting(
+    {
+      "psgd_newton": {"learning_rate": 1.0, "preconditioner": "dense(step_size=0.5)", "b1": 0.9},
+      "adam": {"learning_rate": 0.02},
+      "sgd": {"learning_rate": 1e-3},
+    }
+  ),
+  "tensor_decomposition": Setting(
+    {
+      "psgd_newton": {"learning_rate": 0.2, "preconditioner": "kron(step_size=0.1)"},
+      "sgd": {"learning_rate": 1e-4},
+    }
+  ),
+  "xor": Setting(
+    {
+      "psgd_whiten": {"learning_rate": 1e-3, "preconditioner": "kron(step_size=0.1, init_scale=1.0)", "every": 1},
+      "adam": {"learning_rate": 1e-3, "clip": 1.0},
+      "momentum": {"learning_rate": 0.1, "clip": 1.0},
+    }
+  ),
+}
+
+TARGETS = {"xor": (0.1,), "rosenbrock": (1e-6,), "tensor_decomposition": (1e-4,)}
+
+
+def targets(problem: str) -> tuple[float, ...]:
+  """Training losses that count as solved: the tables say when they were reached."""
+  return TARGETS.get(name_of(problem), ())
+
+
 # --- (ii) every optimizer tuned by the same number of trials ----------------------------------------------------------
 
 SECOND_ORDER_GRID = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -66,9 +97,12 @@ GRIDS = {
   "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
   "momentum": (0.01, 0.03, 0.1, 0.3, 1.0),
   "adam": ADAPTIVE_GRID,
+  "adamw": ADAPTIVE_GRID,
+  "lbfgs": (0.03, 0.1, 0.3, 0.6, 1.0),
   "muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
   "psgd": SECOND_ORDER_GRID,
   "psgd_whiten": ADAPTIVE_GRID,
+  "psgd_newton": SECOND_ORDER_GRID,
   "psgd+damping": SECOND_ORDER_GRID,
   "psgd+averaging": SECOND_ORDER_GRID,
   "dpsgd": SECOND_ORDER_GRID,
@@ -80,10 +114,12 @@ RESULTS = Path(__file__).parent / "results"
 def tuned(problem: str) -> dict[str, float]:
   """The learning rates that `python -m benchmarks tune PROBLEM` chose: seed 0, lowest final training loss.
 
-  They are read from where it wrote them, with all its trials: results/tune-PROBLEM.json. Empty without that file.
+  They are read from where it wrote them, with all its trials: results/tune-PROBLEM.json; for a problem with options of
+  which there is none, from that of the problem as it is. Empty without that file.
   """
-  path = RESULTS / f"tune-{problem}.json"
-  return json.loads(path.read_text())["chosen"] if path.exists() else {}
+  paths = [RESULTS / f"tune-{file_name(text)}.json" for text in (problem, name_of(problem))]
+  path = next(filter(Path.exists, paths), None)
+  return json.loads(path.read_text())["chosen"] if path else {}
 
 
 # --- names for groups of contestants ----------------------------------------------------------------------------------
@@ -102,5 +138,5 @@ TUNING_SEED = 0  # the results use seeds 1, 2, ...
 def setting(name: str, problem: str) -> Setting:
   """The setting `author` or `tuned` of a problem. What it lacks must be given on the command line."""
   if name == "author":
-    return AUTHOR.get(problem, Setting(folded=True))
+    return AUTHOR.get(name_of(problem), Setting(folded=True))
   return Setting({optimizer: {"learning_rate": rate} for optimizer, rate in tuned(problem).items()})

@@ -100,3 +100,84 @@ class Elman(nn.Module):
     for t in range(x.shape[1]):  # unrolled: 32 tiny matrix products, which a loop would drown in overhead
       h = jnp.tanh(cell(jnp.concatenate([x[:, t], h], -1)))
     return Affine(1, self.folded)(h)
+
+
+class LSTM(nn.Module):
+  """[i, f, g, o] = x W + b + h R; c <- sig(f + 1) c + sig(i) tanh(g); h <- sig(o) tanh(c). (n, T, d) -> (n, T, hidden).
+
+  The products with x are taken for all times at once; the loop is left with those with h.
+  """
+
+  hidden: int
+  folded: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.hidden, 4 * self.hidden))
+    inputs = Affine(4 * self.hidden, self.folded)(x)
+
+    def step(carry: tuple[jax.Array, jax.Array], gates: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+      h, c = carry
+      i, f, g, o = jnp.split(gates + h @ recurrent, 4, -1)
+      c = nn.sigmoid(f + 1) * c + nn.sigmoid(i) * jnp.tanh(g)
+      h = nn.sigmoid(o) * jnp.tanh(c)
+      return (h, c), h
+
+    start = jnp.zeros((len(x), self.hidden), inputs.dtype)
+    return jax.lax.scan(step, (start, start), inputs.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+
+class LastOfLSTM(nn.Module):
+  """One LSTM layer, read out at the last position."""
+
+  hidden: int
+  folded: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return Affine(1, self.folded)(LSTM(self.hidden, self.folded)(x)[:, -1])
+
+
+class LanguageLSTM(nn.Module):
+  """Embedding, `layers` LSTMs, logits of the next token. Every window of the text begins with a state of zero."""
+
+  vocabulary: int
+  layers: int
+  width: int
+  folded: bool = False
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    x = nn.Embed(self.vocabulary, self.width)(tokens)
+    for _ in range(self.layers):
+      x = LSTM(self.width, self.folded)(x)
+    return Affine(self.vocabulary, self.folded)(x)
+
+
+GPT2 = nn.initializers.normal(0.02)
+
+
+class Transformer(nn.Module):
+  """nanoGPT in small: pre-norm decoder blocks, learned positions, GELU, weights N(0, 0.02^2) as in GPT-2.
+
+  The maps that write into the residual stream begin 1/sqrt(2 layers) times smaller. No dropout, logits not tied.
+  """
+
+  vocabulary: int
+  layers: int
+  width: int
+  heads: int
+  folded: bool = False
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    length, out = tokens.shape[1], nn.initializers.normal(0.02 / math.sqrt(2 * self.layers))
+    affine = lambda features, init=GPT2: Affine(features, self.folded, kernel_init=init)
+    x = nn.Embed(self.vocabulary, self.width, embedding_init=GPT2)(tokens)
+    x = x + self.param("positions", GPT2, (length, self.width))
+    for _ in range(self.layers):
+      heads = affine(3 * self.width)(nn.LayerNorm()(x)).reshape(*x.shape[:2], 3, self.heads, -1)
+      mixed = jax.nn.dot_product_attention(*jnp.moveaxis(heads, 2, 0), is_causal=True)
+      x = x + affine(self.width, out)(mixed.reshape(x.shape))
+      x = x + affine(self.width, out)(nn.gelu(affine(4 * self.width)(nn.LayerNorm()(x))))
+    return affine(self.vocabulary)(nn.LayerNorm()(x))

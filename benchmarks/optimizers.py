@@ -4,10 +4,11 @@
 dpsgd                                  with the options of the setting
 dpsgd(average=0.5, judge_every=10)     the same with two of them changed
 dpsgd(form=additive)                   a bare word is a name of `dpsgd_optax`
+psgd_newton(preconditioner=lra(rank=5))    so is the function of a call
+momentum(clip=1.0)                     any optimizer: gradients clipped to a global norm of 1 before it
 """
 
 import ast
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,11 @@ from typing import Any
 import optax
 
 import dpsgd_optax as dpo
-from benchmarks.hyperparameters import GROUPS, Options
+from benchmarks import calls
+from benchmarks.calls import Options, SpecError
+from benchmarks.hyperparameters import GROUPS
 
-
-class SpecError(ValueError):
-  """A contestant that cannot be understood. The message says what to type."""
+EXAMPLE = "dpsgd(average=0.5)"
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,12 @@ OPTIMIZERS = {
   "sgd": Method(optax.sgd),
   "momentum": Method(optax.sgd, {"momentum": 0.9, "nesterov": True}),
   "adam": Method(optax.adam),
+  "adamw": Method(optax.adamw),
+  "lbfgs": Method(optax.lbfgs, {"linesearch": None}),
   "muon": Method(optax.contrib.muon),
   "psgd": Method(dpo.dpsgd, {"average": None, "damping": None}, newton=True, keyed=True),
   "psgd_whiten": Method(dpo.psgd, keyed=True),
+  "psgd_newton": Method(dpo.psgd, {"curvature": dpo.newton(), "every": 1}, newton=True, keyed=True),
   "psgd+damping": Method(dpo.dpsgd, {"average": None}, newton=True, keyed=True),
   "psgd+averaging": Method(dpo.dpsgd, {"damping": None}, newton=True, keyed=True),
   "dpsgd": Method(dpo.dpsgd, newton=True, keyed=True),
@@ -72,7 +76,7 @@ class Contestant:
   @property
   def judge_period(self) -> int | None:
     """T2, or None if there is no Levenberg-Marquardt rule."""
-    judged = self.method.newton and self._option("damping", 1.0) is not None
+    judged = self.method.make is dpo.dpsgd and self._option("damping", 1.0) is not None
     return self._option("judge_every", 5) if judged else None
 
   def build(self, decay: float, steps_per_epoch: int, key: int) -> optax.GradientTransformationExtraArgs:
@@ -83,11 +87,12 @@ class Contestant:
     options = dict(self.method.options) | {name: value_of(option) for name, option in self.options.items()}
     if self.method.keyed:
       options["key"] = key
-    initial = options.pop("learning_rate")
+    initial, clip = options.pop("learning_rate"), options.pop("clip", None)
     make = self.method.make
 
     def decayed(initial: Any, decay: Any) -> optax.GradientTransformation:
-      return make(initial * decay, **options)
+      tx = make(initial * decay, **options)
+      return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
 
     schedule = optax.exponential_decay(1.0, steps_per_epoch, decay, staircase=True)
     return optax.inject_hyperparams(decayed)(initial=initial, decay=schedule)
@@ -98,51 +103,30 @@ class Contestant:
 
 
 def value_of(option: Any) -> Any:
-  """The value of an option: text is a name of `dpsgd_optax`, or a call of one with literal arguments."""
+  """The value of an option: text is a literal, a name of `dpsgd_optax`, or a call of one."""
   if not isinstance(option, str):
     return option
   node = ast.parse(option, mode="eval").body
   if isinstance(node, ast.Call):
-    return value_of(ast.unparse(node.func))(*(ast.literal_eval(argument) for argument in node.args))
+    value = lambda argument: value_of(calls.literal(argument))
+    named = {str(keyword.arg): value(keyword.value) for keyword in node.keywords}
+    return value_of(ast.unparse(node.func))(*map(value, node.args), **named)
   if not isinstance(node, ast.Name) or not hasattr(dpo, node.id):
     raise SpecError(f"an option must be a number, None or a name of `dpsgd_optax`, got `{option}`.")
   return getattr(dpo, node.id)
 
 
 def parse(text: str) -> tuple[str, Options]:
-  """`name(option=value, ...)` -> the name and its options; values that are not literals stay text."""
-  match = re.fullmatch(r"([\w+]+)(\(.*\))?", text.strip())
-  if match is None or match[1] not in OPTIMIZERS:
+  """`name(option=value, ...)` -> the name of an optimizer and its options."""
+  if calls.name_of(text) not in OPTIMIZERS:
     known = ", ".join([*OPTIMIZERS, *GROUPS])
-    raise SpecError(f"`{text}` is no optimizer. Type one of {known}, or one with options: dpsgd(average=0.5).")
-  complaint = SpecError(f"`{text}`: options are written as name=value, for example dpsgd(average=0.5).")
-  try:
-    call = ast.parse(f"f{match[2] or '()'}", mode="eval").body
-  except SyntaxError:
-    raise complaint from None
-  if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-    raise complaint
-  return match[1], {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
-
-
-def _literal(node: ast.expr) -> Any:
-  try:
-    return ast.literal_eval(node)
-  except ValueError:
-    return ast.unparse(node)
+    raise SpecError(f"`{text}` is no optimizer. Type one of {known}, or one with options: {EXAMPLE}.")
+  return calls.parse(text, EXAMPLE)
 
 
 def split(text: str) -> list[str]:
   """Split at the commas outside parentheses; names of groups become their members."""
-  parts, depth = [""], 0
-  for character in text:
-    depth += (character == "(") - (character == ")")
-    if character == "," and depth == 0:
-      parts.append("")
-    else:
-      parts[-1] += character
-  named = [part.strip() for part in parts if part.strip()]
-  return [member for part in named for member in GROUPS.get(part, (part,))]
+  return [member for part in calls.split(text) for member in GROUPS.get(part, (part,))]
 
 
 def contestants(text: str, defaults: Mapping[str, Options], problem: str) -> list[Contestant]:

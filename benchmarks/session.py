@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks import hyperparameters
 from benchmarks.optimizers import Contestant, contestants
-from benchmarks.problems import PROBLEMS, Problem, limit
+from benchmarks.problems import Problem, build, limit
 from benchmarks.progress import Reporter, say
 from benchmarks.records import Plan, Results, Run, environment, load_average, resume, save
 from benchmarks.report import number
@@ -37,7 +37,7 @@ def prepare(
   decay = chosen.decay if decay is None else decay
   ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
   found = contestants(optimizers or ",".join(ready or chosen.optimizers), chosen.optimizers, name)
-  problem = limit(PROBLEMS[name](data_dir, folded), train_size)
+  problem = limit(build(name, data_dir, folded), train_size)
   if batch_size is not None:
     problem = replace(problem, batch_size=batch_size)
   plan = make_plan(problem, setting, epochs or problem.epochs, decay, folded, evaluations or problem.evaluations)
