@@ -15,13 +15,13 @@ import pytest
 from benchmarks import analysis, data, hyperparameters, tune
 from benchmarks.__main__ import main
 from benchmarks.curves import draw_curves
-from benchmarks.models import Elman, LeNet5
+from benchmarks.models import LSTM, Elman, LeNet5, Transformer
 from benchmarks.optimizers import OPTIMIZERS, Contestant, SpecError, contestants, parse, split
 from benchmarks.plots import plot
-from benchmarks.problems import PROBLEMS, batches, limit
+from benchmarks.problems import PROBLEMS, batches, build, limit
 from benchmarks.records import Plan, Results, ResumeError, Run, load, resume, rounded, save
 from benchmarks.report import claim_table, tables
-from benchmarks.runner import gradients_of, variant_at
+from benchmarks.runner import fresh, gradients_of, make_step, variant_at
 
 CHEAP = "sgd(learning_rate=0.3),adam(learning_rate=0.01)"
 
@@ -130,6 +130,71 @@ def test_addition_targets_are_the_mean_of_two_marked_values():
   assert np.allclose(arrays["y"][:, 0], np.where(marks == 1, values, 0).sum(1) / 2)
 
 
+def test_xor_target_is_the_exclusive_or_of_the_marked_bits():
+  """By brute force over every sequence; one mark in the first tenth, one between it and the middle."""
+  for x, y in zip(*(data.delayed_xor(length=30, samples=64).train[name] for name in "xy"), strict=True):
+    first, second = np.flatnonzero(x[:, 1])
+    assert set(x[:, 0]) == {-1, 1} and first < 3 <= second < 15
+    assert y[0] == (x[first, 0] * x[second, 0] < 0)
+
+
+def test_xor_bits_targets_and_marks_are_evenly_spread():
+  """Means of 4096 draws, within 5 standard deviations; every admissible position of the marks occurs."""
+  found = data.delayed_xor(length=20, samples=4096)
+  assert abs(found.train["x"][..., 0].mean()) < 5 / math.sqrt(20 * 4096) and abs(found.train["y"].mean() - 0.5) < 0.04
+  assert set(np.flatnonzero(found.train["x"][..., 1].any(0))) == set(range(10))
+  assert not np.array_equal(found.train["x"][:128], found.test["x"][:128])
+  assert np.array_equal(found.train["x"], data.delayed_xor(length=20, samples=4096).train["x"])
+
+
+def test_quadratic_features_are_all_products():
+  x = np.arange(6, dtype=np.float32).reshape(2, 3)
+  arrays = data.quadratic_features(data.Arrays({"x": x}, {"x": x}, "toy"))
+  assert np.array_equal(arrays.train["x"][1], [3, 4, 5, 9, 12, 15, 12, 16, 20, 15, 20, 25])
+
+
+def test_generated_tensor_has_the_rank_it_says():
+  (tensor,) = data.low_rank_tensor(rank=3, shape=(4, 5, 6)).train["x"]
+  for axis in range(3):
+    assert np.linalg.matrix_rank(np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1), tol=1e-4) == 3
+
+
+def put(folder: Path, key: str, raw: bytes, monkeypatch) -> None:
+  """A file in the data folder whose checksum is, as far as data.py can tell, the published one."""
+  path = folder / key
+  path.parent.mkdir(exist_ok=True)
+  path.write_bytes(raw)
+  digest = hashlib.new(data.FILES[key].algorithm, raw).hexdigest()
+  monkeypatch.setitem(data.FILES, key, data.RemoteFile("nowhere", len(raw), digest))
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+  """A data folder with a small Shakespeare and a small Penn Treebank."""
+  put(tmp_path, data.SHAKESPEARE, b"the quick brown fox jumps over the lazy dog. " * 20, monkeypatch)
+  put(tmp_path, data.PTB_TRAIN, b" a b c\n c b a\n" * 20, monkeypatch)
+  put(tmp_path, data.PTB_TEST, b" c a b\n" * 10, monkeypatch)
+  return tmp_path
+
+
+def test_characters_and_words_are_numbered_in_windows_of_the_text(texts):
+  arrays, vocabulary = data.shakespeare(str(texts), length=16)
+  assert vocabulary == 28 and arrays.train["x"].shape[1:] == (17,)
+  assert np.array_equal(arrays.train["x"][1][:-2], arrays.train["x"][0][2:])
+  arrays, vocabulary = data.ptb(str(texts), length=3)
+  assert vocabulary == 4 and arrays.train["x"].tolist()[:2] == [[1, 2, 3, 0], [0, 3, 2, 1]]  # <eos> a b c
+
+
+def test_ptb_without_the_files_says_what_to_put_where(tmp_path, monkeypatch):
+  with pytest.raises(data.DataError, match=r"ptb\.train\.txt is missing.*MD5 f26c4b92.*LDC") as error:
+    data.ptb(str(tmp_path), length=3)
+  assert "5101618 bytes" in str(error.value)
+  monkeypatch.delenv("DPSGD_OPTAX_DATA", raising=False)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  with pytest.raises(data.DataError, match="is missing"):  # it is never downloaded
+    data.ptb(None, length=3)
+
+
 # --- problems -----------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +213,79 @@ def test_embedded_problems_have_finite_losses(name):
   problem = PROBLEMS[name](None, False)
   batch = {key: array[: problem.batch_size] for key, array in problem.arrays.train.items()}
   assert np.isfinite(problem.loss(problem.init(jax.random.key(0)), batch))
+
+
+@pytest.mark.parametrize(
+  ("text", "optimizer"),
+  [
+    ("xor(length=12)", "psgd_whiten(learning_rate=0.01, every=1)"),
+    ("xor(length=12, cell=lstm)", "adam(learning_rate=0.01)"),
+    ("logistic", "lbfgs(learning_rate=0.1)"),
+    ("tensor_decomposition(rank=2)", "psgd_newton(learning_rate=0.2)"),
+    ("rosenbrock(size=4, start=0)", "psgd_newton(learning_rate=0.5, preconditioner=dense(step_size=0.5))"),
+    ("charlm(layers=1, width=8, block=8)", "adamw(learning_rate=0.01)"),
+    ("charlm(model=lstm, layers=1, width=8, block=8)", "momentum(learning_rate=0.3, clip=1.0)"),
+    ("ptb(width=8, block=4)", "adam(learning_rate=0.01)"),
+  ],
+)
+def test_loss_falls_on_a_repeated_batch(text, optimizer, texts, monkeypatch):
+  monkeypatch.setattr(data.delayed_xor, "__defaults__", (64, 0))
+  problem = limit(build(text, str(texts), False), 32)
+  (contestant,) = contestants(optimizer, {}, text)
+  tx, params = contestant.build(1.0, 1, key=0), problem.init(jax.random.key(1))
+  step, opt_state = make_step(problem, tx), fresh(tx.init(params))
+  before = float(problem.loss(params, problem.arrays.train))
+  train, rows = {name: np.asarray(array) for name, array in problem.arrays.train.items()}, np.arange(problem.train_size)
+  for _ in range(20):
+    params, opt_state = step(params, opt_state, train, rows, variant_at(contestant, 0))
+  assert problem.name == text.replace(" ", "") and float(problem.loss(params, problem.arrays.train)) < before
+
+
+def test_a_token_sees_none_that_follow():
+  """Causality of the transformer and of the LSTM: logits up to t do not move when tokens after t do."""
+  tokens = np.arange(12).reshape(2, 6)
+  model = Transformer(vocabulary=12, layers=2, width=8, heads=2)
+  params = jax.tree.map(lambda x: 10 * x, model.init(jax.random.key(0), tokens))
+  changed = np.where(np.arange(6) < 4, tokens, 0)
+  first, second = (model.apply(params, x) for x in (tokens, changed))
+  assert np.allclose(first[:, :4], second[:, :4]) and not np.allclose(first[:, 4:], second[:, 4:])
+
+
+def test_lstm_is_its_equations_step_by_step():
+  sigmoid = lambda a: 1 / (1 + np.exp(-a))
+  x = np.cos(np.arange(12, dtype=np.float32)).reshape(1, 4, 3)
+  model = LSTM(hidden=2)
+  params = model.init(jax.random.key(0), x)
+  p = jax.tree.map(np.asarray, params["params"])
+  h, c = np.zeros(2), np.zeros(2)
+  for t in range(4):
+    i, f, g, o = np.split(x[0, t] @ p["Affine_0"]["kernel"] + p["Affine_0"]["bias"] + h @ p["recurrent"], 4)
+    c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
+    h = sigmoid(o) * np.tanh(c)
+  assert np.allclose(model.apply(params, x)[0, -1], h, atol=1e-6)
+
+
+def test_rosenbrock_in_pairs_is_the_function_of_two_side_by_side():
+  """Of size 2 both are 100 (x2 - x1^2)^2 + (1 - x1)^2 = 4 at (-1, 1); ones are the minimum of any size."""
+  point, batch = {"x": np.array([-1.0, 1.0] * 3)}, {"x": np.zeros((1, 0))}
+  chained, pairs = build("rosenbrock(size=6)", None, False), build("rosenbrock(size=6, pairs=True)", None, False)
+  assert float(pairs.loss(point, batch)) == 12 and float(chained.loss(point, batch)) == 12 + 2 * 400
+  assert all(float(problem.loss({"x": np.ones(6)}, batch)) == 0 for problem in (chained, pairs))
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("xor(lenght=3)", "no option lenght.*length=32, cell=rnn"),
+    ("xor(cell=gru)", "`cell` must be one of rnn, lstm, got 'gru'"),
+    ("xor(32)", "name=value, for example xor"),
+    ("digits(size=1)", "Its options and their defaults: none"),
+    ("cifar", "no problem is called `cifar`; known are digits"),
+  ],
+)
+def test_a_problem_that_cannot_be_understood_is_explained(text, message):
+  with pytest.raises(SpecError, match=message):
+    build(text, None, False)
 
 
 def test_batches_cover_the_data_once_an_epoch_and_depend_on_the_seed_only():
@@ -171,7 +309,7 @@ def test_options_are_read_as_typed():
   assert split("ablation") == list(hyperparameters.ABLATION)
 
 
-@pytest.mark.parametrize("text", ["adamw", "sgd(0.1)", "dpsgd(average=)", "dpsgd(form=nonsense)", "sgd"])
+@pytest.mark.parametrize("text", ["adamax", "sgd(0.1)", "dpsgd(average=)", "dpsgd(form=nonsense)", "sgd"])
 def test_what_cannot_be_understood_is_explained(text):
   with pytest.raises(SpecError):
     contestants(text, {}, "digits")[0].build(1.0, 1, key=0)
@@ -189,7 +327,7 @@ def test_every_optimizer_of_every_setting_can_be_built():
 def test_grids_are_of_one_size_and_tuned_rates_are_among_their_trials():
   assert set(hyperparameters.GRIDS) == set(OPTIMIZERS)
   assert len({len(grid) for grid in hyperparameters.GRIDS.values()}) == 1
-  assert hyperparameters.tuned("digits").keys() == hyperparameters.GRIDS.keys()
+  assert set(hyperparameters.GROUPS["demo"]) <= hyperparameters.tuned("digits").keys() <= hyperparameters.GRIDS.keys()
   assert hyperparameters.tuned("no such problem") == {}
   for problem in PROBLEMS:
     assert all(rate in hyperparameters.GRIDS[name] for name, rate in hyperparameters.tuned(problem).items())
@@ -348,6 +486,15 @@ def test_a_wrong_command_line_exits_with_2(tmp_path, capsys):
   assert "missing" in capsys.readouterr().err
   with pytest.raises(SystemExit):
     main(["cifar"])
+  assert main(["xor(lenght=3)", "--out", str(tmp_path)]) == 2
+  assert "its options" in capsys.readouterr().err.lower()
+
+
+def test_files_of_problems_with_options_have_plain_names(tmp_path):
+  arguments = ["rosenbrock(size=4, start=0)", "--epochs", "3", "--seeds", "1", "--out", str(tmp_path)]
+  assert main([*arguments, "--optimizers", "sgd(learning_rate=0.001)"]) == 0
+  assert load(tmp_path / "rosenbrock-size-4-start-0-tuned.json").plan.problem == "rosenbrock(size=4,start=0)"
+  assert hyperparameters.targets("xor(length=55)") == (0.1,) and hyperparameters.targets("digits") == ()
 
 
 @pytest.mark.slow
