@@ -10,6 +10,7 @@ from dpsgd_optax.capture import capture
 from dpsgd_optax.curvature import layer_inputs, newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
 from dpsgd_optax.fitted import Fitted
+from dpsgd_optax.irls import irls_fit
 from dpsgd_optax.layer_steps import clip_output_change, match_layers, match_total
 from dpsgd_optax.layers import LayerRecord, channel_moments, second_moments
 from dpsgd_optax.optimizers import bnp, dpsgd, gls, psgd
@@ -84,6 +85,7 @@ __all__ = [
   "half_slope",
   "hvp",
   "hvp_finite_difference",
+  "irls_fit",
   "kron",
   "layer_inputs",
   "least_squares",

@@ -43,19 +43,19 @@ class LeastSquaresState(NamedTuple):
   count: (), int32, fits.
   moment: S, (d, d), or its diagonal (d,) where the layer is too wide; None in the dual form.
   rows: Ã/√n, (R, d), in the dual form; otherwise None.
-  factor: lower Cholesky factor of S + λI, (d, d), or of ÃÃᵀ/n + λI, (R, R); the diagonal S + λ, (d,).
+  inverse: (S + λI)⁻¹, (d, d), or (ÃÃᵀ/n + λI)⁻¹, (R, R); of a diagonal S its diagonal, (d,).
   damping: (), λ, in squared units of the inputs.
   outputs: C, (k, k), or None.
-  output_factor: lower Cholesky factor of (C + ρI) / (1 + ρ), (k, k), or None.
+  output_inverse: (1 + ρ) (C + ρI)⁻¹, (k, k), or None.
   """
 
   count: jax.Array
   moment: jax.Array | None
   rows: jax.Array | None
-  factor: jax.Array
+  inverse: jax.Array
   damping: jax.Array
   outputs: jax.Array | None
-  output_factor: jax.Array | None
+  output_inverse: jax.Array | None
 
 
 class LayerMoments(NamedTuple):
@@ -101,6 +101,9 @@ def least_squares(
       and how many rows a batch has. None: layers are told by name and shape, which suffices unless they are stacked
       (``nn.scan``), grouped, or without bias and with several output axes. Static.
 
+  Cost on one CPU core, batch 128, layers 784-512-256-10, against a step of SGD: about 6 steps with the dual form, 7 on
+  the steps without a fit and 40 on those with one in the primal form. Large d wants ``every`` or the dual form.
+
   Returns:
     A :class:`dpsgd_optax.Preconditioner` for ``layer_inputs()``.
 
@@ -142,9 +145,9 @@ def least_squares(
     size = (d,) if diagonal(layer) else (d, d)
     moment = None if decay is None else zeros(*size)
     rows = zeros(layer.rows, d) if dual(layer) else None
-    factor = zeros(layer.rows, layer.rows) if dual(layer) else zeros(*size)
+    inverse = zeros(layer.rows, layer.rows) if dual(layer) else zeros(*size)
     outputs = None if output_damping is None else zeros(k, k)
-    return LeastSquaresState(jnp.zeros((), jnp.int32), moment, rows, factor, zeros(), outputs, outputs)
+    return LeastSquaresState(jnp.zeros((), jnp.int32), moment, rows, inverse, zeros(), outputs, outputs)
 
   def observe(layer: Layer, record: LayerRecord) -> LayerMoments:
     size = extent(record, layer.stack)
@@ -158,7 +161,7 @@ def least_squares(
     return LayerMoments(inputs.astype(layer.dtype), outputs)
 
   def fit(layer: Layer, state: LeastSquaresState, seen: LayerMoments, *, damping) -> LeastSquaresState:
-    """S ← S + w (S_B − S), then the factor of S + λI."""
+    """S ← S + w (S_B − S), then the inverse of S + λI, by Cholesky."""
     weight = 1.0 if decay is None else running_weight(decay, state.count, layer.dtype)
     mixed = lambda old, new: new if old is None else old + weight * (new - old)
     d = layer.matrix[0]
@@ -171,23 +174,23 @@ def least_squares(
     mean = trace / d
     lam = jnp.asarray(damping * mean + absolute_damping, layer.dtype)
     lam = jnp.where(mean > 0, lam, 1)  # nothing came in: the gradient is zero, and stays it
-    factor = system + lam if diagonal(layer) else _cholesky(system, lam, mean)
-    outputs, output_factor = state.outputs, None
+    inverse = 1 / (system + lam) if diagonal(layer) else _inverse(system, lam, mean)
+    outputs, output_inverse = state.outputs, None
     if seen.outputs is not None:
       outputs = mixed(state.outputs, seen.outputs.astype(layer.dtype))
-      output_factor = _output_factor(outputs, output_damping)
+      output_inverse = _output_inverse(outputs, output_damping)
     kept = None if decay is None else moment
-    return LeastSquaresState(state.count + 1, kept, rows, factor, lam, outputs, output_factor)
+    return LeastSquaresState(state.count + 1, kept, rows, inverse, lam, outputs, output_inverse)
 
   def apply(layer: Layer, state: LeastSquaresState, x: jax.Array) -> jax.Array:
     if diagonal(layer):
-      done = x / jnp.where(state.count > 0, state.factor, 1)[:, None]
+      done = x * state.inverse[:, None]
     elif state.rows is not None:
-      done = (x - state.rows.T @ cho_solve((state.factor, True), state.rows @ x)) / state.damping
+      done = (x - state.rows.T @ (state.inverse @ (state.rows @ x))) / jnp.where(state.count > 0, state.damping, 1)
     else:
-      done = cho_solve((state.factor, True), x)
-    if state.output_factor is not None:
-      done = cho_solve((state.output_factor, True), done.T).T
+      done = state.inverse @ x
+    if state.output_inverse is not None:
+      done = done @ state.output_inverse
     return jnp.where(state.count > 0, done, x)
 
   return per_layer(Group(init, observe, fit, apply, word), layers)
@@ -239,16 +242,16 @@ def _output_moment(layer: Layer, record: LayerRecord) -> jax.Array:
   return total / scale
 
 
-def _output_factor(c: jax.Array, rho: Any) -> jax.Array:
-  """Lower Cholesky factor of (C k/tr C + ρI) / (1 + ρ)."""
+def _output_inverse(c: jax.Array, rho: Any) -> jax.Array:
+  """(1 + ρ) (C k/tr C + ρI)⁻¹."""
   mean = jnp.trace(c) / len(c)
   eye = jnp.eye(len(c), dtype=c.dtype)
   normal = jnp.where(mean > 0, c / jnp.where(mean > 0, mean, 1), eye)
-  return _cholesky(normal / (1 + rho), jnp.asarray(rho / (1 + rho), c.dtype), jnp.ones((), c.dtype))
+  return _inverse(normal / (1 + rho), jnp.asarray(rho / (1 + rho), c.dtype), jnp.ones((), c.dtype))
 
 
-def _cholesky(system: jax.Array, lam: jax.Array, mean: jax.Array) -> jax.Array:
-  """Lower factor of system + λI; of (mean + λ) I, where the first is not finite though the system is."""
+def _inverse(system: jax.Array, lam: jax.Array, mean: jax.Array) -> jax.Array:
+  """(system + λI)⁻¹ by Cholesky; that of (mean + λ) I, where the factorization fails."""
   eye = jnp.eye(len(system), dtype=system.dtype)
-  factor = jnp.linalg.cholesky(system + lam * eye)
-  return jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.sqrt(mean + lam) * eye)
+  inverse = cho_solve((jnp.linalg.cholesky(system + lam * eye), True), eye)
+  return jnp.where(jnp.all(jnp.isfinite(inverse)), inverse, eye / (mean + lam))
