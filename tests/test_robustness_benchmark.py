@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The robustness benchmark: what it calls recovered, one short run, and what the committed measurement shows."""
 
-import json
 
 import numpy as np
 
 import dpsgd_optax as dpo
 from benchmarks import robustness
-from benchmarks.hyperparameters import RESULTS
 
 
 def test_recovered_is_the_last_time_out_of_the_band_in_any_seed():
@@ -28,15 +26,3 @@ def test_a_short_run_survives_all_disturbances():
   assert row["finite"] and row["nan"]["skipped"] == 1 and row["nan"]["largest_at_nan"] == 0
   assert row["zeros"]["smallest_first"] > 0 and row["outlier"]["largest"] <= 2.001
   assert row["bf16"]["median_ratio"] < 1.05
-
-
-def test_the_committed_measurement_is_finite_clipped_not_zero_and_recovers():
-  """After 2000 zero gradients, one of 1000 times the size, and one NaN."""
-  rows = json.loads((RESULTS / "robustness.json").read_text())["rows"]
-  assert len(rows) == len(robustness.PRECONDITIONERS) * len(robustness.CURVATURES)
-  for row in rows:
-    assert row["finite"] and row["bf16"]["median_ratio"] < 1.05, row
-    assert row["nan"]["skipped"] == 1 and row["nan"]["largest_at_nan"] == 0, row
-    assert 0 < row["zeros"]["smallest_first"] <= row["zeros"]["largest_first"] <= 2.001, row
-    assert row["outlier"]["largest"] <= 2.001, row
-    assert all(row[kind]["recovered"] <= 300 for kind in ("zeros", "outlier", "nan")), row
