@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The robustness benchmark: what it calls recovered, one short run, and what the committed measurement shows."""
 
-
 import numpy as np
 
 import dpsgd_optax as dpo
