@@ -13,6 +13,7 @@ python -m benchmarks peers                             the optimizer alone again
 python -m benchmarks condition                         condition number of a layer's Hessian under each preconditioner
 python -m benchmarks regularization                    test accuracy against strength for each penalty, and its cost
 python -m benchmarks robustness                        zeros, an outlier, a NaN, bfloat16: every preconditioner
+python -m benchmarks defaults                          geometry and cadence of `psgd`, on four problems
 python -m benchmarks report                            Markdown tables from the results kept in --out
 python -m benchmarks readme                            the figures of README.md, written anew from them
 """
@@ -22,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import condition, cost, hyperparameters, peers, readme, regularization, robustness, tune
+from benchmarks import condition, cost, defaults, hyperparameters, peers, readme, regularization, robustness, tune
 from benchmarks.calls import SpecError, file_name, name_of
 from benchmarks.data import DataError
 from benchmarks.optimizers import split
@@ -32,8 +33,9 @@ from benchmarks.records import Results, ResumeError, load
 from benchmarks.report import claim_table, tables
 from benchmarks.session import prepare, run
 
-NOT_RUNS = ("tune-", "trials-", "cost-", "condition", "regularization", "robustness")  # documents of another layout
-COMMANDS = ("demo", "tune", "cost", "peers", "condition", "regularization", "robustness", "report", "readme")
+WHOLE = {"condition": condition, "regularization": regularization, "robustness": robustness}
+NOT_RUNS = ("tune-", "trials-", "cost-", "defaults", *WHOLE)  # documents of another layout
+COMMANDS = ("demo", "tune", "cost", "peers", "defaults", *WHOLE, "report", "readme")
 
 
 def positive(kind: type) -> Any:
@@ -160,8 +162,10 @@ def main(argv: list[str] | None = None) -> int:
       report(arguments)
     elif command == "readme":
       readme.write(arguments.out)
-    elif command in (whole := {"condition": condition, "regularization": regularization, "robustness": robustness}):
-      whole[command].run(arguments.out)
+    elif command == "defaults":
+      defaults.measure(arguments.out, arguments.seeds or 3, arguments.data_dir)
+    elif command in WHOLE:
+      WHOLE[command].run(arguments.out)
     for name in names:
       actions[command](name, arguments)
   except (DataError, SpecError, ResumeError) as error:

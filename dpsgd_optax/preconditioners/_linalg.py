@@ -147,12 +147,14 @@ def norm_bound(a: jax.Array) -> jax.Array:
   if isinstance(a, Arrow):
     return _arrow.largest(a)
   size = jnp.max(jnp.abs(a))
-  a = a / (size + tiny(size))
-  lines = jnp.concatenate([a, a.T])  # the rows, then the columns: a tie goes to the row
-  longest = jnp.argmax(jnp.sum(jnp.real(lines * jnp.conj(lines)), 1))
-  a = jnp.where(longest < len(a), a, a.T)
-  x = jnp.conj(a @ jnp.conj(lines[longest]))
-  y = x @ a
+  scale = 1 / (size + tiny(size))
+  # scaled as they are read: a copy of the matrix would cost more than all the rest; a tie goes to the row
+  squares = jnp.abs(a * scale) ** 2
+  rows, columns = jnp.sum(squares, 1), jnp.sum(squares, 0)
+  by_row = jnp.max(rows) >= jnp.max(columns)
+  line = jnp.where(by_row, a[jnp.argmax(rows)], a[:, jnp.argmax(columns)]) * scale
+  x = jnp.conj(jnp.where(by_row, a @ jnp.conj(line), jnp.conj(line) @ a)) * scale
+  y = jnp.where(by_row, x @ a, a @ x) * scale
   return size * jnp.linalg.norm(y) / (jnp.linalg.norm(x) + tiny(size))
 
 
