@@ -37,6 +37,7 @@ PRECONDITIONERS: dict[str, Callable[[], dpo.Preconditioner]] = {
   "diagonal": dpo.diagonal,
   "kron": dpo.kron,
   **{f"kron {name}": partial(dpo.kron, geometry=getattr(dpo, name), max_skew=jnp.inf) for name in GEOMETRIES},
+  "kron bfloat16 state": partial(dpo.kron, state_dtype=jnp.bfloat16),
   "affine": partial(dpo.affine, max_skew=jnp.inf),
   "scan": dpo.scan,
   "scaw": dpo.scaw,

@@ -11,13 +11,14 @@ Sources: Li, arXiv:1803.09383 (Kron), arXiv:2402.04553, arXiv:2402.11858; the ge
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
+from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size, is_static
 from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, fit_factors, lipschitz, pro
 from dpsgd_optax.preconditioners._lift import Stacked, per_leaf, sampled
 from dpsgd_optax.preconditioners._linalg import balance, multiply
@@ -174,6 +175,44 @@ def group(
   return Preconditioner(init, fit, apply, power=power)
 
 
+def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
+  """Half precision keeps 8 bits: too few for P itself, and for the small steps of a Q."""
+  if dtype is None:
+    return
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"`state_dtype` must be a real floating dtype or None, got {dtype}. Try `jnp.bfloat16`.")
+  if jnp.finfo(dtype).bits >= 32:
+    return
+  if geometry.fits_p:
+    raise ValueError(
+      f"`state_dtype` must be float32 at least for a geometry that fits P itself, got {jnp.dtype(dtype).name}: rounding "
+      "costs P its definiteness. Use `geometry=dpsgd_optax.qeq`, which fits the same P, or leave `state_dtype` out."
+    )
+  if is_static(step_size) and step_size < 0.1:
+    warnings.warn(
+      f"with `state_dtype={jnp.dtype(dtype).name}` a step size of {step_size} is often below half a unit in the last "
+      "place, so that the factors stand still. Use step_size=0.1 or more, or a float32 state.",
+      stacklevel=3,
+    )
+
+
+def kept_in(group: Preconditioner, dtype: Any) -> Preconditioner:
+  """The same group, computing as before, with its factors kept in ``dtype`` between the steps."""
+
+  def convert(state: KronState, to: Callable[[jax.Array], Any]) -> KronState:
+    change = lambda factors: tuple(x if jnp.iscomplexobj(x) else x.astype(to(x)) for x in factors)
+    return state._replace(q=change(state.q), p=change(state.p))
+
+  narrow = lambda state: convert(state, lambda x: dtype)
+  wide = lambda state, x: convert(state, lambda _: jnp.finfo(x.dtype).dtype)
+  return Preconditioner(
+    init=lambda x: narrow(group.init(x)),
+    fit=lambda state, probe, *, key: narrow(group.fit(wide(state, probe.product), probe, key=key)),
+    apply=lambda state, x: group.apply(wide(state, x), x),
+    power=lambda state, x, exponent: group.power(wide(state, x), x, exponent),
+  )
+
+
 def kron(
   *,
   max_size: float = 2048,
@@ -184,6 +223,7 @@ def kron(
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
   precision=None,
+  state_dtype: Any = None,
 ) -> Preconditioner:
   """P = ⊗ p_i on every leaf, one factor per axis.
 
@@ -200,13 +240,20 @@ def kron(
     init_scale: the initial Q = init_scale · I; None: set from the first probe that is not zero, for each matrix.
     normalizer: what the step is divided by: ``lipschitz``, ``spectral`` or ``max_abs``.
     stacked: see :func:`dpsgd_optax.per_leaf`.
-    precision: of the matrix products in ``fit`` and ``apply``, as ``jax.lax.Precision``.
+    precision: of the matrix products in ``fit`` and ``apply``, as ``jax.lax.Precision`` or ``DotAlgorithmPreset``.
+    state_dtype: of the factors between the steps; None: that of the parameters, float32 at least. With
+      ``jnp.bfloat16`` they take half the memory; fits are computed in float32 all the same, and L stays there.
+      Complex factors keep their dtype.
 
   Returns:
-    A :class:`dpsgd_optax.Preconditioner`. State: float32 at least. Complex parameters are supported.
+    A :class:`dpsgd_optax.Preconditioner`. Complex parameters are supported.
 
   Raises:
-    ValueError: for a step size outside (0, 1], or a scale, size or skew that is not positive.
+    ValueError: for a step size outside (0, 1], a scale, size or skew that is not positive, or a ``state_dtype`` that
+      is not real, or below float32 for ``quad4p`` and ``pro4p``.
+
+  Warns:
+    UserWarning: if ``state_dtype`` is below float32 and ``step_size`` below 0.1.
 
   Departures from psgd_torch 2.0: factors are balanced at every fit, not at one in a hundred (P is the same); the
   norm is a deterministic lower bound; the initial scale is one per matrix; a matrix whose gradient is exactly zero
@@ -223,6 +270,7 @@ def kron(
   """
   check_step_size(step_size)
   check_geometry(geometry)
+  check_state_dtype(state_dtype, geometry, step_size)
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use `max_size=1` to make every factor diagonal.")
   check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only, 1.0 for Adam's size.")
   check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
@@ -233,4 +281,5 @@ def kron(
     return Layout(kept, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * size) for d in kept))
 
   options = dict(geometry=geometry, step_size=step_size, normalizer=normalizer, precision=precision)
-  return per_leaf(group(layout, init_scale=init_scale, **options), stacked)
+  found = group(layout, init_scale=init_scale, **options)
+  return per_leaf(found if state_dtype is None else kept_in(found, state_dtype), stacked)
