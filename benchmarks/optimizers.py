@@ -29,12 +29,14 @@ class Method:
 
   `newton`: it fits on Hessian-vector products, and the host chooses the steps of fitting and judging.
   `keyed`: it draws probes, from a key that is given by the seed of the run.
+  `layerwise`: it is shown what enters each linear layer, and the host chooses the steps of fitting.
   """
 
   make: Callable[..., optax.GradientTransformation]
   options: Mapping[str, Any] = field(default_factory=dict)
   newton: bool = False
   keyed: bool = False
+  layerwise: bool = False
 
 
 OPTIMIZERS = {
@@ -50,6 +52,8 @@ OPTIMIZERS = {
   "psgd+damping": Method(dpo.dpsgd, {"average": None}, newton=True, keyed=True),
   "psgd+averaging": Method(dpo.dpsgd, {"damping": None}, newton=True, keyed=True),
   "dpsgd": Method(dpo.dpsgd, newton=True, keyed=True),
+  "gls": Method(dpo.gls, layerwise=True),
+  "bnp": Method(dpo.bnp, layerwise=True),
 }
 
 
@@ -71,7 +75,7 @@ class Contestant:
   @property
   def fit_period(self) -> int | None:
     """T1, or None if the host does not choose the steps of fitting."""
-    return self._option("every", 1) if self.method.newton else None
+    return self._option("every", 1) if self.method.newton or self.method.layerwise else None
 
   @property
   def judge_period(self) -> int | None:
@@ -79,14 +83,25 @@ class Contestant:
     judged = self.method.make is dpo.dpsgd and self._option("damping", 1.0) is not None
     return self._option("judge_every", 5) if judged else None
 
-  def build(self, decay: float, steps_per_epoch: int, key: int) -> optax.GradientTransformationExtraArgs:
-    """The transform, its learning rate multiplied by `decay` after every epoch.
+  @property
+  def records(self) -> str | None:
+    """What of each layer it is shown: its "inputs", its output "gradients" too, or None."""
+    if not self.method.layerwise:
+      return None
+    return "inputs" if self._option("output_damping", None) is None else "gradients"
+
+  def build(
+    self, decay: float, steps_per_epoch: int, key: int, layers: Any = None
+  ) -> optax.GradientTransformationExtraArgs:
+    """The transform, its learning rate multiplied by `decay` after every epoch; `layers`: shapes of the records.
 
     The initial learning rate is a number in the state: contestants that differ in nothing else share a compilation.
     """
     options = dict(self.method.options) | {name: value_of(option) for name, option in self.options.items()}
     if self.method.keyed:
       options["key"] = key
+    if self.method.layerwise:
+      options["layers"] = layers
     initial, clip = options.pop("learning_rate"), options.pop("clip", None)
     make = self.method.make
 

@@ -21,26 +21,49 @@ from benchmarks.calls import SpecError
 from benchmarks.models import MLP, Elman, LanguageLSTM, LastOfLSTM, LeNet5, Transformer
 
 Metrics = dict[str, jax.Array]
+STATISTICS = "batch_stats"  # Flax's name for what batch normalization keeps
 
 
 @dataclass(frozen=True)
 class Problem:
   """A loss over data.
 
-  `metrics(params, batch)` gives means over the batch; its "loss" is what is minimised.
+  `metrics(variables, batch)` gives means over the batch; its "loss" is what is minimised. The variables are the params,
+  or params and running statistics (Flax's collection "batch_stats"): then `training` gives the loss in training mode.
   """
 
   name: str
-  init: Callable[[jax.Array], Any]  # key -> params
+  init: Callable[[jax.Array], Any]  # key -> variables
   metrics: Callable[[Any, Mapping[str, jax.Array]], Metrics]
   arrays: data.Arrays
   batch_size: int
   epochs: int  # default length of a run
   evaluations: int  # how often the loss curve is sampled in a run
   default_seeds: int = 5
+  training: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, Any]] | None = None  # -> loss, new statistics
 
   def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     return self.metrics(params, batch)["loss"]
+
+  def split(self, variables: Any) -> tuple[Any, Any]:
+    """What is trained, and the running statistics, which are not."""
+    if self.training is None:
+      return variables, {}
+    return {name: part for name, part in variables.items() if name != STATISTICS}, variables[STATISTICS]
+
+  def join(self, params: Any, statistics: Any) -> Any:
+    """The inverse of `split`."""
+    return params if self.training is None else params | {STATISTICS: statistics}
+
+  def advance(self, params: Any, statistics: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
+    """The loss that is differentiated, and the statistics after this batch."""
+    if self.training is None:
+      return self.loss(params, batch), statistics
+    return self.training(self.join(params, statistics), batch)
+
+  def take(self, train: Mapping[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
+    """The batch of these rows."""
+    return {name: array[rows] for name, array in train.items()}
 
   @property
   def train_size(self) -> int:

@@ -33,6 +33,7 @@ from benchmarks.records import Plan, Run
 EVALUATED_SAMPLES = 4_000  # at most, of each split
 CHUNK = 250  # samples evaluated at once: what stays in the cache
 Variant = tuple[bool | None, bool | None]  # (refresh, judge); None: not for the host to choose
+Records = str | None  # what of each layer the optimizer is shown: its "inputs", its output "gradients" too, or nothing
 
 
 def make_plan(problem: Problem, setting: str, epochs: float, decay: float, folded: bool, evaluations: int) -> Plan:
@@ -58,7 +59,7 @@ class Evaluator:
   """Metrics over a fixed set of samples: the first ones of the training set, and the test set."""
 
   def __init__(self, problem: Problem):
-    self.metrics = jax.jit(problem.metrics)
+    self.metrics = jax.jit(problem.metrics)  # (variables, batch)
     self.splits = {
       split: [
         {name: jnp.asarray(array[:EVALUATED_SAMPLES][start : start + CHUNK]) for name, array in part.items()}
@@ -67,12 +68,12 @@ class Evaluator:
       for split, part in {"train": problem.arrays.train, "test": problem.arrays.test}.items()
     }
 
-  def __call__(self, params: Any) -> dict[str, float]:
+  def __call__(self, variables: Any) -> dict[str, float]:
     """train_loss, test_loss and, for a classifier, train_accuracy and test_accuracy."""
     found = {}
     for split, chunks in self.splits.items():
       sizes = [len(chunk["x"]) for chunk in chunks]
-      values = [jax.device_get(self.metrics(params, chunk)) for chunk in chunks]
+      values = [jax.device_get(self.metrics(variables, chunk)) for chunk in chunks]
       for name in values[0]:
         found[f"{split}_{name}"] = float(np.average([value[name] for value in values], weights=sizes))
     return found
@@ -85,27 +86,38 @@ def variant_at(contestant: Contestant, t: int) -> Variant:
   return t % fit == 0, judge is not None and (t + 1) % judge == 0
 
 
-def gradients_of(variant: Variant) -> float:
+def gradients_of(variant: Variant, newton: bool = True) -> float:
   refresh, judge = variant
-  return 1 + bool(refresh) + bool(judge) / 3
+  return 1 + bool(refresh and newton) + bool(judge) / 3
 
 
-def make_step(problem: Problem, tx: optax.GradientTransformationExtraArgs) -> Callable:
-  """(params, opt_state, training data, rows of the batch) -> (params, opt_state), both donated."""
+def make_step(problem: Problem, tx: optax.GradientTransformationExtraArgs, records: Records = None) -> Callable:
+  """(variables, opt_state, training data, rows of the batch) -> (variables, opt_state), both donated.
 
-  def step(params: Any, opt_state: Any, train: Any, rows: jax.Array, variant: Variant) -> tuple[Any, Any]:
-    batch = {name: array[rows] for name, array in train.items()}
+  Running statistics advance once, with the pass that gives the gradient; the other passes of a step leave them alone.
+  """
+
+  def step(variables: Any, opt_state: Any, train: Any, rows: jax.Array, variant: Variant) -> tuple[Any, Any]:
+    params, statistics = problem.split(variables)
+    batch = problem.take(train, rows)
+
+    def advance(p: Any) -> tuple[jax.Array, Any]:
+      return problem.advance(p, statistics, batch)
 
     def loss(p: Any) -> jax.Array:
-      return problem.loss(p, batch)
+      return advance(p)[0]
 
-    value, grads = jax.value_and_grad(loss)(params)
     refresh, judge = variant
-    extra = {"value": value, "value_fn": loss, "refresh": refresh, "judge": judge}
-    if refresh:
-      extra["hvp"] = dpo.hvp(loss, params)
-    updates, opt_state = tx.update(grads, opt_state, params, **extra)
-    return optax.apply_updates(params, updates), opt_state
+    extra = {"value_fn": loss, "refresh": refresh, "judge": judge}
+    if records is None:
+      (value, statistics), grads = jax.value_and_grad(advance, has_aux=True)(params)
+      if refresh:
+        extra["hvp"] = dpo.hvp(loss, params)
+    else:
+      captured = dpo.capture(advance, has_aux=True, gradients=records == "gradients")
+      (value, statistics), grads, extra["layer_inputs"] = captured(params)
+    updates, opt_state = tx.update(grads, opt_state, params, value=value, **extra)
+    return problem.join(optax.apply_updates(params, updates), statistics), opt_state
 
   return jax.jit(step, static_argnums=4, donate_argnums=(0, 1))
 
@@ -119,14 +131,16 @@ def fresh(tree: Any) -> Any:
 class Racer:
   """A contestant, compiled: it can start from any seed."""
 
+  problem: Problem
   contestant: Contestant
   plan: Plan
   steps: dict[Variant, Callable]
   compile_seconds: float
 
-  def start(self, params: Any, seed: int) -> "Lane":
-    params = fresh(params)
-    return Lane(self, params, fresh(_transform(self.contestant, self.plan, seed).init(params)))
+  def start(self, variables: Any, seed: int) -> "Lane":
+    variables = fresh(variables)
+    tx = _transform(self.problem, self.contestant, self.plan, seed)
+    return Lane(self, variables, fresh(tx.init(self.problem.split(variables)[0])))
 
 
 @dataclass
@@ -134,7 +148,7 @@ class Lane:
   """A contestant on its way."""
 
   racer: Racer
-  params: Any
+  variables: Any
   opt_state: Any
   gradients: float = 0.0
   seconds: float = 0.0
@@ -144,15 +158,15 @@ class Lane:
   def train(self, data: Any, chunk: Iterable[np.ndarray], first: int) -> None:
     """The timed region."""
     planned = [(variant_at(self.racer.contestant, t), rows) for t, rows in enumerate(chunk, first)]
-    params, opt_state, steps = self.params, self.opt_state, self.racer.steps
+    variables, opt_state, steps = self.variables, self.opt_state, self.racer.steps
     wall, cpu = time.perf_counter(), time.process_time()
     for variant, rows in planned:
-      params, opt_state = steps[variant](params, opt_state, data, rows)
-    jax.block_until_ready((params, opt_state))
+      variables, opt_state = steps[variant](variables, opt_state, data, rows)
+    jax.block_until_ready((variables, opt_state))
     self.seconds += time.perf_counter() - wall
     self.cpu_seconds += time.process_time() - cpu
-    self.gradients += sum(gradients_of(variant) for variant, _ in planned)
-    self.params, self.opt_state = params, opt_state
+    self.gradients += sum(gradients_of(variant, self.racer.contestant.method.newton) for variant, _ in planned)
+    self.variables, self.opt_state = variables, opt_state
 
   def point(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
     """One point of every curve."""
@@ -171,32 +185,47 @@ class Lane:
     return optax.tree.get(self.opt_state, name)
 
 
-def _transform(contestant: Contestant, plan: Plan, key: int) -> optax.GradientTransformationExtraArgs:
-  return contestant.build(plan.decay_per_epoch, plan.steps_per_epoch, key)
+def _transform(problem: Problem, contestant: Contestant, plan: Plan, key: int) -> optax.GradientTransformationExtraArgs:
+  layers = layers_of(problem, contestant.records) if contestant.records else None
+  return contestant.build(plan.decay_per_epoch, plan.steps_per_epoch, key, layers)
+
+
+def layers_of(problem: Problem, records: Records) -> Any:
+  """The shapes of what is recorded of each layer in one batch: nothing is computed."""
+
+  def recorded(variables: Any, batch: Any) -> Any:
+    params, statistics = problem.split(variables)
+    loss = lambda p: problem.advance(p, statistics, batch)
+    return dpo.capture(loss, has_aux=True, gradients=records == "gradients")(params)[2]
+
+  rows = jax.ShapeDtypeStruct((problem.batch_size,), jnp.int32)
+  shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in problem.arrays.train.items()}
+  batch = jax.eval_shape(problem.take, shapes, rows)
+  return jax.eval_shape(recorded, jax.eval_shape(problem.init, jax.random.key(0)), batch)
 
 
 def compiled(problem: Problem, contestant: Contestant, plan: Plan, train: Any) -> Racer:
   """Compile every variant of the step that the run will need, and run each once on copies."""
-  params = problem.init(jax.random.key(0))
-  tx = _transform(contestant, plan, key=0)
-  opt_state, rows = tx.init(params), np.zeros(problem.batch_size, np.int32)
-  step, steps, seconds = make_step(problem, tx), {}, 0.0
+  variables = problem.init(jax.random.key(0))
+  tx = _transform(problem, contestant, plan, key=0)
+  opt_state, rows = tx.init(problem.split(variables)[0]), np.zeros(problem.batch_size, np.int32)
+  step, steps, seconds = make_step(problem, tx, contestant.records), {}, 0.0
   for variant in dict.fromkeys(variant_at(contestant, t) for t in range(plan.steps)):
     start = time.perf_counter()
-    steps[variant] = step.lower(params, opt_state, train, rows, variant).compile()
+    steps[variant] = step.lower(variables, opt_state, train, rows, variant).compile()
     seconds += time.perf_counter() - start
-    jax.block_until_ready(steps[variant](fresh(params), fresh(opt_state), train, rows))
-  return Racer(contestant, plan, steps, seconds)
+    jax.block_until_ready(steps[variant](fresh(variables), fresh(opt_state), train, rows))
+  return Racer(problem, contestant, plan, steps, seconds)
 
 
 def describe(problem: Problem, contestant: Contestant, plan: Plan) -> dict[str, Any]:
   """What the results say about a contestant before it has run."""
-  params = jax.eval_shape(problem.init, jax.random.key(0))
+  params, _ = problem.split(jax.eval_shape(problem.init, jax.random.key(0)))
   return {
     "name": contestant.name,
     "options": dict(contestant.options),
     "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
-    "state_bytes": dpo.state_bytes(_transform(contestant, plan, 0), params),
+    "state_bytes": dpo.state_bytes(_transform(problem, contestant, plan, 0), params),
   }
 
 
@@ -210,10 +239,10 @@ def race(
   tell: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
   """One seed, all contestants. `tell` hears of every new point."""
-  params = problem.init(jax.random.key(seed))
-  lanes = [racer.start(params, seed) for racer in racers]
+  variables = problem.init(jax.random.key(seed))
+  lanes = [racer.start(variables, seed) for racer in racers]
   runs = [Run(lane.racer.contestant.label, seed) for lane in lanes]
-  start = evaluate(params)
+  start = evaluate(variables)
   for lane, run in zip(lanes, runs, strict=True):
     run.append(lane.point(0, start))
   order, rows = np.random.default_rng(seed), batches(problem, seed, math.ceil(plan.epochs))
@@ -223,7 +252,7 @@ def race(
       lane, run = lanes[i], runs[i]
       if not lane.diverged:
         lane.train(train, chunk, first)
-        run.append(lane.point(first + len(chunk), evaluate(lane.params)))
+        run.append(lane.point(first + len(chunk), evaluate(lane.variables)))
         lane.diverged = not math.isfinite(run.curves["train_loss"][-1])
       tell(run)
   for lane, run in zip(lanes, runs, strict=True):
