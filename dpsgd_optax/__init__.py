@@ -7,6 +7,7 @@ Flax helpers live in ``dpsgd_optax.training``, which is not imported here.
 
 from dpsgd_optax.base import Curvature, Preconditioner, Probe
 from dpsgd_optax.capture import capture
+from dpsgd_optax.checkpoint import STATE_VERSION, check_state_layout, state_layout
 from dpsgd_optax.curvature import layer_inputs, newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
 from dpsgd_optax.fitted import Fitted
@@ -48,11 +49,13 @@ from dpsgd_optax.regularization import (
   proximal_l2,
   sharpness_aware,
 )
+from dpsgd_optax.report import report
 from dpsgd_optax.transform import annealed_probability, clipped_learning_rate, scale_by_preconditioner, state_bytes
 
 __version__ = "0.1.0"
 
 __all__ = [
+  "STATE_VERSION",
   "Curvature",
   "Fitted",
   "LayerRecord",
@@ -69,6 +72,7 @@ __all__ = [
   "bnp",
   "capture",
   "channel_moments",
+  "check_state_layout",
   "clip_output_change",
   "clipped_learning_rate",
   "damped_kron",
@@ -110,6 +114,7 @@ __all__ = [
   "quadratic_model",
   "raveled",
   "recursive",
+  "report",
   "scale_by_preconditioner",
   "second_moment",
   "second_moments",
@@ -118,6 +123,7 @@ __all__ = [
   "scaw",
   "spectral",
   "state_bytes",
+  "state_layout",
   "two_tap",
   "undamped",
   "value_and_grad_and_hvp",
