@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many devices: where the optimizer state lies, and who fits and applies which matrices.
+
+JAX partitions a jitted step by the shardings of its arguments, and averages gradients and Hessian-vector products
+over the whole batch by itself, so that whitening and Newton fits see the global ones. What is added here is the
+division of the preconditioner: a bucket of B equal matrices is cut into n shares of B/n, each fitted and applied where
+it lies, and the updates are gathered.
+
+Notation
+  B    matrices in a bucket: leaves of equal shape, or layers of a stacked leaf
+  n    devices along the mesh axes that the bucket is divided over
+
+Source of the idea: the sharded preconditioners of distributed Shampoo, arXiv:2309.06497, and ZeRO, arXiv:1910.02054.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpsgd_optax.preconditioners._lift import LiftState
+from dpsgd_optax.preconditioners._split import Path, Split, dividing
+
+REPLICATED = PartitionSpec()
+
+
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, PartitionSpec)
+
+
+def _is_hole(x: Any) -> bool:
+  return isinstance(x, optax.MaskedNode)
+
+
+def _axes_of(spec: PartitionSpec) -> Iterable[str]:
+  for entry in spec:
+    if entry is not None:
+      yield from entry if isinstance(entry, tuple) else (entry,)
+
+
+def _check_axes(names: Iterable[str], mesh: Any, where: str) -> None:
+  for name in names:
+    if name not in mesh.shape:
+      raise ValueError(
+        f"{where} must name axes of the mesh, which are {tuple(mesh.shape)}; got {name!r}. "
+        f"Type `axes={tuple(mesh.shape)[:1]}`, or make the mesh with that axis."
+      )
+
+
+def _named(axes: str | tuple[str, ...] | None, mesh: Any) -> tuple[str, ...]:
+  """The axes as a tuple: all of the mesh if None."""
+  found = tuple(mesh.shape) if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+  _check_axes(found, mesh, "`axes`")
+  return found
+
+
+def _spread(param_specs: Any, params: Any, mesh: Any) -> Any:
+  """One spec for each leaf of the params, from a prefix tree of specs."""
+  try:
+    specs = jax.tree.map(lambda s, part: jax.tree.map(lambda _: s, part), param_specs, params, is_leaf=_is_spec)
+  except ValueError as error:
+    raise ValueError(
+      f"`param_specs` must have the structure of the params, {jax.tree.structure(params)}, or be a prefix of it; got "
+      f"{jax.tree.structure(param_specs, is_leaf=_is_spec)}. Type `jax.tree.map(lambda x: PartitionSpec(), params)` "
+      "and change the leaves that are sharded."
+    ) from error
+
+  def checked(path: Path, leaf: Any, spec: Any) -> PartitionSpec:
+    name = jax.tree_util.keystr(path) or "the params"
+    if not _is_spec(spec):
+      raise ValueError(f"`param_specs` must hold a PartitionSpec for {name}, got {spec!r}. Type `PartitionSpec()`.")
+    _check_axes(_axes_of(spec), mesh, f"the spec of {name}, {spec},")
+    if len(spec) > len(leaf.shape):
+      raise ValueError(f"the spec of {name} must have at most {len(leaf.shape)} entries, one per axis; got {spec}.")
+    return spec
+
+  return jax.tree_util.tree_map_with_path(checked, params, specs)
+
+
+def partition_specs(
+  tx: optax.GradientTransformation,
+  params: Any,
+  param_specs: Any,
+  mesh: Any,
+  axes: str | tuple[str, ...] | None = None,
+) -> Any:
+  """How the optimizer state is sharded: a `PartitionSpec` for each of its leaves. Nothing is allocated.
+
+  Buckets: the leading axis, over matrices, is divided over those of ``axes`` whose product n divides B and is the
+  largest; if none divides it, as where B < n on a mesh of one axis, every device holds the whole bucket. What is
+  shaped like the params (momentum, other transforms' averages) lies as they do. All else is on every device, among it
+  the states of the lifts to one vector (``dense``, ``lra``, ``xmat``).
+
+  Args:
+    tx: any optax transformation, those of this project, chains and partitions of them included.
+    params: arrays or ``jax.ShapeDtypeStruct``.
+    param_specs: how the params are sharded: a tree of `PartitionSpec` like them, or a prefix of one; `PartitionSpec()`
+      for plain data parallelism.
+    mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``.
+    axes: mesh axes that buckets may be divided over; None: all of them.
+
+  Returns:
+    A tree with the structure of ``tx.init(params)``.
+
+  Raises:
+    ValueError: for an axis that the mesh does not have, in ``axes`` or in a spec; for specs of another structure.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> from jax.sharding import AbstractMesh, PartitionSpec
+    >>> params = [jnp.zeros((4, 4)) for _ in range(8)] + [jnp.zeros((4, 2))]
+    >>> tx = dpo.psgd(1e-3, b1=0.9)
+    >>> specs = dpo.partition_specs(tx, params, PartitionSpec(), AbstractMesh((4,), ("data",)))
+    >>> buckets = optax.tree.get(specs, "buckets")
+    >>> buckets["4x4_float32"].p, buckets["4x2_float32"].p
+    ((PartitionSpec('data',), PartitionSpec('data',)), (PartitionSpec(), PartitionSpec()))
+  """
+  split = Split(mesh, _named(axes, mesh))
+  shapes = jax.eval_shape(lambda x: x, params)
+  specs = _spread(param_specs, shapes, mesh)
+  state = jax.eval_shape(tx.init, params)
+
+  def like_param(x: Any, param: Any, spec: PartitionSpec) -> Any:
+    if _is_hole(x):
+      return x
+    return spec if x.shape == param.shape else REPLICATED
+
+  replicated = lambda tree: jax.tree.map(lambda _: REPLICATED, tree)
+  found = optax.tree.map_params(tx, like_param, state, shapes, specs, transform_non_params=replicated, is_leaf=_is_hole)
+
+  def of_bucket(x: Any) -> PartitionSpec:
+    over = split.over(x.shape[0]) if x.shape else ()
+    return PartitionSpec(over[0] if len(over) == 1 else over) if over else REPLICATED
+
+  is_lift = lambda x: isinstance(x, LiftState)
+  lifted = lambda x, spec: jax.tree.map(of_bucket, x) if is_lift(x) else spec
+  return jax.tree.map(lifted, state, found, is_leaf=is_lift)
+
+
+def sharded(
+  tx: optax.GradientTransformation,
+  mesh: Any,
+  param_specs: Any = REPLICATED,
+  axes: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """The same optimizer, with the work and the memory of its preconditioners divided among the devices of a mesh.
+
+  Fit and apply of a bucket run under ``jax.shard_map``, each device on its share; one all-gather for each distinct
+  shape hands the updates out, or an all-to-all where the leaves are sharded alike (FSDP). The state is laid out by
+  :func:`partition_specs`, by ``init`` and by every ``update``. Same key, same step as on one device, up to rounding:
+  the bits that are drawn do not depend on the sharding, and the state has no trace of n, so that a checkpoint can be
+  restored on another number of devices.
+
+  A step is jitted as ever, with params on the mesh and the batch divided over one of its axes. On several hosts
+  (``jax.distributed.initialize``) nothing changes but the mesh.
+
+  Args:
+    tx: any optax transformation.
+    mesh: ``jax.sharding.Mesh`` with axes of type ``Auto``.
+    param_specs: as for :func:`partition_specs`.
+    axes: mesh axes that buckets may be divided over; None: all of them.
+
+  Returns:
+    The corresponding :class:`optax.GradientTransformationExtraArgs`, with the state of ``tx``.
+
+  Raises:
+    ValueError: for an axis that the mesh does not have, axes of another type than ``Auto``, or, in ``init`` and
+      ``update``, specs of another structure than the params.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    >>> tx = dpo.sharded(dpo.psgd(1e-2), mesh)
+    >>> params = jax.device_put({"w": jnp.ones((3, 2))}, NamedSharding(mesh, PartitionSpec()))
+    >>> state = jax.jit(tx.init)(params)
+    >>> @jax.jit
+    ... def train_step(params, state, x):
+    ...   grads = jax.grad(lambda p: jnp.mean((x @ p["w"] - 1.0) ** 2))(params)
+    ...   updates, state = tx.update(grads, state, params)
+    ...   return optax.apply_updates(params, updates), state
+    >>> batch = jax.device_put(jnp.ones((8, 3)), NamedSharding(mesh, PartitionSpec("data")))
+    >>> params, state = train_step(params, state, batch)
+  """
+  names = _named(axes, mesh)
+  others = [kind for kind in mesh.axis_types if kind != jax.sharding.AxisType.Auto]
+  if others:
+    raise ValueError(
+      f"`mesh` must have axes of type Auto, got {mesh.axis_types}. Make it with "
+      "`jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))`."
+    )
+  inner = optax.with_extra_args_support(tx)
+
+  def laid_out(state: Any, params: Any) -> Any:
+    specs = partition_specs(inner, params, param_specs, mesh, names)
+    return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, s)), state, specs)
+
+  def split_for(params: Any) -> Split:
+    specs = _spread(param_specs, jax.eval_shape(lambda x: x, params), mesh)
+    return Split(mesh, names, dict(jax.tree_util.tree_flatten_with_path(specs, is_leaf=_is_spec)[0]))
+
+  def init(params: Any) -> Any:
+    return laid_out(inner.init(params), params) if jax.tree.leaves(params) else inner.init(params)
+
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    with dividing(split_for(updates)):
+      done, state = inner.update(updates, state, params, **extra)
+    return done, laid_out(state, updates)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes that one device holds of a tree of arrays, the fullest of them, as they are sharded.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> dpo.sharding.bytes_per_device({"w": jnp.zeros((3, 4))})
+    48
+  """
+  data = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in map(data, jax.tree.leaves(tree)))
