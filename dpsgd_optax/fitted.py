@@ -34,6 +34,11 @@ class Fitted:
   def __init__(self, preconditioner: Preconditioner, state: Any, like: Any):
     self._preconditioner, self._state, self._like = preconditioner, state, like
 
+  @property
+  def state(self) -> Any:
+    """The state of the preconditioner in this step."""
+    return self._state
+
   def apply(self, x: Any) -> Any:
     """P x."""
     return self._block(self._preconditioner.apply, x)

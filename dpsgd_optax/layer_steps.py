@@ -18,7 +18,7 @@ import optax
 from dpsgd_optax.base import check_not_negative
 from dpsgd_optax.layers import LayerRecord, extended, extent, gram, rows_of
 from dpsgd_optax.preconditioners._layers import Layer, as_matrix, find_layers, from_matrix, matched
-from dpsgd_optax.transform import safe_norm
+from dpsgd_optax.transform import plain, safe_norm
 
 Match = Callable[[Any, Any, list[Layer]], Any]
 """(gradient, preconditioned gradient, layers) -> the second, rescaled."""
@@ -52,12 +52,11 @@ def match_total(updates: Any, done: Any, layers: list[Layer]) -> Any:
   return jax.tree.unflatten(treedef, u)
 
 
-def matched_length(match: Match, layers: Any = None) -> Callable:
-  """A ``direction`` for ``scale_by_preconditioner``: P g, rescaled by ``match_layers`` or ``match_total``."""
+def matched_length(match: Match, layers: Any = None, inner: Callable = plain) -> Callable:
+  """A ``direction`` for ``scale_by_preconditioner``: that of ``inner``, rescaled by ``match``."""
 
   def direction(apply, updates, params, **extra):
-    del params, extra
-    return match(updates, apply(updates), find_layers(updates, layers))
+    return match(updates, inner(apply, updates, params, **extra), find_layers(updates, layers))
 
   return direction
 

@@ -20,12 +20,13 @@ from dpsgd_optax.curvature import layer_inputs, newton, whitening
 from dpsgd_optax.damping import levenberg_marquardt, newton_model
 from dpsgd_optax.layer_steps import Match, clip_output_change, matched_length
 from dpsgd_optax.preconditioners._geometry import Geometry, Normalizer, quad, spectral
-from dpsgd_optax.preconditioners._layers import with_fallback
+from dpsgd_optax.preconditioners._layers import from_outputs as through_outputs
+from dpsgd_optax.preconditioners._layers import per_layer, with_fallback
 from dpsgd_optax.preconditioners._lift import Stacked
 from dpsgd_optax.preconditioners.batch_norm import batch_norm, expected_scale
 from dpsgd_optax.preconditioners.damped_kron import Average, Form, damped_kron, factored, undamped
 from dpsgd_optax.preconditioners.kron import kron
-from dpsgd_optax.preconditioners.least_squares import least_squares
+from dpsgd_optax.preconditioners.least_squares import group as least_squares_group
 from dpsgd_optax.transform import annealed_probability, clipped_learning_rate, plain, scale_by_preconditioner
 
 
@@ -350,6 +351,7 @@ def gls(
   weight_decay: float | None = None,
   every: int | optax.Schedule = 1,
   fallback: optax.GradientTransformation | None = None,
+  from_outputs: bool = False,
   max_size: float = 8192,
   axis_name: Any = None,
   layers: Any = None,
@@ -382,6 +384,10 @@ def gls(
     every: S is averaged and factorized on every ``every``-th step; int or schedule.
     fallback: complete transform, with its learning rate, of the leaves that are no layer (norm scales, embeddings, …);
       None: there are none, else an error names them.
+    from_outputs: compute P g = P ÃᵀE as (P Ãᵀ) E from the recorded output gradients E. The product that makes g is then
+      left out, and a step with ``decay=None`` costs about as much as one of SGD. Needs ``capture(loss,
+      gradients=True)``, ``b1=None``, with ``decay=None`` ``every=1``, and nothing before it that changes the gradient
+      (clipping, say), which would not be seen. Static.
     max_size, axis_name, layers: see :func:`dpsgd_optax.least_squares`.
 
   Returns:
@@ -420,15 +426,22 @@ def gls(
   check_not_negative(damping, "damping", "It is relative to the mean eigenvalue of the inputs' second moment. Try 0.1.")
   check_not_negative(weight_decay, "weight_decay", "Try 1e-4, or None.")
   check_fraction(b1, "b1")
-  p = least_squares(decay=decay, output_damping=output_damping, max_size=max_size, axis_name=axis_name, layers=layers)
+  if from_outputs and (b1 is not None or (decay is None and every != 1)):
+    raise ValueError(
+      f"`from_outputs` makes the step from the output gradients of this batch, got b1={b1}, every={every}: there is no "
+      "averaged gradient to precondition, and with `decay=None` no older fit to use. Type `b1=None` (and put "
+      "`optax.trace` after it), `every=1`."
+    )
+  group = least_squares_group(decay=decay, output_damping=output_damping, max_size=max_size, axis_name=axis_name)
+  direction = through_outputs(group, layers) if from_outputs else plain
   parts = [
     scale_by_preconditioner(
-      p,
+      per_layer(group, layers),
       layer_inputs(),
       every=every,
       damping=damping,
       momentum=None if b1 is None else optax.ema(b1),
-      direction=plain if match is None else matched_length(match, layers),
+      direction=direction if match is None else matched_length(match, layers, direction),
     )
   ]
   if weight_decay is not None:
@@ -436,4 +449,17 @@ def gls(
   parts.append(optax.scale_by_learning_rate(learning_rate))
   if max_output_change is not None:
     parts.append(clip_output_change(max_output_change, layers=layers))
-  return with_fallback(optax.chain(*parts), fallback, layers, vectors=True)
+  core = optax.chain(*parts)
+  if from_outputs and decay is None:
+    core = _fitted_always(core)
+  return with_fallback(core, fallback, layers, vectors=True)
+
+
+def _fitted_always(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+  """``tx`` whose every step fits, whatever ``refresh`` says, in no ``lax.cond``."""
+
+  def update(updates, state, params=None, *, refresh=None, **extra):
+    del refresh
+    return tx.update(updates, state, params, refresh=True, **extra)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)

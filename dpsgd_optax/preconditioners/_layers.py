@@ -4,6 +4,7 @@
 `find_layers`  which leaves are layers: from names and shapes, or from a tree of records
 `matched`      the record of each layer, or an error that names the layer
 `per_layer`    a group on one matrix [W; b] run once per distinct shape, under `vmap`
+`from_outputs` P g by way of the output gradients, g = ÃᵀE, where that is cheaper
 """
 
 import functools
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd_optax.base import Preconditioner, working_dtype
-from dpsgd_optax.layers import LayerRecord, extent, is_record, names
+from dpsgd_optax.layers import LayerRecord, extended, extent, gradients_of, is_record, names, rows_of
 from dpsgd_optax.preconditioners._lift import LiftState, _match, make_buckets, over_matrices
+from dpsgd_optax.preconditioners._split import as_leaves
 
 BIAS_OF = {"kernel": "bias", "w": "b"}
 SPEC = "`layers=jax.eval_shape(forward, variables, x)[1]`, the shapes of what is recorded"
@@ -280,6 +282,7 @@ class Group(NamedTuple):
     fit: (layer, state, statistics, *, damping) -> state, of one matrix.
     apply: (layer, state, x) -> P x, of one matrix.
     kind: (layer) -> a word; layers of equal shape and word are batched.
+    factored: (layer, state, rows, e) -> P rowsᵀ e, of one matrix; for `from_outputs`.
   """
 
   init: Callable
@@ -287,6 +290,7 @@ class Group(NamedTuple):
   fit: Callable
   apply: Callable
   kind: Callable = lambda layer: ""
+  factored: Callable | None = None
 
 
 def running_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
@@ -339,7 +343,7 @@ def per_layer(group: Group, spec: Any = None) -> Preconditioner:
     new = {}
     for bucket in buckets:
       seen = [group.observe(layer, records[layer]) for layer in bucket.layers]
-      seen = jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *seen)
+      seen = jax.tree.map(lambda *parts: as_leaves(jnp.concatenate(parts) if len(parts) > 1 else parts[0]), *seen)
       one = functools.partial(group.fit, bucket.layers[0], damping=damping)
       new[bucket.name] = over_matrices(one, bucket.size)(state.buckets[bucket.name], seen)
     return LiftState(new) if buckets else state
@@ -351,15 +355,77 @@ def per_layer(group: Group, spec: Any = None) -> Preconditioner:
     _match(state, buckets)
     for bucket in buckets:
       parts = [as_matrix(layer, leaves) for layer in bucket.layers]
-      x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-      done = over_matrices(functools.partial(group.apply, bucket.layers[0]), bucket.size)(state.buckets[bucket.name], x)
-      start = 0
-      for layer in bucket.layers:
-        from_matrix(layer, done[start : start + layer.matrices], leaves)
-        start += layer.matrices
+      x = as_leaves(parts[0] if len(parts) == 1 else jnp.concatenate(parts))
+      run = over_matrices(functools.partial(group.apply, bucket.layers[0]), bucket.size)
+      _write(bucket, run(state.buckets[bucket.name], x), leaves)
     return jax.tree.unflatten(treedef, leaves)
 
   return Preconditioner(init, fit, apply)
+
+
+def from_outputs(group: Group, spec: Any = None) -> Callable:
+  """A ``direction`` for ``scale_by_preconditioner``: P g from the records, as P ÃᵀE, E the output gradients.
+
+  It is P g if g = ÃᵀE, that is if nothing has changed the gradient on its way here. Then the gradient itself is not
+  used, and XLA leaves out its product. Where it is dearer (more rows than outputs, embeddings) P g is taken.
+  """
+  assert group.factored is not None
+  factored = group.factored
+
+  def direction(apply, updates, params, *, fitted, layer_inputs=None, **extra):
+    del params, extra
+    layers = find_layers(updates, spec)
+    records = dict(zip(layers, matched(layers, layer_inputs, updates), strict=True))
+    leaves, treedef = jax.tree.flatten(apply(updates))
+    for bucket in make_layer_buckets(layers, group):
+      seen = [_rows_and_gradients(layer, records[layer]) for layer in bucket.layers]
+      first, sizes = bucket.layers[0], {rows.shape[1] for rows, _ in seen}
+      if len(sizes) == 1 and 0 < max(sizes) <= first.matrix[1]:
+        rows, e = (as_leaves(jnp.concatenate(x) if len(x) > 1 else x[0]) for x in zip(*seen, strict=True))
+        run = over_matrices(functools.partial(factored, first), bucket.size)
+        _write(bucket, run(fitted.state.buckets[bucket.name], rows, e), leaves)
+    return jax.tree.unflatten(treedef, leaves)
+
+  return direction
+
+
+def _write(bucket: LayerBucket, done: jax.Array, leaves: list[jax.Array]) -> None:
+  """The matrices of a bucket over the leaves they came from."""
+  done, start = as_leaves(done), 0
+  for layer in bucket.layers:
+    from_matrix(layer, done[start : start + layer.matrices], leaves)
+    start += layer.matrices
+
+
+def rows_in(layer: Layer, record: LayerRecord) -> jax.Array:
+  """Ã, the rows of all calls: (matrices, R, d)."""
+  parts = [rows_of(record, x, layer.stack) for x in record.inputs]
+  rows = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+  return (rows if layer.bias is None else extended(rows)).astype(layer.dtype)
+
+
+def gradients_out(layer: Layer, record: LayerRecord, needed_by: str) -> list[jax.Array]:
+  """E of each call, (matrices, R, k)."""
+  if record.gradients is None:
+    raise ValueError(
+      f"`{needed_by}` looks at the output gradients of the layer {layer.name!r}, which were not recorded. "
+      f"Type `capture(loss, gradients=True)`, or leave out `{needed_by}`."
+    )
+  return [gradients_of(record, e, layer.stack) for e in record.gradients]
+
+
+def _rows_and_gradients(layer: Layer, record: LayerRecord) -> tuple[jax.Array, jax.Array]:
+  """Ã and E, a row of one for a row of the other; of an embedding no rows."""
+  if record.kind == "embed":
+    d, k = layer.matrix
+    return jnp.zeros((layer.matrices, 0, d), layer.dtype), jnp.zeros((layer.matrices, 0, k), layer.dtype)
+  e = jnp.concatenate(gradients_out(layer, record, "from_outputs"), axis=1).astype(layer.dtype)
+  if not record.inputs:
+    raise ValueError(
+      f"`from_outputs` needs the inputs of the layer {layer.name!r}, but only their moments were recorded. Leave out "
+      "`reduce`, or `from_outputs`."
+    )
+  return rows_in(layer, record), e
 
 
 def with_fallback(core: Any, fallback: Any, spec: Any, *, vectors: bool) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve
+from jax.scipy.linalg import solve_triangular
 
 from dpsgd_optax.base import Preconditioner, check, check_fraction, check_not_negative
 from dpsgd_optax.layers import (
@@ -31,11 +31,9 @@ from dpsgd_optax.layers import (
   extent,
   feature_moments,
   frequencies,
-  gradients_of,
   gram,
-  rows_of,
 )
-from dpsgd_optax.preconditioners._layers import Group, Layer, per_layer, running_weight
+from dpsgd_optax.preconditioners._layers import Group, Layer, gradients_out, per_layer, rows_in, running_weight
 
 
 class LeastSquaresState(NamedTuple):
@@ -43,8 +41,8 @@ class LeastSquaresState(NamedTuple):
   count: (), int32, fits.
   moment: S, (d, d), or its diagonal (d,) where the layer is too wide; None in the dual form.
   rows: Ã/√n, (R, d), in the dual form; otherwise None.
-  inverse: (S + λI)⁻¹, (d, d), or (ÃÃᵀ/n + λI)⁻¹, (R, R); of a diagonal S its diagonal, (d,).
-  damping: (), λ, in squared units of the inputs.
+  inverse: (S + λI)⁻¹, (d, d), or (ÃÃᵀ/n + λI)⁻¹, (R, R); of a diagonal S its diagonal, (d,). Before the first fit I.
+  damping: (), λ, in squared units of the inputs; before the first fit 1.
   outputs: C, (k, k), or None.
   output_inverse: (1 + ρ) (C + ρI)⁻¹, (k, k), or None.
   """
@@ -101,8 +99,9 @@ def least_squares(
       and how many rows a batch has. None: layers are told by name and shape, which suffices unless they are stacked
       (``nn.scan``), grouped, or without bias and with several output axes. Static.
 
-  Cost on one CPU core, batch 128, layers 784-512-256-10, against a step of SGD: about 6 steps with the dual form, 7 on
-  the steps without a fit and 40 on those with one in the primal form. Large d wants ``every`` or the dual form.
+  Cost: a fit is one product of the rows, d²R, and a factorization with its inverse, 2d³; P g takes d²k. The dual form
+  takes R²d, 2R³ and 2Rdk: with a batch smaller than d it is what makes a fit at every step affordable; otherwise
+  ``every``. `python -m benchmarks gls` measures both beside Adam.
 
   Returns:
     A :class:`dpsgd_optax.Preconditioner` for ``layer_inputs()``.
@@ -125,6 +124,19 @@ def least_squares(
     >>> -updates["w"].round(3).T  # one step of length 1 from zero: the solution
     Array([[1., 2.]], dtype=float32)
   """
+  options = dict(absolute_damping=absolute_damping, output_damping=output_damping, max_size=max_size)
+  return per_layer(group(decay=decay, axis_name=axis_name, **options), layers)
+
+
+def group(
+  *,
+  decay: float | None,
+  absolute_damping: float = 0.0,
+  output_damping: float | None,
+  max_size: float,
+  axis_name: Any,
+) -> Group:
+  """P on one matrix [W; b]; the arguments are those of :func:`least_squares`."""
   check_fraction(decay, "decay")
   check_not_negative(absolute_damping, "absolute_damping", "It is added to S. Try 0.")
   check_not_negative(output_damping, "output_damping", "Try 0.1, or None for none.")
@@ -142,12 +154,11 @@ def least_squares(
   def init(layer: Layer) -> LeastSquaresState:
     d, k = layer.matrix
     zeros = lambda *shape: jnp.zeros(shape, layer.dtype)
-    size = (d,) if diagonal(layer) else (d, d)
-    moment = None if decay is None else zeros(*size)
+    moment = None if decay is None else zeros(*((d,) if diagonal(layer) else (d, d)))
     rows = zeros(layer.rows, d) if dual(layer) else None
-    inverse = zeros(layer.rows, layer.rows) if dual(layer) else zeros(*size)
-    outputs = None if output_damping is None else zeros(k, k)
-    return LeastSquaresState(jnp.zeros((), jnp.int32), moment, rows, inverse, zeros(), outputs, outputs)
+    one = jnp.ones(d, layer.dtype) if diagonal(layer) else jnp.eye(layer.rows if dual(layer) else d, dtype=layer.dtype)
+    outputs, kept = (None, None) if output_damping is None else (zeros(k, k), jnp.eye(k, dtype=layer.dtype))
+    return LeastSquaresState(jnp.zeros((), jnp.int32), moment, rows, one, jnp.ones((), layer.dtype), outputs, kept)
 
   def observe(layer: Layer, record: LayerRecord) -> LayerMoments:
     size = extent(record, layer.stack)
@@ -166,7 +177,7 @@ def least_squares(
     mixed = lambda old, new: new if old is None else old + weight * (new - old)
     d = layer.matrix[0]
     if dual(layer):
-      rows = seen.inputs.astype(layer.dtype)
+      rows = seen.inputs
       moment, trace, system = None, jnp.sum(rows**2), jnp.matmul(rows, rows.T, precision="highest")
     else:
       rows, moment = None, mixed(state.moment, seen.inputs)
@@ -186,14 +197,22 @@ def least_squares(
     if diagonal(layer):
       done = x * state.inverse[:, None]
     elif state.rows is not None:
-      done = (x - state.rows.T @ (state.inverse @ (state.rows @ x))) / jnp.where(state.count > 0, state.damping, 1)
+      done = (x - state.rows.T @ (state.inverse @ (state.rows @ x))) / state.damping
     else:
       done = state.inverse @ x
-    if state.output_inverse is not None:
-      done = done @ state.output_inverse
-    return jnp.where(state.count > 0, done, x)
+    return done if state.output_inverse is None else done @ state.output_inverse
 
-  return per_layer(Group(init, observe, fit, apply, word), layers)
+  def factored(layer: Layer, state: LeastSquaresState, rows: jax.Array, e: jax.Array) -> jax.Array:
+    """(S + λI)⁻¹ Ãᵀ E, in the dual form Ãᵀ (ÃÃᵀ/n + λI)⁻¹ E, where Ã are the rows of the last fit: without ÃᵀE."""
+    if state.rows is not None:
+      done = rows.T @ (state.inverse @ e)
+    elif diagonal(layer):
+      done = (rows * state.inverse).T @ e
+    else:
+      done = (rows @ state.inverse).T @ e
+    return done if state.output_inverse is None else done @ state.output_inverse
+
+  return Group(init, observe, fit, apply, word, factored)
 
 
 def _second_moment(layer: Layer, record: LayerRecord) -> jax.Array:
@@ -221,21 +240,14 @@ def _batch_rows(layer: Layer, record: LayerRecord) -> jax.Array:
       f"the layer {layer.name!r} was given {came} rows, but `layers` was made for {layer.rows}, and its state keeps as "
       "many. Pass `decay=0.0` in place of None, or batches of one size and no `reduce`."
     )
-  parts = [rows_of(record, x, layer.stack) for x in record.inputs]
-  rows = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-  return rows if layer.bias is None else extended(rows)
+  return rows_in(layer, record)
 
 
 def _output_moment(layer: Layer, record: LayerRecord) -> jax.Array:
   """EᵀE up to its scale, (matrices, k, k)."""
-  if record.gradients is None:
-    if record.kind == "embed":
-      return jnp.broadcast_to(jnp.eye(layer.matrix[1], dtype=layer.dtype), (layer.matrices, *[layer.matrix[1]] * 2))
-    raise ValueError(
-      f"`output_damping` looks at the output gradients of the layer {layer.name!r}, which were not recorded. "
-      "Type `capture(loss, gradients=True)`, or `output_damping=None`."
-    )
-  parts = [gradients_of(record, e, layer.stack) for e in record.gradients]
+  if record.gradients is None and record.kind == "embed":
+    return jnp.broadcast_to(jnp.eye(layer.matrix[1], dtype=layer.dtype), (layer.matrices, *[layer.matrix[1]] * 2))
+  parts = gradients_out(layer, record, "output_damping")
   total = sum(jnp.einsum("mni,mnj->mij", e, e, precision="highest") for e in parts)
   trace = jnp.trace(total, axis1=1, axis2=2)[:, None, None]
   scale = jnp.where(trace > 0, trace, 1) / layer.matrix[1]
@@ -253,5 +265,6 @@ def _output_inverse(c: jax.Array, rho: Any) -> jax.Array:
 def _inverse(system: jax.Array, lam: jax.Array, mean: jax.Array) -> jax.Array:
   """(system + λI)⁻¹ by Cholesky; that of (mean + λ) I, where the factorization fails."""
   eye = jnp.eye(len(system), dtype=system.dtype)
-  inverse = cho_solve((jnp.linalg.cholesky(system + lam * eye), True), eye)
+  root = solve_triangular(jnp.linalg.cholesky(system + lam * eye, symmetrize_input=False), eye, lower=True)
+  inverse = jnp.matmul(root.T, root, precision="highest")  # a product costs less than the second solve
   return jnp.where(jnp.all(jnp.isfinite(inverse)), inverse, eye / (mean + lam))

@@ -135,6 +135,29 @@ def test_the_dual_form_is_the_primal_form():
     step(dual, grads, spec(X[:4]))
 
 
+@pytest.mark.parametrize("options", [{"decay": None}, {"decay": 0.5}, {"decay": None, "match": dpo.match_layers}])
+def test_the_step_made_from_output_gradients_is_that_made_from_the_gradient(options):
+  """P g = (P Ãᵀ) E for g = ÃᵀE, in the dual and in the primal form, also with the length of the gradient."""
+  x, params = X[:3], {"w": W, "b": B}
+  e = neurons(x, y=Y[:3]) / 3
+  records = spec(x, gradients=(e,))
+  grads = {"w": x.T @ e, "b": e.sum(0)}
+  expected, found = (
+    (tx := dpo.gls(1.0, layers=records, from_outputs=direct, **options)).update(
+      grads if not direct else jax.tree.map(np.zeros_like, grads) if "match" not in options else grads,
+      tx.init(params),
+      params,
+      layer_inputs=records,
+    )[0]
+    for direct in (False, True)
+  )
+  close(stacked(found), stacked(expected))
+  with pytest.raises(ValueError, match="there is no averaged gradient"):
+    dpo.gls(1.0, from_outputs=True, b1=0.9)
+  with pytest.raises(ValueError, match="`from_outputs` looks at the output gradients of the layer 'w'"):
+    dpo.gls(1.0, from_outputs=True).update(grads, dpo.gls(1.0).init(params), params, layer_inputs={"w": x})
+
+
 def test_it_is_the_input_factor_of_kfac_and_with_output_damping_also_its_output_factor():
   """D = A⁻¹ g C⁻¹, A = ÃᵀÃ/n and C = EᵀE k/tr: K-FAC with the output factor normalized."""
   e, a = neurons(), np.concatenate([X, ONES], 1)
