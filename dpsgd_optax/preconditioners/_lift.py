@@ -8,6 +8,7 @@
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, working_dtype
+from dpsgd_optax.preconditioners._split import Path, as_leaves, divided
 
 
 class Bucket(NamedTuple):
@@ -83,6 +85,12 @@ def stack(bucket: Bucket, leaves: list[jax.Array]) -> jax.Array:
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
+def _paths(bucket: Bucket, tree: Any) -> list[Path | None]:
+  """Where the matrices of a bucket are leaves of the tree; None for a leaf that is a stack of them."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [leaves[i][0] if jnp.shape(leaves[i][1]) == bucket.shape else None for i, _ in bucket.members]
+
+
 def unstack(bucket: Bucket, x: jax.Array, leaves: list[jax.Array]) -> None:
   """Writes (size, *shape) back over the leaves it came from, in their shapes and dtypes."""
   start = 0
@@ -107,9 +115,12 @@ def _match(state: LiftState, buckets: list[Bucket]) -> None:
 
 
 def over_matrices(one: Callable, size: int) -> Callable:
-  """``vmap(one)``; for a single matrix ``one`` itself, which compiles to less and to faster products."""
+  """``vmap(one)``; for a single matrix ``one`` itself, which compiles to less and to faster products.
+
+  On a mesh (`dpsgd_optax.sharded`) each device runs its share of the matrices.
+  """
   if size > 1:
-    return jax.vmap(one)
+    return divided(jax.vmap(one), size)
 
   def single(*stacked):
     first = jax.tree.map(lambda x: x[0], stacked)
@@ -141,18 +152,23 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
   def fit(state, probe, *, key, damping):
     buckets = {b.name: b for b in make_buckets(probe.product, stacked)}
     _match(state, list(buckets.values()))
+    if not buckets:
+      return state
     products = jax.tree.leaves(probe.product)
     vectors = None if probe.vector is None else jax.tree.leaves(probe.vector)
+    ends = list(itertools.accumulate((buckets[name].size for name in state.buckets), initial=0))
+    keys = jax.random.split(key, ends[-1])  # dropped by the compiler where no group draws
 
     def run(i, name, old):
       bucket = buckets[name]
-      keys = jax.random.split(jax.random.fold_in(key, i), bucket.size)
-      vector = None if vectors is None else stack(bucket, vectors)
+      paths = _paths(bucket, probe.product)
+      vector = None if vectors is None else as_leaves(stack(bucket, vectors), paths)
+      product = as_leaves(stack(bucket, products), paths)
 
       def one(state, v, h, key):
         return group.fit(state, Probe(v, h), key=key, damping=damping)
 
-      return over_matrices(one, bucket.size)(old, vector, stack(bucket, products), keys)
+      return over_matrices(one, bucket.size)(old, vector, product, keys[ends[i] : ends[i + 1]])
 
     return over_buckets(state, run)
 
@@ -163,7 +179,9 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     _match(state, buckets)
     for bucket in buckets:
       run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)
-      unstack(bucket, run(state.buckets[bucket.name], stack(bucket, leaves)), leaves)
+      paths = _paths(bucket, updates)
+      done = run(state.buckets[bucket.name], as_leaves(stack(bucket, leaves), paths))
+      unstack(bucket, as_leaves(done, paths), leaves)
     return jax.tree.unflatten(treedef, leaves)
 
   def advance(state, *, damping):
@@ -180,14 +198,23 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
   )
 
 
-def noise(key: jax.Array, x: jax.Array) -> jax.Array:
-  """Random signs ξ like x, ±1 each: E ξξᴴ = I, which is all that is asked of noise here.
+def noise(key: jax.Array, tree: Any) -> Any:
+  """Random signs ξ like the leaves, ±1 each: E ξξᴴ = I, which is all that is asked of noise here.
 
-  32 of them come from one random word, so that they cost a twentieth of normal numbers.
+  32 of them come from one random word, so that they cost a twentieth of normal numbers; one draw serves all leaves,
+  because each draw costs a tenth of a second to compile.
   """
-  words = jax.random.bits(key, (-(-x.size // 32),), jnp.uint32)
-  bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-  return (2 * bits.reshape(-1)[: x.size].astype(x.dtype) - 1).reshape(x.shape)
+  leaves, treedef = jax.tree.flatten(tree)
+  ends = list(itertools.accumulate((-(-math.prod(jnp.shape(x)) // 32) for x in leaves), initial=0))
+  words = jax.random.bits(key, (ends[-1],), jnp.uint32)
+
+  def signs(x, own):
+    bits = (own[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    dtype = working_dtype(jnp.result_type(x))
+    return (2 * bits.reshape(-1)[: math.prod(jnp.shape(x))].astype(dtype) - 1).reshape(jnp.shape(x))
+
+  drawn = [signs(x, words[start:end]) for x, (start, end) in zip(leaves, itertools.pairwise(ends), strict=True)]
+  return jax.tree.unflatten(treedef, drawn)
 
 
 def damp(probe: Probe, xi: jax.Array | None, damping) -> Probe:
@@ -214,14 +241,16 @@ def unless_zero(x: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(seen, a, b), new, old)
 
 
-def damped(group: Preconditioner) -> Preconditioner:
-  """A group whose ``fit(state, probe, *, key)`` knows no λ, fitted on the probe of the damped curvature."""
+def damped(group: Preconditioner, whitens: bool) -> Preconditioner:
+  """A group whose ``fit(state, probe, *, key)`` knows no λ, fitted on the probe of the damped curvature.
+
+  Where it ``whitens``, v is integrated out, and the place of the vector holds the noise of the damping.
+  """
 
   def fit(state, probe, *, key, damping):
-    noise_key, key = jax.random.split(key)
-    xi = noise(noise_key, probe.product) if probe.vector is None else None
+    seen = damp(Probe(None, probe.product), probe.vector, damping) if whitens else damp(probe, None, damping)
     # λ alone says nothing about a leaf that is not in use: 2000 such fits would leave it with P = I/λ
-    return unless_zero(probe.product, group.fit(state, damp(probe, xi, damping), key=key), state)
+    return unless_zero(probe.product, group.fit(state, seen, key=key), state)
 
   return group._replace(fit=fit)
 
@@ -249,7 +278,15 @@ def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     >>> p.apply(state, {"a": jnp.ones(3), "b": jnp.ones(3)})["b"]
     Array([4., 4., 4.], dtype=float32)
   """
-  return batched(damped(group), stacked)
+  newton, whitening = (batched(damped(group, whitens), stacked) for whitens in (False, True))
+
+  def fit(state, probe, *, key, damping):
+    if probe.vector is not None:
+      return newton.fit(state, probe, key=key, damping=damping)
+    noise_key, key = jax.random.split(key)
+    return whitening.fit(state, Probe(noise(noise_key, probe.product), probe.product), key=key, damping=damping)
+
+  return newton._replace(fit=fit)
 
 
 def raveled(group: Preconditioner) -> Preconditioner:
