@@ -13,6 +13,7 @@ python -m benchmarks peers                             the optimizer alone again
 python -m benchmarks condition                         condition number of a layer's Hessian under each preconditioner
 python -m benchmarks regularization                    test accuracy against strength for each penalty, and its cost
 python -m benchmarks robustness                        zeros, an outlier, a NaN, bfloat16: every preconditioner
+python -m benchmarks conformance                       promises of optax x our optimizers, every cell asked
 python -m benchmarks defaults                          geometry and cadence of `psgd`, on four problems
 python -m benchmarks report                            Markdown tables from the results kept in --out
 python -m benchmarks readme                            the figures of README.md, written anew from them
@@ -23,7 +24,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import condition, cost, defaults, hyperparameters, peers, readme, regularization, robustness, tune
+from benchmarks import (
+  condition,
+  conformance,
+  cost,
+  defaults,
+  hyperparameters,
+  peers,
+  readme,
+  regularization,
+  robustness,
+  tune,
+)
 from benchmarks.calls import SpecError, file_name, name_of
 from benchmarks.data import DataError
 from benchmarks.optimizers import split
@@ -33,7 +45,7 @@ from benchmarks.records import Results, ResumeError, load
 from benchmarks.report import claim_table, tables
 from benchmarks.session import prepare, run
 
-WHOLE = {"condition": condition, "regularization": regularization, "robustness": robustness}
+WHOLE = {"condition": condition, "conformance": conformance, "regularization": regularization, "robustness": robustness}
 NOT_RUNS = ("tune-", "trials-", "cost-", "defaults", *WHOLE)  # documents of another layout
 COMMANDS = ("demo", "tune", "cost", "peers", "defaults", *WHOLE, "report", "readme")
 
