@@ -3,6 +3,7 @@
 
 import ast
 import re
+from collections.abc import Mapping
 from typing import Any
 
 Options = dict[str, Any]
@@ -55,3 +56,10 @@ def literal(node: ast.expr) -> Any:
 def file_name(text: str) -> str:
   """`xor(length=55, cell=lstm)` -> `xor-length-55-cell-lstm`."""
   return re.sub(r"[^\w.+]+", "-", text).strip("-")
+
+
+def choice(given: str, option: str, known: Mapping[str, Any]) -> Any:
+  """The value of an option that is one of a few words."""
+  if given not in known:
+    raise SpecError(f"`{option}` must be one of {', '.join(known)}, got {given!r}.")
+  return known[given]

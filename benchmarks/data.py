@@ -7,6 +7,7 @@ folder and downloaded once. Either way a missing, truncated or altered file is a
 
 import gzip
 import hashlib
+import math
 import os
 import urllib.error
 import urllib.request
@@ -160,6 +161,16 @@ def flat(arrays: Arrays) -> Arrays:
 
   def split(part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"x": part["x"].reshape(len(part["x"]), -1)}
+
+  return Arrays(split(arrays.train), split(arrays.test), arrays.note)
+
+
+def square(arrays: Arrays) -> Arrays:
+  """Rows of pixels as the square images they are, NHWC."""
+
+  def split(part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    side = math.isqrt(part["x"].shape[1])
+    return part | {"x": part["x"].reshape(-1, side, side, 1)}
 
   return Arrays(split(arrays.train), split(arrays.test), arrays.note)
 

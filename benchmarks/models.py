@@ -23,6 +23,7 @@ class Affine(nn.Module):
   folded: bool = False
   window: tuple[int, ...] = ()
   kernel_init: Callable = XAVIER
+  use_bias: bool = True  # of the plain layout
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -32,7 +33,7 @@ class Affine(nn.Module):
       kernel, bias = matrix[:-1].reshape(shape), matrix[-1]
     else:
       kernel = self.param("kernel", self.kernel_init, shape)
-      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else 0
     return patches(x, self.window) @ kernel.reshape(-1, self.features) + bias
 
 
@@ -76,6 +77,30 @@ class LeNet5(nn.Module):
     for features in (6, 16):
       x = max_pool(nn.relu(Affine(features, self.folded, (5, 5))(x)))
     return MLP((120, 84, 10), self.folded)(x.reshape(len(x), -1))
+
+
+class NormNet(nn.Module):
+  """Two convolutions (3 x 3, valid; 16 and 32 channels), each with a norm layer and ReLU; mean over space; dense.
+
+  `norm` is batch, layer, group (of 4 channels), weight (a length for each output channel of a convolution) or none.
+  A convolution has a bias where no norm layer after it has one.
+  """
+
+  norm: str = "batch"
+  classes: int = 10
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    layers = {
+      "batch": lambda: nn.BatchNorm(use_running_average=not train, momentum=0.9),
+      "layer": nn.LayerNorm,
+      "group": lambda: nn.GroupNorm(num_groups=None, group_size=4),
+    }
+    for features in (16, 32):
+      convolution = Affine(features, window=(3, 3), use_bias=self.norm not in layers)
+      x = (nn.WeightNorm(convolution) if self.norm == "weight" else convolution)(x)
+      x = nn.relu(layers[self.norm]()(x) if self.norm in layers else x)
+    return Affine(self.classes)(x.mean((1, 2)))
 
 
 def _elman_init(key: jax.Array, shape: tuple[int, int]) -> jax.Array:

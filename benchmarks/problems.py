@@ -5,8 +5,8 @@ The arguments of a row after the first two are its options on the command line: 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,80 +16,24 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks import calls, data
-from benchmarks.calls import SpecError
-from benchmarks.models import MLP, Elman, LanguageLSTM, LastOfLSTM, LeNet5, Transformer
-
-Metrics = dict[str, jax.Array]
-STATISTICS = "batch_stats"  # Flax's name for what batch normalization keeps
-
-
-@dataclass(frozen=True)
-class Problem:
-  """A loss over data.
-
-  `metrics(variables, batch)` gives means over the batch; its "loss" is what is minimised. The variables are the params,
-  or params and running statistics (Flax's collection "batch_stats"): then `training` gives the loss in training mode.
-  """
-
-  name: str
-  init: Callable[[jax.Array], Any]  # key -> variables
-  metrics: Callable[[Any, Mapping[str, jax.Array]], Metrics]
-  arrays: data.Arrays
-  batch_size: int
-  epochs: int  # default length of a run
-  evaluations: int  # how often the loss curve is sampled in a run
-  default_seeds: int = 5
-  training: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, Any]] | None = None  # -> loss, new statistics
-
-  def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return self.metrics(params, batch)["loss"]
-
-  def split(self, variables: Any) -> tuple[Any, Any]:
-    """What is trained, and the running statistics, which are not."""
-    if self.training is None:
-      return variables, {}
-    return {name: part for name, part in variables.items() if name != STATISTICS}, variables[STATISTICS]
-
-  def join(self, params: Any, statistics: Any) -> Any:
-    """The inverse of `split`."""
-    return params if self.training is None else params | {STATISTICS: statistics}
-
-  def advance(self, params: Any, statistics: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
-    """The loss that is differentiated, and the statistics after this batch."""
-    if self.training is None:
-      return self.loss(params, batch), statistics
-    return self.training(self.join(params, statistics), batch)
-
-  def take(self, train: Mapping[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
-    """The batch of these rows."""
-    return {name: array[rows] for name, array in train.items()}
-
-  @property
-  def train_size(self) -> int:
-    return len(self.arrays.train["x"])
-
-  @property
-  def steps_per_epoch(self) -> int:
-    return -(-self.train_size // self.batch_size)
+from benchmarks import calls, data, layered, vision
+from benchmarks.calls import SpecError, choice
+from benchmarks.models import MLP, Elman, LanguageLSTM, LastOfLSTM, NormNet, Transformer
+from benchmarks.problem import STATISTICS, Metrics, Problem
+from benchmarks.problem import batches as batches
 
 
-def batches(problem: Problem, seed: int, epochs: int) -> Iterator[np.ndarray]:
-  """Row numbers of each mini-batch: a fresh permutation per epoch; the last batch is filled from its beginning."""
-  rng = np.random.default_rng([seed, 1])
-  for _ in range(epochs):
-    order = rng.permutation(problem.train_size).astype(np.int32)
-    filled = np.resize(order, problem.steps_per_epoch * problem.batch_size)
-    yield from filled.reshape(-1, problem.batch_size)
+def _classified(logits: jax.Array, batch: Mapping[str, jax.Array]) -> Metrics:
+  """Mean cross-entropy and accuracy."""
+  loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+  return {"loss": loss, "accuracy": jnp.mean(logits.argmax(-1) == batch["y"])}
 
 
 def _classifier(model: nn.Module, arrays: data.Arrays, **options: Any) -> Problem:
   """Mean cross-entropy and accuracy of a network with one logit per class."""
 
   def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-    logits = model.apply(params, batch["x"])
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
-    return {"loss": loss, "accuracy": jnp.mean(logits.argmax(-1) == batch["y"])}
+    return _classified(model.apply(params, batch["x"]), batch)
 
   return Problem(init=_init(model, arrays), metrics=metrics, arrays=arrays, **options)
 
@@ -113,9 +57,33 @@ def digits(data_dir: str | None, folded: bool) -> Problem:
   return _classifier(MLP((128, 64, 10), folded), data.digits(), name="digits", batch_size=64, epochs=12, evaluations=36)
 
 
-def _lenet(dataset: str, data_dir: str | None, folded: bool) -> Problem:
-  arrays = data.images(dataset, data_dir)
-  return _classifier(LeNet5(folded), arrays, name=dataset, batch_size=64, epochs=20, evaluations=40, default_seeds=3)
+NORMS = {norm: norm for norm in ("batch", "layer", "group", "weight", "none")}
+
+
+def digits_bn(data_dir: str | None, folded: bool, norm: str = "batch") -> Problem:
+  """The digits again, a network of two convolutions with norm layers: `batch`, `layer`, `group`, `weight` or `none`.
+
+  The biases are never folded. Batch norm is evaluated with its running statistics.
+  """
+  del data_dir, folded
+  arrays = data.square(data.digits())
+  model = NormNet(choice(norm, "norm", NORMS))
+
+  def metrics(variables: Any, batch: Mapping[str, jax.Array]) -> Metrics:
+    return _classified(model.apply(variables, batch["x"]), batch)
+
+  def training(variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
+    logits, new = model.apply(variables, batch["x"], train=True, mutable=[STATISTICS])
+    return _classified(logits, batch)["loss"], new[STATISTICS]
+
+  options = dict(name="digits_bn", batch_size=64, epochs=10, evaluations=30)
+  return Problem(
+    init=_init(model, arrays),
+    metrics=metrics,
+    arrays=arrays,
+    training=training if norm == "batch" else None,
+    **options,
+  )
 
 
 def curves(data_dir: str | None, folded: bool) -> Problem:
@@ -139,20 +107,13 @@ def addition(data_dir: str | None, folded: bool) -> Problem:
   return _regression(Elman(20, folded), data.addition(), "y", **options)
 
 
-def _choice(given: str, option: str, known: Mapping[str, Any]) -> Any:
-  """The value of an option that is one of a few words."""
-  if given not in known:
-    raise SpecError(f"`{option}` must be one of {', '.join(known)}, got {given!r}.")
-  return known[given]
-
-
 def xor(data_dir: str | None, folded: bool, length: int = 32, cell: str = "rnn") -> Problem:
   """Delayed XOR of two marked bits, logistic loss; 30 units, `rnn` (orthogonal, tanh) or `lstm`. Chance is log 2.
 
   Solved once the loss is below 0.1. Only the optimizer makes this hard: the signal has to survive `length` steps.
   """
   del data_dir
-  model = _choice(cell, "cell", {"rnn": Elman, "lstm": LastOfLSTM})(30, folded)
+  model = choice(cell, "cell", {"rnn": Elman, "lstm": LastOfLSTM})(30, folded)
   arrays = data.delayed_xor(length)
 
   def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
@@ -211,7 +172,7 @@ def charlm(
   """
   arrays, vocabulary = data.shakespeare(data_dir, block)
   transformer = partial(Transformer, heads=max(1, width // 32))
-  kind = _choice(model, "model", {"transformer": transformer, "lstm": LanguageLSTM})
+  kind = choice(model, "model", {"transformer": transformer, "lstm": LanguageLSTM})
   network = kind(vocabulary=vocabulary, layers=layers, width=width, folded=folded)
   problem = _language(network, arrays, name="charlm", batch_size=16, epochs=1, evaluations=20)
   return replace(problem, epochs=2000 / problem.steps_per_epoch)
@@ -260,8 +221,10 @@ def quadratic(data_dir: str | None, folded: bool) -> Problem:
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {
   "digits": digits,
-  "mnist": partial(_lenet, "mnist"),
-  "fashion_mnist": partial(_lenet, "fashion_mnist"),
+  "digits_bn": digits_bn,
+  "mnist": partial(vision.lenet, "mnist"),
+  "fashion_mnist": partial(vision.lenet, "fashion_mnist"),
+  "cifar10": vision.cifar10,
   "curves": curves,
   "mnist_autoencoder": mnist_autoencoder,
   "addition": addition,
@@ -272,6 +235,12 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
   "tensor_decomposition": tensor_decomposition,
   "charlm": charlm,
   "ptb": ptb,
+  "mlp_mnist": layered.mlp_mnist,
+  "mlp_cifar10": layered.mlp_cifar10,
+  "ae_digits": layered.ae_digits,
+  "ae_cifar10": layered.ae_cifar10,
+  "uci": layered.uci,
+  "single_layer": layered.single_layer,
 }
 
 
