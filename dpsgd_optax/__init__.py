@@ -8,13 +8,16 @@ Flax helpers live in ``dpsgd_optax.training``, which is not imported here.
 from dpsgd_optax.base import Curvature, Preconditioner, Probe
 from dpsgd_optax.capture import capture
 from dpsgd_optax.checkpoint import STATE_VERSION, check_state_layout, state_layout
-from dpsgd_optax.curvature import layer_inputs, newton, whitening
+from dpsgd_optax.curvature import hessian_diagonal, layer_inputs, newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
+from dpsgd_optax.diagonal_probes import exact, ones, rademacher
 from dpsgd_optax.fitted import Fitted
 from dpsgd_optax.irls import irls_fit
 from dpsgd_optax.layer_steps import clip_output_change, match_layers, match_total
 from dpsgd_optax.layers import LayerRecord, channel_moments, second_moments
+from dpsgd_optax.off_diagonal import Diagonality, diagonality
 from dpsgd_optax.optimizers import bnp, dpsgd, gls, psgd
+from dpsgd_optax.partial_hessian import sgd_ph
 from dpsgd_optax.preconditioners._geometry import (
   eq,
   gl,
@@ -34,12 +37,13 @@ from dpsgd_optax.preconditioners.batch_norm import batch_norm, expected_scale
 from dpsgd_optax.preconditioners.damped_kron import additive, damped_kron, factored, recursive, two_tap, undamped
 from dpsgd_optax.preconditioners.dense import dense
 from dpsgd_optax.preconditioners.diagonal import diagonal
+from dpsgd_optax.preconditioners.diagonal_newton import by_cycles, by_visits, diagonal_newton
 from dpsgd_optax.preconditioners.kron import kron
 from dpsgd_optax.preconditioners.least_squares import least_squares
 from dpsgd_optax.preconditioners.lra import lra
 from dpsgd_optax.preconditioners.second_moment import second_moment
 from dpsgd_optax.preconditioners.xmat import xmat
-from dpsgd_optax.products import ggnvp, hvp, hvp_finite_difference, value_and_grad_and_hvp
+from dpsgd_optax.products import ggnvp, hvp, hvp_finite_difference, value_and_grad_and_hvp, value_and_grad_then_hvp
 from dpsgd_optax.regularization import (
   add_gradient_norm_penalty,
   add_l1_penalty,
@@ -50,6 +54,8 @@ from dpsgd_optax.regularization import (
   sharpness_aware,
 )
 from dpsgd_optax.report import report
+from dpsgd_optax.selection import is_vector
+from dpsgd_optax.sharding import partition_specs, sharded
 from dpsgd_optax.transform import annealed_probability, clipped_learning_rate, scale_by_preconditioner, state_bytes
 
 __version__ = "0.1.0"
@@ -57,6 +63,7 @@ __version__ = "0.1.0"
 __all__ = [
   "STATE_VERSION",
   "Curvature",
+  "Diagonality",
   "Fitted",
   "LayerRecord",
   "Preconditioner",
@@ -70,6 +77,8 @@ __all__ = [
   "annealed_probability",
   "batch_norm",
   "bnp",
+  "by_cycles",
+  "by_visits",
   "capture",
   "channel_moments",
   "check_state_layout",
@@ -78,8 +87,11 @@ __all__ = [
   "damped_kron",
   "dense",
   "diagonal",
+  "diagonal_newton",
+  "diagonality",
   "dpsgd",
   "eq",
+  "exact",
   "expected_scale",
   "factored",
   "ggnvp",
@@ -87,9 +99,11 @@ __all__ = [
   "gls",
   "gradient_norm",
   "half_slope",
+  "hessian_diagonal",
   "hvp",
   "hvp_finite_difference",
   "irls_fit",
+  "is_vector",
   "kron",
   "layer_inputs",
   "least_squares",
@@ -101,6 +115,8 @@ __all__ = [
   "max_abs",
   "newton",
   "newton_model",
+  "ones",
+  "partition_specs",
   "per_leaf",
   "pro",
   "pro4p",
@@ -112,12 +128,15 @@ __all__ = [
   "quad",
   "quad4p",
   "quadratic_model",
+  "rademacher",
   "raveled",
   "recursive",
   "report",
   "scale_by_preconditioner",
   "second_moment",
   "second_moments",
+  "sgd_ph",
+  "sharded",
   "sharpness_aware",
   "scan",
   "scaw",
@@ -127,6 +146,7 @@ __all__ = [
   "two_tap",
   "undamped",
   "value_and_grad_and_hvp",
+  "value_and_grad_then_hvp",
   "whitening",
   "xmat",
 ]

@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Curvature, Probe, working_dtype
+from dpsgd_optax.diagonal_probes import Cycle, DiagonalProbe, rademacher, turn
 from dpsgd_optax.layers import Observation
+from dpsgd_optax.products import Product
 from dpsgd_optax.products import hvp as hessian_product
+from dpsgd_optax.selection import Where, punched, selection
 
 
 def normal_like(key: jax.Array, tree: Any) -> Any:
@@ -66,6 +69,30 @@ def whitening() -> Curvature:
   return observe
 
 
+def _given_product(name: str, params: Any, hvp: Any, value_fn: Any) -> Product:
+  """v ↦ Hv from the extra arguments, its structure checked where it is used."""
+  if hvp is None and value_fn is None:
+    raise ValueError(
+      f"`{name}` fits on Hessian-vector products, but `update` received no `hvp`. "
+      "Pass `hvp=hvp(loss, params)`, or use `whitening()`, which needs no Hessian."
+    )
+  if hvp is None:
+    if params is None:
+      raise ValueError(f"`{name}` with `value_fn` differentiates at `params`, got None. Pass `params` to `update`.")
+    hvp = hessian_product(value_fn, params)
+
+  def product(vector):
+    found = hvp(vector)
+    if jax.tree.structure(found) != jax.tree.structure(vector):
+      raise ValueError(
+        "`hvp(v)` must return a tree of the structure of the updates, "
+        f"{jax.tree.structure(vector)}; got {jax.tree.structure(found)}. Type `hvp=hvp(loss, params)`."
+      )
+    return found
+
+  return product
+
+
 def newton() -> Curvature:
   """Observe (v, Hv) with v ~ N(0, I): P → |H|⁻¹, also where H is indefinite.
 
@@ -92,23 +119,55 @@ def newton() -> Curvature:
 
   def observe(key, updates, params, *, hvp=None, value_fn=None, **extra):
     del extra
-    if hvp is None and value_fn is None:
-      raise ValueError(
-        "`newton()` fits on Hessian-vector products, but `update` received no `hvp`. "
-        "Pass `hvp=hvp(loss, params)`, or use `whitening()`, which needs no Hessian."
-      )
-    if hvp is None:
-      if params is None:
-        raise ValueError("`newton()` with `value_fn` differentiates at `params`, got None. Pass `params` to `update`.")
-      hvp = hessian_product(value_fn, params)
+    hvp = _given_product("newton()", params, hvp, value_fn)
     vector = normal_like(key, updates)
-    product = hvp(vector)
-    if jax.tree.structure(product) != jax.tree.structure(vector):
-      raise ValueError(
-        "`hvp(v)` must return a tree of the structure of the updates, "
-        f"{jax.tree.structure(vector)}; got {jax.tree.structure(product)}. Type `hvp=hvp(loss, params)`."
-      )
-    return Probe(vector, product)
+    return Probe(vector, hvp(vector))
+
+  return observe
+
+
+def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, cycle: Cycle = False) -> Curvature:
+  """Observe v and Hv whose v ⊙ Hv estimates the diagonal of the Hessian of the selected parameters: SGD-PH.
+
+  The parameters that are not selected are held constant: the tangents of the product are those of the norm layers
+  alone, which costs about half a product over all parameters (``value_and_grad_then_hvp`` shares its passes with the
+  gradient). ``diagonal_newton`` averages and inverts what is observed.
+
+  Reads ``hvp`` or ``value_fn``, as ``newton()``. ``hvp`` is given trees with holes (``optax.MaskedNode``), as the
+  products of this package take them; your own must return the same holes. Under ``shard_map`` with a local loss pass
+  ``hvp=lambda v: jax.lax.pmean(product(v), axis_name)``: the mean belongs before any absolute value.
+
+  Args:
+    probe: ``rademacher`` (unbiased), ``ones`` (row sums, as the released code) or ``exact`` (a product for each entry).
+    where: what is probed: a tree of bools, or a function of the params; None: all. Static.
+    cycle: False: everything in each fit. True: one tensor in each fit, in turn, in the order of the tree. A list of
+      paths such as "BatchNorm_0/scale": in this order, with None for a fit that probes nothing. A leaf with leading
+      axes, as of a norm layer under ``nn.scan``, is one tensor for each index into them. Static.
+
+  Raises:
+    ValueError: at trace time, if the product is missing or of another structure, if ``where`` fits nothing, or if
+      ``cycle`` does not name what it selects.
+
+  Source: arXiv:2403.02681 and its released code (``ones``, in turn); random signs: Bekas, Kokiopoulou, Saad, Appl.
+  Numer. Math. 57 (2007).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
+    >>> loss = lambda p: p["scale"][0] * p["scale"][1] + jnp.sum(p["scale"] ** 2) + jnp.sum(p["kernel"] ** 3)
+    >>> params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}  # H_ss = [[2, 1], [1, 2]]
+    >>> for probe in (dpo.ones, dpo.exact):
+    ...   observe = dpo.hessian_diagonal(probe, where=dpo.is_vector)
+    ...   seen = observe(jax.random.key(0), params, params, hvp=dpo.hvp(loss, params))
+    ...   (seen.vector["scale"] * seen.product["scale"]).tolist(), seen.product["kernel"]
+    ([3.0, 3.0], MaskedNode())
+    ([2.0, 2.0], MaskedNode())
+  """
+
+  def observe(key, updates, params, *, hvp=None, value_fn=None, fits=0, **extra):
+    del extra
+    product = _given_product("hessian_diagonal()", params, hvp, value_fn)
+    chosen = punched(updates, selection(updates, where))
+    return probe(key, product, turn(chosen, cycle, fits), cycle is not False)
 
   return observe
 

@@ -8,6 +8,9 @@ arrays, so `hvp` and `value_fn` are functions of `nnx.as_pure(params)`, while `g
 `host_cadence` chooses on the host which steps fit the preconditioner and which are judged, so that each kind of step is
 a program of its own without `jax.lax.cond`.
 
+`is_norm_param` tells the scales and shifts of norm layers from the other parameters, for `sgd_ph`; `WeightNorm` gives
+nnx layers without normalization 1-D lengths (linen has `nn.WeightNorm`).
+
 `with_layer_inputs` (linen) and `call_with_layer_inputs` (nnx) return what enters each linear layer beside the
 prediction, for `bnp` and `gls`, and leave the model as it is.
 """
@@ -27,6 +30,7 @@ from flax import nnx
 from flax.training import train_state
 
 from dpsgd_optax.layers import LayerRecord, Window, merged
+from dpsgd_optax.selection import is_norm_param as is_norm_param
 
 Schedule = Callable[[Any], Any]  # count ↦ probability of a fit
 
@@ -404,3 +408,51 @@ NNX: list[tuple[type, str, Callable]] = [
   (nnx.LinearGeneral, "dot_general", _recording_dot),
   (nnx.Conv, "conv_general_dilated", _recording_conv),
 ]
+
+
+# -- weight normalization: nnx ----------------------------------------------------------------------------------------
+
+
+class Lengths(nnx.Module):
+  """The 1-D lengths of a weight-normalised layer, in a module of their own as the scale of a norm layer."""
+
+  def __init__(self, scale: jax.Array):
+    self.scale = nnx.Param(scale)
+
+
+class WeightNorm(nnx.Module):
+  """Weight normalization of an nnx layer: kernel = g v/‖v‖, the norm over all axes but that of the outputs.
+
+  The layer keeps v as its kernel; the lengths g are a 1-D `nnx.Param` under "length/scale", which `is_norm_param` finds
+  and `nnx.Optimizer` trains. (The scales of `nnx.WeightNorm` of flax 0.12 are no `nnx.Param`, so that they are neither,
+  and its call overwrites v.) In linen `nn.WeightNorm` does all this.
+
+  Args:
+    layer: `nnx.Linear`, `nnx.Conv`, or any layer whose `kernel` has its outputs on the last axis.
+    epsilon: added to ‖v‖² under the root, in the squared unit of the kernel.
+
+  Source: Salimans, Kingma, arXiv:1602.07868, Eq. 2. g starts as ‖v‖, so that the layer starts as it was.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from dpsgd_optax import training
+    >>> plain, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((1, 3))
+    >>> normed = training.WeightNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    >>> bool(jnp.allclose(normed(x), plain(x))), normed.length.scale.shape
+    (True, (2,))
+  """
+
+  def __init__(self, layer: nnx.Module, epsilon: float = 1e-12):
+    self.layer, self.epsilon = layer, epsilon
+    self.length = Lengths(self._norm(layer.kernel[...]))
+
+  def _norm(self, v: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(v**2, range(v.ndim - 1)) + self.epsilon)
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    v = self.layer.kernel[...]
+    graphdef, state = nnx.split(self.layer)
+    kernel = v * (self.length.scale[...] / self._norm(v))
+    state["kernel"] = jax.tree.map(lambda _: kernel, state["kernel"])
+    return nnx.merge(graphdef, state)(*args, **kwargs)

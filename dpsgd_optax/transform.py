@@ -132,7 +132,8 @@ def scale_by_preconditioner(
   The last three see P: ``momentum`` and ``after`` as the extra argument ``fitted``, a :class:`dpsgd_optax.Fitted`.
 
   Fitting comes before applying, so that a step already profits from what it observed. Every extra argument of
-  ``update`` is handed to the curvature; those it does not know it ignores.
+  ``update`` is handed to the curvature, with ``damping`` and ``fits``, the number of fits so far; those it does not
+  know it ignores.
 
   Args:
     preconditioner: how P is shaped: ``kron()``, ``diagonal()``, ``damped_kron()`` or your own. Static.
@@ -229,7 +230,7 @@ def scale_by_preconditioner(
       return where(usable, new, old), where(usable, around, (state.momentum, state.after)), applied, usable
 
     def refit():
-      observation = curvature(probe_key, updates, params, damping=strength, **extra)
+      observation = curvature(probe_key, updates, params, **{**extra, "damping": strength, "fits": state.fits})
       return use(preconditioner.fit(old, observation, key=fit_key, damping=strength))
 
     def keep():

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A preconditioner of some leaves, and P = I on the others."""
+
+import functools
+from typing import Any
+
+from dpsgd_optax.base import Preconditioner
+from dpsgd_optax.preconditioners._lift import make_buckets
+from dpsgd_optax.selection import Where, filled, punched, selection
+
+
+def selected(preconditioner: Preconditioner, where: Where) -> Preconditioner:
+  """``preconditioner`` on the leaves where ``where`` says so. Its observations have holes in place of the others."""
+
+  def part(tree: Any) -> Any:
+    return punched(tree, selection(tree, where))
+
+  def init(params):
+    make_buckets(params)  # for its message about integer leaves
+    return preconditioner.init(part(params))
+
+  def product(of_part, state, updates, *more):
+    return filled(of_part(state, part(updates), *more), updates)
+
+  lift = lambda of_part: of_part and functools.partial(product, of_part)
+  return preconditioner._replace(
+    init=init,
+    apply=lift(preconditioner.apply),
+    power=lift(preconditioner.power),
+    root=lift(preconditioner.root),
+  )
