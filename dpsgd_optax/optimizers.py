@@ -27,18 +27,29 @@ from dpsgd_optax.preconditioners.batch_norm import batch_norm, expected_scale
 from dpsgd_optax.preconditioners.damped_kron import Average, Form, damped_kron, factored, undamped
 from dpsgd_optax.preconditioners.kron import kron
 from dpsgd_optax.preconditioners.least_squares import group as least_squares_group
-from dpsgd_optax.transform import annealed_probability, clipped_learning_rate, plain, scale_by_preconditioner
+from dpsgd_optax.transform import (
+  annealed_probability,
+  clipped_learning_rate,
+  map_by_shape,
+  plain,
+  scale_by_preconditioner,
+)
 
 
-def _squarable(x: jax.Array, param: Any) -> jax.Array:
+def _squarable(x: jax.Array) -> jax.Array:
   """x, scaled so that its mean of squares cannot overflow: the clip by it would silently turn x into zeros."""
-  del param
   if x.size == 0:
     return x
   top = jnp.max(jnp.abs(x))
-  if jnp.finfo(top.dtype).max < 1e12:
+  if float(jnp.finfo(top.dtype).max) < 1e12:
     return x
   return jnp.where(top > 1e12, x * (1e12 / top).astype(x.dtype), x)
+
+
+def _clipped(x: jax.Array) -> jax.Array:
+  """One leaf, its root mean square at most 2."""
+  clip = optax.clip_by_block_rms(2.0)
+  return clip.update(_squarable(x), clip.init(x))[0]
 
 
 def psgd(
@@ -109,8 +120,7 @@ def psgd(
       momentum=None if b1 is None else optax.ema(b1),
       key=key,
     ),
-    optax.stateless_with_tree_map(_squarable),
-    optax.clip_by_block_rms(2.0),
+    optax.stateless(lambda updates, params: map_by_shape(_clipped, updates)),
   ]
   if weight_decay is not None:
     parts.append(optax.add_decayed_weights(weight_decay, mask))

@@ -20,10 +20,36 @@ from dpsgd_optax.base import (
 from dpsgd_optax.fitted import Fitted
 
 
+def by_shape(leaves: list[jax.Array]) -> dict[Any, list[int]]:
+  """The indices of the leaves of one shape and dtype. Stacked, they are one kernel to compile instead of many."""
+  found: dict[Any, list[int]] = {}
+  for i, x in enumerate(leaves):
+    found.setdefault((jnp.shape(x), jnp.result_type(x)), []).append(i)
+  return found
+
+
+def stacks(leaves: list[jax.Array]) -> list[jax.Array]:
+  """The leaves, those of equal shape stacked."""
+  return [jnp.stack([leaves[i] for i in members]) for members in by_shape(leaves).values()]
+
+
+def map_by_shape(of_leaf: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
+  """``jax.tree.map(of_leaf, tree)``, leaves of equal shape at once under ``vmap``."""
+  leaves, treedef = jax.tree.flatten(tree)
+  for members in by_shape(leaves).values():
+    if len(members) == 1:
+      leaves[members[0]] = of_leaf(leaves[members[0]])
+      continue
+    done = jax.vmap(of_leaf)(jnp.stack([leaves[i] for i in members]))
+    for i, x in zip(members, done, strict=True):
+      leaves[i] = x
+  return jax.tree.unflatten(treedef, leaves)
+
+
 def all_finite(tree: Any) -> jax.Array:
   """True if no leaf holds a NaN or an infinity. Scalar bool."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.array(True)
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in stacks(leaves)])) if leaves else jnp.array(True)
 
 
 def scalar_dtype(params: Any) -> Any:
@@ -270,6 +296,7 @@ def safe_norm(tree: Any) -> jax.Array:
   leaves = [x for x in jax.tree.leaves(tree) if math.prod(jnp.shape(x)) > 0]
   if not leaves:
     return jnp.zeros(())
+  leaves = stacks(leaves)
   top = jnp.max(
     jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.promote_types(jnp.abs(x).dtype, jnp.float32)) for x in leaves])
   )
