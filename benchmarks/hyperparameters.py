@@ -107,9 +107,12 @@ GRIDS = {
   "psgd+averaging": SECOND_ORDER_GRID,
   "dpsgd": SECOND_ORDER_GRID,
   "gls": (0.05, 0.1, 0.2, 0.4, 0.8),
+  "gls_curvature": (0.05, 0.1, 0.2, 0.4, 0.8),
   "bnp": (0.01, 0.03, 0.1, 0.3, 1.0),
+  "sgd_ph": (0.01, 0.03, 0.1, 0.3, 1.0),
+  "sgd_ph_released": (0.01, 0.03, 0.1, 0.3, 1.0),
 }
-LAYERWISE = ("gls", "bnp")  # they need layers: not every problem has any
+PARTICULAR = ("gls", "gls_curvature", "bnp", "sgd_ph", "sgd_ph_released")  # they need layers, or norm layers
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -128,7 +131,7 @@ def tuned(problem: str) -> dict[str, float]:
 # --- names for groups of contestants ----------------------------------------------------------------------------------
 
 GROUPS = {
-  "all": tuple(name for name in GRIDS if name not in LAYERWISE),
+  "all": tuple(name for name in GRIDS if name not in PARTICULAR),
   "demo": ("sgd", "momentum", "adam", "muon", "psgd", "psgd_whiten", "dpsgd"),
   "ablation": ABLATION,
   "betas": ("psgd+damping", *(f"dpsgd(average={beta})" for beta in (0.3, 0.5, 0.7, 0.9, 0.97))),

@@ -18,7 +18,9 @@ import optax
 import dpsgd_optax as dpo
 from benchmarks import calls
 from benchmarks.calls import Options, SpecError
+from benchmarks.curvature_step import gls_curvature
 from benchmarks.hyperparameters import GROUPS
+from dpsgd_optax import training
 
 EXAMPLE = "dpsgd(average=0.5)"
 
@@ -52,7 +54,15 @@ OPTIMIZERS = {
   "psgd+damping": Method(dpo.dpsgd, {"average": None}, newton=True, keyed=True),
   "psgd+averaging": Method(dpo.dpsgd, {"damping": None}, newton=True, keyed=True),
   "dpsgd": Method(dpo.dpsgd, newton=True, keyed=True),
+  "sgd_ph": Method(dpo.sgd_ph, {"where": training.is_norm_param}, newton=True, keyed=True),
+  "sgd_ph_released": Method(
+    dpo.sgd_ph,
+    {"where": training.is_norm_param, "probe": dpo.ones, "cycle": True, "signed": False},
+    newton=True,
+    keyed=True,
+  ),
   "gls": Method(dpo.gls, layerwise=True),
+  "gls_curvature": Method(gls_curvature, layerwise=True),
   "bnp": Method(dpo.bnp, layerwise=True),
 }
 
@@ -88,7 +98,8 @@ class Contestant:
     """What of each layer it is shown: its "inputs", its output "gradients" too, or None."""
     if not self.method.layerwise:
       return None
-    return "inputs" if self._option("output_damping", None) is None else "gradients"
+    from_gradients = self._option("from_outputs", False) or self._option("output_damping", None) is not None
+    return "gradients" if from_gradients else "inputs"
 
   def build(
     self, decay: float, steps_per_epoch: int, key: int, layers: Any = None

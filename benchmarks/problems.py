@@ -19,23 +19,9 @@ from flax import linen as nn
 from benchmarks import calls, data, layered, vision
 from benchmarks.calls import SpecError, choice
 from benchmarks.models import MLP, Elman, LanguageLSTM, LastOfLSTM, NormNet, Transformer
-from benchmarks.problem import STATISTICS, Metrics, Problem
+from benchmarks.problem import Metrics, Problem
 from benchmarks.problem import batches as batches
-
-
-def _classified(logits: jax.Array, batch: Mapping[str, jax.Array]) -> Metrics:
-  """Mean cross-entropy and accuracy."""
-  loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
-  return {"loss": loss, "accuracy": jnp.mean(logits.argmax(-1) == batch["y"])}
-
-
-def _classifier(model: nn.Module, arrays: data.Arrays, **options: Any) -> Problem:
-  """Mean cross-entropy and accuracy of a network with one logit per class."""
-
-  def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-    return _classified(model.apply(params, batch["x"]), batch)
-
-  return Problem(init=_init(model, arrays), metrics=metrics, arrays=arrays, **options)
+from benchmarks.vision import classifier
 
 
 def _regression(model: nn.Module, arrays: data.Arrays, target: str, **options: Any) -> Problem:
@@ -54,7 +40,7 @@ def _init(model: nn.Module, arrays: data.Arrays) -> Callable[[jax.Array], Any]:
 def digits(data_dir: str | None, folded: bool) -> Problem:
   """Real handwritten digits, 8 x 8; an MLP 64-128-64-10. Ships with scikit-learn: the problem of the demo."""
   del data_dir
-  return _classifier(MLP((128, 64, 10), folded), data.digits(), name="digits", batch_size=64, epochs=12, evaluations=36)
+  return classifier(MLP((128, 64, 10), folded), data.digits(), name="digits", batch_size=64, epochs=12, evaluations=36)
 
 
 NORMS = {norm: norm for norm in ("batch", "layer", "group", "weight", "none")}
@@ -68,22 +54,8 @@ def digits_bn(data_dir: str | None, folded: bool, norm: str = "batch") -> Proble
   del data_dir, folded
   arrays = data.square(data.digits())
   model = NormNet(choice(norm, "norm", NORMS))
-
-  def metrics(variables: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-    return _classified(model.apply(variables, batch["x"]), batch)
-
-  def training(variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
-    logits, new = model.apply(variables, batch["x"], train=True, mutable=[STATISTICS])
-    return _classified(logits, batch)["loss"], new[STATISTICS]
-
   options = dict(name="digits_bn", batch_size=64, epochs=10, evaluations=30)
-  return Problem(
-    init=_init(model, arrays),
-    metrics=metrics,
-    arrays=arrays,
-    training=training if norm == "batch" else None,
-    **options,
-  )
+  return classifier(model, arrays, statistics=norm == "batch", **options)
 
 
 def curves(data_dir: str | None, folded: bool) -> Problem:
@@ -130,7 +102,7 @@ def logistic(data_dir: str | None, folded: bool) -> Problem:
   del data_dir
   arrays = data.quadratic_features(data.digits())
   options = dict(name="logistic", batch_size=500, epochs=200, evaluations=40, default_seeds=3)
-  return _classifier(MLP((10,), folded), arrays, **options)
+  return classifier(MLP((10,), folded), arrays, **options)
 
 
 def tensor_decomposition(data_dir: str | None, folded: bool, rank: int = 10) -> Problem:

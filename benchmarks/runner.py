@@ -237,14 +237,16 @@ def race(
   evaluate: Evaluator,
   seed: int,
   tell: Callable[[Run], None] = lambda run: None,
+  look: Callable[[Lane], None] = lambda lane: None,
 ) -> list[Run]:
-  """One seed, all contestants. `tell` hears of every new point."""
+  """One seed, all contestants. `tell` hears of every new point; `look` sees where every contestant then is."""
   variables = problem.init(jax.random.key(seed))
   lanes = [racer.start(variables, seed) for racer in racers]
   runs = [Run(lane.racer.contestant.label, seed) for lane in lanes]
   start = evaluate(variables)
   for lane, run in zip(lanes, runs, strict=True):
     run.append(lane.point(0, start))
+    look(lane)
   order, rows = np.random.default_rng(seed), batches(problem, seed, math.ceil(plan.epochs))
   for first in range(0, plan.steps, plan.evaluate_every):
     chunk = list(itertools.islice(rows, min(plan.evaluate_every, plan.steps - first)))
@@ -253,6 +255,7 @@ def race(
       if not lane.diverged:
         lane.train(train, chunk, first)
         run.append(lane.point(first + len(chunk), evaluate(lane.variables)))
+        look(lane)
         lane.diverged = not math.isfinite(run.curves["train_loss"][-1])
       tell(run)
   for lane, run in zip(lanes, runs, strict=True):

@@ -16,6 +16,7 @@ from benchmarks.progress import Reporter, say
 from benchmarks.records import Plan, Results, Run, environment, load_average, resume, save
 from benchmarks.report import number
 from benchmarks.runner import Evaluator, compiled, describe, make_plan, race
+from benchmarks.saved import Keeper
 
 
 def prepare(
@@ -51,8 +52,12 @@ def run(
   seeds: Sequence[int],
   path: Path,
   resumed: bool = False,
+  kept: bool = False,
 ) -> Results:
-  """Train. What is finished is on disk whenever this stops; KeyboardInterrupt passes through."""
+  """Train. What is finished is on disk whenever this stops; KeyboardInterrupt passes through.
+
+  With `kept` also what `benchmarks.saved` says, beside the document.
+  """
   about = {contestant.label: describe(problem, contestant, plan) for contestant in entered}
   results = (resume(path, plan, about) if resumed else None) or Results(path.stem, plan)
   results.contestants |= {label: results.contestants.get(label, {}) | entry for label, entry in about.items()}
@@ -82,7 +87,10 @@ def run(
         step, loss = run.curves["step"][-1], run.curves["train_loss"][-1]
         reporter.advance(f"seed {run.seed}  {run.optimizer} step {step}: {number(loss)}")
 
-      runs = race(problem, racers, plan, train, evaluate, seed, tell)
+      keeper = Keeper(problem, path.with_name(f"{path.stem}-saved"), seed) if kept else None
+      runs = race(problem, racers, plan, train, evaluate, seed, tell, keeper.see if keeper else lambda lane: None)
+      if keeper:
+        keeper.write()
       results.runs = [run for run in results.runs if run.seed != seed or run.optimizer not in wanted] + runs
       session["seeds"].append(seed)
       session["load_average"].append(load_average())
