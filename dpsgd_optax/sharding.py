@@ -194,21 +194,21 @@ def sharded(
     )
   inner = optax.with_extra_args_support(tx)
 
-  def laid_out(state: Any, params: Any) -> Any:
-    specs = partition_specs(inner, params, param_specs, mesh, names)
-    return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, s)), state, specs)
-
-  def split_for(params: Any) -> Split:
-    specs = _spread(param_specs, jax.eval_shape(lambda x: x, params), mesh)
-    return Split(mesh, names, dict(jax.tree_util.tree_flatten_with_path(specs, is_leaf=_is_spec)[0]))
+  def lay(tree: Any, specs: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, s)), tree, specs)
 
   def init(params: Any) -> Any:
-    return laid_out(inner.init(params), params) if jax.tree.leaves(params) else inner.init(params)
+    state = inner.init(params)
+    if not jax.tree.leaves(params):
+      return state
+    return lay(state, partition_specs(inner, params, param_specs, mesh, names))
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-    with dividing(split_for(updates)):
+    specs = _spread(param_specs, jax.eval_shape(lambda x: x, updates), mesh)
+    by_path = dict(jax.tree_util.tree_flatten_with_path(specs, is_leaf=_is_spec)[0])
+    with dividing(Split(mesh, names, by_path)):
       done, state = inner.update(updates, state, params, **extra)
-    return done, laid_out(state, updates)
+    return lay(done, specs), lay(state, partition_specs(inner, updates, param_specs, mesh, names))
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, working_dtype
-from dpsgd_optax.preconditioners._split import Path, as_leaves, divided
+from dpsgd_optax.preconditioners._split import Path, as_leaves, divided, everywhere
 
 
 class Bucket(NamedTuple):
@@ -213,7 +213,8 @@ def noise(key: jax.Array, tree: Any) -> Any:
     dtype = working_dtype(jnp.result_type(x))
     return (2 * bits.reshape(-1)[: math.prod(jnp.shape(x))].astype(dtype) - 1).reshape(jnp.shape(x))
 
-  drawn = [signs(x, words[start:end]) for x, (start, end) in zip(leaves, itertools.pairwise(ends), strict=True)]
+  parts = [everywhere(words[start:end]) for start, end in itertools.pairwise(ends)]
+  drawn = [signs(x, own) for x, own in zip(leaves, parts, strict=True)]
   return jax.tree.unflatten(treedef, drawn)
 
 

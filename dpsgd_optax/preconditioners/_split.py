@@ -76,3 +76,9 @@ def as_leaves(x: jax.Array, paths: Sequence[Path | None] = (None,)) -> jax.Array
   found = [PartitionSpec() if path is None else split.specs.get(path, PartitionSpec()) for path in paths]
   spec = found[0] if all(other == found[0] for other in found) else PartitionSpec()
   return jax.lax.with_sharding_constraint(x, NamedSharding(split.mesh, PartitionSpec(None, *spec)))
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+  """x, whole, on every device: for what is cheaper to draw everywhere than to send in pieces."""
+  split = _active.get()
+  return x if split is None else jax.lax.with_sharding_constraint(x, NamedSharding(split.mesh, PartitionSpec()))
