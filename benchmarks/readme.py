@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's figures, written from the committed results and from nothing else.
+"""The figures of the README and of the page on choosing, written from the committed results and from nothing else.
 
-`python -m benchmarks readme` replaces what stands between the two markers; a test holds README.md to it.
+`python -m benchmarks readme` replaces what stands between the two markers; a test holds both files to it.
 """
 
 import json
 from pathlib import Path
 
-from benchmarks import cost, peers, robustness
-from benchmarks.records import load
-from benchmarks.report import claim_table, final_table
+from benchmarks import analysis, cost, peers, robustness
+from benchmarks.records import Results, load
+from benchmarks.report import Table, claim_table, final_table, number
 
 README = Path(__file__).parents[1] / "README.md"
+CHOOSING = README.parent / "notebooks" / "choosing.md"
 BEGIN, END = "<!-- figures: written by `python -m benchmarks readme` -->", "<!-- /figures -->"
 DEMO, ABLATION = "demo", "ablation"
 
@@ -19,8 +20,7 @@ DEMO, ABLATION = "demo", "ablation"
 def figures(results: Path) -> str:
   """Markdown of everything the README quotes."""
   parts = ["## Measured", f"All on 2 shared CPU cores, from the JSON under `benchmarks/{results.name}/`; {_how()}"]
-  documents = [load(path) for path in sorted(results.glob("*.json")) if path.stem.endswith(("-author", "-tuned", DEMO))]
-  if claim := claim_table(documents):
+  if claim := claim_table(_runs(results)):
     parts += [claim.markdown()]
   for name, picture in ((DEMO, True), (ABLATION, False)):
     path = results / f"{name}.json"
@@ -44,12 +44,47 @@ def _how() -> str:
   )
 
 
-def updated(text: str, results: Path) -> str:
-  """The README with its figures brought up to date."""
+def _runs(results: Path) -> list[Results]:
+  return [load(path) for path in sorted(results.glob("*.json")) if path.stem.endswith(("-author", "-tuned", DEMO))]
+
+
+def winners(results: Path) -> str:
+  """Markdown of who was lowest where, by steps and by seconds."""
+  rows = []
+  for found in _runs(results):
+    if len(found.contestants) < 3:  # a comparison of two is in the README
+      continue
+    cells = []
+    for axis in ("step", "seconds"):
+      losses = analysis.losses_at_equal(found, axis)
+      best = min(losses, key=lambda label: losses[label].median)
+      cells += [best, number(losses[best].median)]
+    rows.append((found.plan.problem, found.plan.setting, str(found.plan.steps), str(len(found.contestants)), *cells))
+  header = (
+    "problem",
+    "setting",
+    "steps",
+    "optimizers",
+    "lowest at equal steps",
+    "loss",
+    "lowest at equal seconds",
+    "loss",
+  )
+  return Table("Lowest training loss (median over seeds)", header, rows).markdown()
+
+
+def updated(text: str, figures: str) -> str:
+  """A page with its figures brought up to date."""
   before, rest = text.split(BEGIN)
   _, after = rest.split(END)
-  return f"{before}{BEGIN}\n\n{figures(results)}\n\n{END}{after}"
+  return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
 
 
-def write(results: Path, path: Path = README) -> None:
-  path.write_text(updated(path.read_text(), results))
+def pages(results: Path) -> dict[Path, str]:
+  """Each page with its figures."""
+  return {path: updated(path.read_text(), of(results)) for path, of in ((README, figures), (CHOOSING, winners))}
+
+
+def write(results: Path) -> None:
+  for path, text in pages(results).items():
+    path.write_text(text)

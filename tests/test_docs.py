@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README shows is run, block after block, in one namespace, as a reader would."""
 
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 from benchmarks import hyperparameters, readme
 
@@ -29,5 +32,19 @@ def test_the_first_line_settles_the_name():
 
 
 def test_the_figures_are_those_of_the_committed_results():
-  text = README.read_text()
-  assert readme.updated(text, hyperparameters.RESULTS) == text
+  for path, text in readme.pages(hyperparameters.RESULTS).items():
+    assert path.read_text() == text, f"{path.name}: type `python -m benchmarks readme`"
+
+
+@pytest.mark.parametrize("path", sorted((README.parent / "notebooks").glob("*.py")), ids=lambda path: path.stem)
+def test_notebooks_are_clean_and_paired(path):
+  """The .ipynb has the cells of the .py beside it, no outputs, and a badge; `make notebooks` runs them."""
+  if path.stem == "conf":
+    return
+  cells = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
+  assert not any(cell.get("outputs") for cell in cells)
+  assert f"{path.stem}.ipynb" in "".join(cells[0]["source"])
+  script = [line.strip("# \n") for line in path.read_text().splitlines()]
+  for cell in cells:
+    for line in "".join(cell["source"]).splitlines():
+      assert line.strip("# ") in script, f"type `make notebooks`: {path.name} lacks {line!r}"

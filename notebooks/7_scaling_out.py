@@ -1,0 +1,151 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Scaling out: many layers, many runs, many devices
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dpsgd-optax/dpsgd_optax/blob/main/notebooks/7_scaling_out.ipynb)
+#
+# How compile time grows with depth, how a whole sweep becomes one compiled call, and how a preconditioner is divided over
+# devices. The devices here are eight virtual ones on the CPU; on real ones nothing changes but the mesh.
+
+# %%
+try:
+  import dpsgd_optax as dpo
+except ImportError:  # on Colab
+  # %pip install -q "dpsgd_optax[bench] @ git+https://github.com/dpsgd-optax/dpsgd_optax"
+  import dpsgd_optax as dpo
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+# %% [markdown]
+# The number of virtual devices must be set before JAX starts. On a machine with accelerators leave this cell out.
+
+# %%
+import os
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# %% [markdown]
+# ## Compile time grows with shapes, not with layers
+#
+# Leaves of equal shape are stacked and fitted in one batched computation. What remains for each layer is to stack and
+# to unstack it.
+
+# %%
+import time
+
+
+def compile_seconds(depth, equal=True):
+  params = {f"w{i}": jnp.zeros((32, 32 if equal else 16 + i)) for i in range(depth)}
+  tx = dpo.psgd(1e-3)
+  state = tx.init(params)
+  begin = time.perf_counter()
+  jax.jit(tx.update).lower(params, state, params).compile()
+  return time.perf_counter() - begin
+
+
+depths = [1, 2, 4, 8]
+figure, axis = plt.subplots(figsize=(6, 3.5))
+axis.plot(depths, [compile_seconds(depth, False) for depth in depths], "o-", label="all shapes different")
+axis.plot([*depths, 32], [compile_seconds(depth) for depth in [*depths, 32]], "o-", label="all shapes equal")
+axis.set(xlabel="layers", ylabel="compile seconds", ylim=(0, None), title="One step of psgd")
+axis.legend()
+
+# %% [markdown]
+# ## A sweep as one call
+#
+# `refresh=` given as a Python bool chooses at trace time whether a step fits, so that under `vmap` over seeds and
+# learning rates the steps without a fit stay cheap (a batched `lax.cond` would run both branches).
+
+# %%
+rng = np.random.default_rng(0)
+x = jnp.asarray(rng.standard_normal((256, 16)) * np.geomspace(0.1, 3, 16), jnp.float32)
+y = jnp.tanh(x @ jnp.asarray(rng.standard_normal((16, 4)), jnp.float32))
+
+
+def run(rate, seed, cycles=12, every=10):
+  tx = dpo.psgd(rate, dpo.kron(), key=jax.random.wrap_key_data(seed))
+  params = {"a": 0.3 * jax.random.normal(jax.random.wrap_key_data(seed), (16, 24)), "b": jnp.zeros((24, 4))}
+  loss = lambda p: jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - y) ** 2)
+
+  def step(carry, refresh):
+    params, state = carry
+    updates, state = tx.update(jax.grad(loss)(params), state, params, refresh=refresh)
+    return optax.apply_updates(params, updates), state
+
+  def cycle(carry, _):
+    carry = step(carry, True)
+    carry = jax.lax.fori_loop(0, every - 1, lambda _, c: step(c, False), carry)
+    return carry, loss(carry[0])
+
+  return jax.lax.scan(cycle, (params, tx.init(params)), length=cycles)[1]
+
+
+rates = jnp.geomspace(3e-4, 0.1, 8)
+seeds = jax.vmap(jax.random.key_data)(jax.random.split(jax.random.key(0), 4))
+sweep = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))
+final = np.asarray(sweep(rates, seeds))[:, :, -1]
+
+figure, axis = plt.subplots(figsize=(6, 3.5))
+axis.loglog(rates, np.median(final, 1), "o-")
+axis.fill_between(rates, final.min(1), final.max(1), alpha=0.2)
+axis.set(xlabel="learning rate", ylabel="final loss", title="8 rates × 4 seeds, one compiled call")
+
+# %% [markdown]
+# ## Many devices
+#
+# `sharded` divides each bucket of equal matrices over the mesh; the state is laid out by `partition_specs`. The batch is
+# divided too, and JAX makes gradients and Hessian-vector products global by itself.
+
+# %%
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+replicated, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+params = {f"w{i}": 0.2 * jax.random.normal(jax.random.key(i), (16, 16)) for i in range(8)}
+plain = dpo.psgd(1e-2)
+tx = dpo.sharded(plain, mesh)
+
+
+def loss(p, batch):
+  for name in sorted(p):
+    batch = jnp.tanh(batch @ p[name])
+  return jnp.mean(batch**2)
+
+
+def step_of(tx):
+  @jax.jit
+  def step(params, state, batch):
+    value, grads = jax.value_and_grad(loss)(params, batch)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  return step
+
+
+placed, batch = jax.device_put(params, replicated), jax.device_put(x, divided)
+state = jax.jit(tx.init)(placed)
+step, single = step_of(tx), step_of(plain)
+reference, reference_state = params, plain.init(params)
+for _ in range(10):
+  placed, state, value = step(placed, state, batch)
+  reference, reference_state, _ = single(reference, reference_state, x)
+apart = max(float(jnp.max(jnp.abs(placed[name] - reference[name]))) for name in params)
+print(f"loss {float(value):.5f}; largest difference from one device: {apart:.1e}")
+
+# %%
+bucket = optax.tree.get(state, "buckets")["16x16_float32"]
+print("factors of P:", bucket.p[0].shape, "of which each device holds", bucket.p[0].addressable_shards[0].data.shape)
+jax.debug.visualize_array_sharding(bucket.p[0].reshape(8, -1))
