@@ -443,8 +443,9 @@ class WeightNorm(nnx.Module):
     (True, (2,))
   """
 
-  def __init__(self, layer: nnx.Module, epsilon: float = 1e-12):
-    self.layer, self.epsilon = layer, epsilon
+  def __init__(self, layer: Any, epsilon: float = 1e-12):
+    self.layer: Any = layer
+    self.epsilon = epsilon
     self.length = Lengths(self._norm(layer.kernel[...]))
 
   def _norm(self, v: jax.Array) -> jax.Array:

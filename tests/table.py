@@ -56,11 +56,12 @@ PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "damped_kron undamped": functools.partial(dpo.damped_kron, form=dpo.undamped, average=None, geometry=dpo.eq),
   "raveled": lambda **_: dpo.raveled(scaling()),
   "second_moment": lambda **_: dpo.second_moment(),
+  "diagonal_newton": lambda **_: dpo.diagonal_newton(),
 }
 DESCENDING = [
   name
   for name in PRECONDITIONERS
-  if name not in ("damped_kron factored", "damped_kron additive", "raveled", "second_moment")
+  if name not in ("damped_kron factored", "damped_kron additive", "raveled", "second_moment", "diagonal_newton")
 ]
 """Those whose fit descends the criterion: no average, no damping of the factors."""
 
@@ -159,6 +160,12 @@ def penalised(**options):
   )
 
 
+def first_leaf(params):
+  """The first leaf, whatever the tree: a vector in PARAMS."""
+  leaves, treedef = jax.tree.flatten(params)
+  return treedef.unflatten([i == 0 for i in range(len(leaves))])
+
+
 OPTIMIZERS = {
   "psgd whitening": Row(functools.partial(dpo.psgd, 0.1), frozenset(), bound=0.2),
   "psgd newton": Row(functools.partial(dpo.psgd, 0.1, dpo.kron(), dpo.newton()), frozenset({"hvp"}), bound=0.2),
@@ -172,6 +179,7 @@ OPTIMIZERS = {
   ),
   "levenberg_marquardt": Row(marquardt, frozenset({"value", "value_fn"}), takes_key=False, skips="rejected"),
   "chain": Row(chained, frozenset({"hvp"})),
+  "sgd_ph": Row(functools.partial(dpo.sgd_ph, 0.05, first_leaf), frozenset({"hvp"})),
   "gradient penalty": Row(penalised, frozenset({"hvp"})),
   "bnp": Row(functools.partial(dpo.bnp, 0.05), frozenset({"layer_inputs"}), takes_key=False),
   "gls": Row(functools.partial(dpo.gls, 0.1, fallback=optax.sgd(0.1)), frozenset({"layer_inputs"}), takes_key=False),

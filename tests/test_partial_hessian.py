@@ -67,7 +67,7 @@ def test_the_hessian_of_a_norm_layer_is_diagonal_if_the_remainder_is_channel_sep
 
 
 def test_it_is_not_diagonal_if_a_dense_layer_follows(x64):
-  """One norm layer, ReLU, and a softmax classifier: a fifth of the norm of the block, or more, lies off its diagonal."""
+  """One norm layer, ReLU, and a softmax classifier: a fifth of the norm of a block, or more, lies off its diagonal."""
 
   def loss(p):
     return sum(cross_entropy(jax.nn.relu(norm(p[kind], kind, X)) @ HEAD) for kind in NORMS)
