@@ -13,7 +13,13 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from dpsgd_optax.products import ggnvp, hvp, hvp_finite_difference, value_and_grad_and_hvp
+from dpsgd_optax.products import (
+  ggnvp,
+  hvp,
+  hvp_finite_difference,
+  value_and_grad_and_hvp,
+  value_and_grad_then_hvp,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -466,3 +472,31 @@ def test_finite_difference_refuses_half_precision(dtype):
 def test_finite_difference_refuses_a_step_that_is_not_positive(epsilon):
   with pytest.raises(ValueError, match="positive epsilon"):
     hvp_finite_difference(jnp.sum, jnp.ones(3), epsilon=epsilon)
+
+
+def test_the_product_after_the_gradient_is_that_of_the_parameters_it_was_made_for():
+  """`value_and_grad_then_hvp`: value, whole gradient and aux of one pass; H_bb v_b of the block, of any part of it."""
+  params = nested()
+  where = jax.tree.map(lambda x: x.ndim == 1, params)
+
+  @jax.jit
+  def seen(params, v):
+    (value, aux), grads, product = value_and_grad_then_hvp(lambda p: (loss(p), 3.0), has_aux=True, where=where)(params)
+    block = jax.tree.map(lambda x, w: x if w else optax.MaskedNode(), v, where)
+    part = jax.tree.map(lambda x: optax.MaskedNode(), v) | {"layers": [{"w": None, "b": v["layers"][0]["b"]}, None]}
+    everything = value_and_grad_then_hvp(loss)(params)[2](v)
+    return value, aux, grads, product(block)["layers"][0], product(part)["layers"][0], everything
+
+  v = direction(params)
+  value, aux, grads, block, part, everything = seen(params, v)
+  expected, gradient = jax.jit(jax.value_and_grad(loss))(params)
+  np.testing.assert_allclose(value, expected, rtol=1e-12)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), grads, gradient)
+  alone = jax.tree.map(lambda x, w: x if w else 0 * x, v, where)
+  b = dense_product(loss, params, alone)["layers"][0]["b"]
+  np.testing.assert_allclose(block["b"], b, rtol=1e-10)
+  np.testing.assert_allclose(part["b"], b, rtol=1e-10)
+  assert aux == 3.0 and isinstance(block["w"], optax.MaskedNode) and part["w"] is None
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12), everything, dense_product(loss, params, v)
+  )
