@@ -21,6 +21,7 @@ import numpy as np
 
 import dpsgd_optax as dpo
 from benchmarks import analysis
+from benchmarks.calls import name_of
 from benchmarks.cost import cell, interleaved, quartiles_of
 from benchmarks.data import DataError
 from benchmarks.hyperparameters import ADAPTIVE_GRID, GRIDS, TUNING_SEED
@@ -110,7 +111,7 @@ def compare(
 
 
 def _to(run: Any, axis: str, target: float) -> float:
-  """Where the curve passes the target, as a share of the whole run."""
+  """Where the curve passes the target, as a share of its own run."""
   return analysis.reached(run.curves[axis], run.curves["train_loss"], target) / run.curves[axis][-1]
 
 
@@ -118,14 +119,14 @@ def _equal(runs: Sequence[Any]) -> bool:
   return len({len(run.curves["train_loss"]) for run in runs}) == 1
 
 
-def one_layer(seeds: Sequence[int]) -> dict[str, Any]:
+def one_layer(problem: str, seeds: Sequence[int]) -> dict[str, Any]:
   """The ancestor on the data of `single_layer`, from the starts of these seeds."""
-  problem = build("single_layer", None, False)
-  x, y = (jnp.asarray(problem.arrays.train[name]) for name in "xy")
+  built = build(problem, None, False)
+  x, y = (jnp.asarray(built.arrays.train[name]) for name in "xy")
   fit = jax.jit(lambda kernel, bias: dpo.irls_fit(x, y, start=(kernel, bias)))
   found = []
   for seed in seeds:
-    (layer,) = jax.tree.leaves(problem.init(jax.random.key(seed)), is_leaf=lambda node: "kernel" in node)
+    (layer,) = jax.tree.leaves(built.init(jax.random.key(seed)), is_leaf=lambda node: "kernel" in node)
     found.append(fit(layer["kernel"], layer["bias"]))
   return {
     "sweeps": [int(result.iterations[0]) for result in found],
@@ -165,14 +166,18 @@ def race_table(problem: str, found: dict[str, Any]) -> Table:
     middle, low, high = analysis.spread([float("inf") if value is None else value for value in values])
     return f"{number(middle)} [{number(low)}, {number(high)}]"
 
-  names = ("train_loss", "test_loss", "step_to_adam", "seconds_to_adam")
-  rows = [
-    (label, entry["typed"].rpartition("learning_rate=")[2].rstrip(")"), *(spread(entry[name]) for name in names))
-    for label, entry in found["contestants"].items()
-  ]
+  adam = found["contestants"]["Adam"]["seconds"]
+  rows = []
+  for label, entry in found["contestants"].items():
+    rate = entry["typed"].rpartition("learning_rate=")[2].rstrip(")")
+    parts = zip(entry["seconds_to_adam"], entry["seconds"], adam, strict=True)
+    seconds = [None if share is None else share * mine / his for share, mine, his in parts]
+    rows.append((label, rate, *map(spread, (entry["train_loss"], entry["test_loss"], entry["step_to_adam"], seconds))))
   plan = found["plan"]
   header = ("optimizer", "rate", "train loss", "test loss", "steps to Adam's loss", "seconds to Adam's loss")
-  note = "To Adam's loss: where the optimizer is at Adam's final training loss of the same seed, as a share of its run."
+  note = (
+    "To Adam's loss: when the optimizer is at Adam's final training loss of the same seed, as a share of Adam's run."
+  )
   return Table(f"{problem}: {plan['steps']} steps, {plan['train_size']} samples", header, rows, (note,))
 
 
@@ -214,7 +219,7 @@ def _one(part: str, problem: str, seeds: int, data_dir: str | None) -> dict[str,
     return cost(problem, data_dir)
   options, entered = RACES[problem]
   found = compare(problem, entered, range(1, 1 + seeds), options | {"data_dir": data_dir})
-  return found | ({"irls": one_layer(range(1, 1 + seeds))} if problem == "single_layer" else {})
+  return found | ({"irls": one_layer(problem, range(1, 1 + seeds))} if name_of(problem) == "single_layer" else {})
 
 
 def show(part: str, problem: str, found: dict[str, Any]) -> None:
