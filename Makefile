@@ -11,10 +11,10 @@ STAMP := $(VENV)/.installed
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-slow bench lint typecheck format clean
+.PHONY: help venv demo test test-fast test-slow test-lowest test-newest dist dist-check bench lint typecheck format clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 # A new environment and every change of the dependencies install again; an interrupted install leaves no stamp.
 $(STAMP): pyproject.toml
@@ -36,6 +36,34 @@ test-fast: $(STAMP) ## the tests alone, until the first failure
 
 test-slow: $(STAMP) ## the tests that take longer than a few seconds each
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+# The bounds of pyproject.toml, `>=` read as `==`; and whatever pip takes to be the newest.
+LOWEST = $$($(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*(d.replace(">=", "==") for d in p["dependencies"]))')
+SELECTION ?= dpsgd_optax tests/contract tests/test_report.py tests/test_golden_kron.py tests/test_golden_dpsgd.py
+
+test-lowest: ## a selection of the tests with the lowest versions that pyproject.toml allows
+	@rm -rf build/lowest && $(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST) pytest hypothesis
+	build/lowest/bin/python -m pytest -q -p no:cacheprovider $(SELECTION)
+
+test-newest: ## the same selection with the newest versions
+	@rm -rf build/newest && $(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade . pytest hypothesis
+	build/newest/bin/python -m pip uninstall --quiet --yes dpsgd_optax
+	build/newest/bin/python -m pytest -q -p no:cacheprovider $(SELECTION)
+
+dist: $(STAMP) ## wheel and sdist in dist/
+	@rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+dist-check: dist ## both of them, each installed into an empty environment and put to work
+	@rm -rf build/installed && $(PYTHON) -m venv build/installed
+	build/installed/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	build/installed/bin/python -I -W error tests/smoke.py
+	build/installed/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz
+	build/installed/bin/python -I -W error tests/smoke.py
+	@ls -l dist
 
 bench: $(STAMP) ## the benchmarks; `make bench ARGS="--help"` lists what there is
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -14,6 +14,7 @@ python -m benchmarks condition                         condition number of a lay
 python -m benchmarks regularization                    test accuracy against strength for each penalty, and its cost
 python -m benchmarks robustness                        zeros, an outlier, a NaN, bfloat16: every preconditioner
 python -m benchmarks conformance                       promises of optax x our optimizers, every cell asked
+python -m benchmarks soak                              10^5 fits of every preconditioner on a drifting curvature
 python -m benchmarks defaults                          geometry and cadence of `psgd`, on four problems
 python -m benchmarks report                            Markdown tables from the results kept in --out
 python -m benchmarks readme                            the figures of README.md, written anew from them
@@ -34,6 +35,7 @@ from benchmarks import (
   readme,
   regularization,
   robustness,
+  soak,
   tune,
 )
 from benchmarks.calls import SpecError, file_name, name_of
@@ -45,7 +47,13 @@ from benchmarks.records import Results, ResumeError, load
 from benchmarks.report import claim_table, tables
 from benchmarks.session import prepare, run
 
-WHOLE = {"condition": condition, "conformance": conformance, "regularization": regularization, "robustness": robustness}
+WHOLE = {
+  "condition": condition,
+  "conformance": conformance,
+  "regularization": regularization,
+  "robustness": robustness,
+  "soak": soak,
+}
 NOT_RUNS = ("tune-", "trials-", "cost-", "defaults", *WHOLE)  # documents of another layout
 COMMANDS = ("demo", "tune", "cost", "peers", "defaults", *WHOLE, "report", "readme")
 

@@ -239,8 +239,11 @@ def scale_by_preconditioner(
     due = due if refresh is None else refresh
     old = state.preconditioner
 
-    def use(new):
-      """The step, and whether all went well: a NaN or infinity in gradient, observation or factors shows here."""
+    def use(new, changed):
+      """The step, and whether all went well: a NaN or infinity in gradient, observation or factors shows here.
+
+      In the updates alone it does not always: P = 1/∞ makes them zero, and would do so for ever.
+      """
       new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, old)
       fitted = Fitted(preconditioner, new, updates)
       seen = {**extra, "fitted": fitted}
@@ -251,16 +254,18 @@ def scale_by_preconditioner(
       around = (moved, done)
       if not finite_check:
         return new, around, applied, jnp.array(True)
-      usable = all_finite(applied)
+      usable = all_finite((applied, new) if changed else applied)
       # the select stays in the branch: where nothing was fitted, both sides are one and XLA drops it
       return where(usable, new, old), where(usable, around, (state.momentum, state.after)), applied, usable
 
     def refit():
       observation = curvature(probe_key, updates, params, **{**extra, "damping": strength, "fits": state.fits})
-      return use(preconditioner.fit(old, observation, key=fit_key, damping=strength))
+      return use(preconditioner.fit(old, observation, key=fit_key, damping=strength), True)
 
     def keep():
-      return use(old if preconditioner.advance is None else preconditioner.advance(old, damping=strength))
+      if preconditioner.advance is None:
+        return use(old, False)
+      return use(preconditioner.advance(old, damping=strength), True)
 
     new, (moved, done), applied, usable = choose(due, refit, keep)
     if finite_check:

@@ -199,9 +199,10 @@ def layer_inputs(params):
 
 
 class Fault(NamedTuple):
-  """What goes wrong in a step. Added to one entry of the gradient, one of Hv, the loss at θ, the loss at θ + s.
+  """What goes wrong in a step. Added to the gradient, to Hv, the loss at θ, the loss at θ + s, the layer inputs.
 
-  ``scale`` multiplies gradient and Hv: 0 makes a step in which nothing is learned.
+  Of gradient and Hv a number is added to the first entry, a vector to all SIZE of them. ``scale`` multiplies both: 0
+  makes a step in which nothing is learned.
   """
 
   gradient: Any = 0.0
@@ -209,11 +210,18 @@ class Fault(NamedTuple):
   value: Any = 0.0
   ahead: Any = 0.0
   scale: Any = 1.0
+  inputs: Any = 0.0
+
+  def arrays(self) -> "Fault":
+    first = np.arange(SIZE) == 0
+    spread = lambda x: np.where(first | (np.ndim(x) > 0), x, 0).astype(np.float32)
+    rest = {name: np.float32(getattr(self, name)) for name in ("value", "ahead", "scale", "inputs")}
+    return Fault(spread(self.gradient), spread(self.product), **rest)
 
 
-def spoil(tree: Any, fault: Any, scale: Any) -> Any:
-  tree = jax.tree.map(lambda x: scale * x, tree)
-  return {**tree, "b": tree["b"].at[0].add(fault)}
+def spoil(tree: Any, fault: jax.Array, scale: Any) -> Any:
+  flat, unravel = ravel_pytree(tree)  # a product may have holes: then only the first entries are there
+  return jax.tree.map(lambda x, f: scale * x + f, tree, unravel(fault[: flat.size]))
 
 
 class Compiled(NamedTuple):
@@ -227,7 +235,7 @@ class Compiled(NamedTuple):
   def run(self, params: Any, state: Any, faults: list[Fault]):
     updates = None
     for fault in faults:
-      params, state, updates = self.step(params, state, Fault(*map(jnp.float32, fault)))
+      params, state, updates = self.step(params, state, fault.arrays())
     return params, state, updates
 
 
@@ -245,7 +253,7 @@ def compiled(name: str) -> Compiled:
       "value": value + fault.value,
       "value_fn": lambda p: loss(p) + fault.ahead,
       "hvp": lambda v: spoil(hvp(v), fault.product, fault.scale),
-      "layer_inputs": layer_inputs(params),
+      "layer_inputs": jax.tree.map(lambda x: x + fault.inputs, layer_inputs(params)),
     }
     extras = {k: v for k, v in offers.items() if k in row.extras}
     updates, state = tx.update(spoil(grads, fault.gradient, fault.scale), state, params, **extras)
