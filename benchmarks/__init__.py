@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks: one runner, one table of problems, one table of optimizers. Run `python -m benchmarks --help`.
 
-problems.py, models.py   what is trained            data.py, curves.py    what it is trained on
+problem.py               what a problem is          problems.py           the table of them
+layered.py, vision.py    problems of layers, images models.py, resnet.py  the networks
+data.py, curves.py       what it is trained on      cifar.py, tabular.py  the same; spoilers.py: spoiled on purpose
 optimizers.py            who trains it              hyperparameters.py    every number, in one place
 runner.py                train, timed, interleaved  records.py            what is kept, as JSON
 analysis.py              curves to figures          report.py, plots.py   figures to tables and pictures
 session.py               one invocation             tune.py               choose learning rates
+saved.py                 what `--save` keeps        studies.py            and the analyses of it
+gls.py                   the claims of the note     curvature_step.py     one of its mends, as a reference
 progress.py              live output                __main__.py           the command line
 """
 

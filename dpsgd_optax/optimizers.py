@@ -376,8 +376,9 @@ def gls(
   deep ones. A mean over output elements in the loss makes the step smaller by as much: use the sum, or a larger rate.
 
   Its weakness is a layer that is wider than what enters it, as in an autoencoder: its neurons move together, and the
-  outputs further on change more than was asked for. ``max_output_change=0.1`` and ``output_damping=0.1`` mend it; the
-  first costs a product, the second needs ``capture(loss, gradients=True)``.
+  outputs further on change more than was asked for. ``max_output_change=0.1`` and ``output_damping=0.1`` together mend
+  it best; the first costs a product, the second needs ``capture(loss, gradients=True)``. On a deep autoencoder of the
+  digits the plain form takes a rate of 0.05 at most, and with them one of 0.2 (``python -m benchmarks gls``).
 
   Args:
     learning_rate: η, number or schedule.
@@ -395,9 +396,9 @@ def gls(
     fallback: complete transform, with its learning rate, of the leaves that are no layer (norm scales, embeddings, …);
       None: there are none, else an error names them.
     from_outputs: compute P g = P ÃᵀE as (P Ãᵀ) E from the recorded output gradients E. The product that makes g is then
-      left out, and a step with ``decay=None`` costs about as much as one of SGD. Needs ``capture(loss,
-      gradients=True)``, ``b1=None``, with ``decay=None`` ``every=1``, and nothing before it that changes the gradient
-      (clipping, say), which would not be seen. Static.
+      left out, and a step with ``decay=None`` costs 1.2 to 1.6 steps of Adam on MLPs with batches of 128
+      (``python -m benchmarks gls``). Needs ``capture(loss, gradients=True)``, ``b1=None``, with ``decay=None``
+      ``every=1``, and nothing before it that changes the gradient (clipping, say), which would not be seen. Static.
     max_size, axis_name, layers: see :func:`dpsgd_optax.least_squares`.
 
   Returns:
