@@ -38,7 +38,7 @@ RATIOS = {
 
 def contestants(problem: Problem) -> dict[str, "Call"]:
   """Name -> a compiled call without arguments."""
-  params = problem.init(jax.random.key(0))
+  params, statistics = problem.split(problem.init(jax.random.key(0)))
   batch = {name: jnp.asarray(array[: problem.batch_size]) for name, array in problem.arrays.train.items()}
   vector = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
   tx, adam = dpo.dpsgd(0.1), optax.adam(1e-3)
@@ -46,7 +46,7 @@ def contestants(problem: Problem) -> dict[str, "Call"]:
   state, adam_state, p_state = tx.init(params), adam.init(params), p.init(params)
 
   def loss_of(batch: Any) -> Callable[[Any], jax.Array]:
-    return lambda q: problem.loss(q, batch)
+    return lambda q: problem.advance(q, statistics, batch)[0]
 
   def gradient(params, batch):
     return jax.value_and_grad(loss_of(batch))(params)
