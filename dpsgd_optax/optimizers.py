@@ -398,7 +398,8 @@ def gls(
     from_outputs: compute P g = P ÃᵀE as (P Ãᵀ) E from the recorded output gradients E. The product that makes g is then
       left out, and a step with ``decay=None`` costs 1.2 to 1.6 steps of Adam on MLPs with batches of 128
       (``python -m benchmarks gls``). Needs ``capture(loss, gradients=True)``, ``b1=None``, with ``decay=None``
-      ``every=1``, and nothing before it that changes the gradient (clipping, say), which would not be seen. Static.
+      ``every=1``, no ``axis_name``, and nothing before it that changes the gradient (clipping, say), which would not be
+      seen. Static.
     max_size, axis_name, layers: see :func:`dpsgd_optax.least_squares`.
 
   Returns:
@@ -437,11 +438,11 @@ def gls(
   check_not_negative(damping, "damping", "It is relative to the mean eigenvalue of the inputs' second moment. Try 0.1.")
   check_not_negative(weight_decay, "weight_decay", "Try 1e-4, or None.")
   check_fraction(b1, "b1")
-  if from_outputs and (b1 is not None or (decay is None and every != 1)):
+  if from_outputs and (b1 is not None or axis_name is not None or (decay is None and every != 1)):
     raise ValueError(
-      f"`from_outputs` makes the step from the output gradients of this batch, got b1={b1}, every={every}: there is no "
-      "averaged gradient to precondition, and with `decay=None` no older fit to use. Type `b1=None` (and put "
-      "`optax.trace` after it), `every=1`."
+      f"`from_outputs` makes the step from the output gradients of this batch, got b1={b1}, every={every}, "
+      f"axis_name={axis_name}: there is no averaged gradient to precondition, with `decay=None` no older fit to use, "
+      "and no sum over devices. Type `b1=None` (and put `optax.trace` after it), `every=1`, `axis_name=None`."
     )
   group = least_squares_group(decay=decay, output_damping=output_damping, max_size=max_size, axis_name=axis_name)
   direction = through_outputs(group, layers) if from_outputs else plain

@@ -154,6 +154,8 @@ def test_the_step_made_from_output_gradients_is_that_made_from_the_gradient(opti
   close(stacked(found), stacked(expected))
   with pytest.raises(ValueError, match="there is no averaged gradient"):
     dpo.gls(1.0, from_outputs=True, b1=0.9)
+  with pytest.raises(ValueError, match="and no sum over devices"):
+    dpo.gls(1.0, from_outputs=True, axis_name="data")
   with pytest.raises(ValueError, match="`from_outputs` looks at the output gradients of the layer 'w'"):
     dpo.gls(1.0, from_outputs=True).update(grads, dpo.gls(1.0).init(params), params, layer_inputs={"w": x})
 
