@@ -16,6 +16,8 @@ python -m benchmarks robustness                        zeros, an outlier, a NaN,
 python -m benchmarks conformance                       promises of optax x our optimizers, every cell asked
 python -m benchmarks soak                              10^5 fits of every preconditioner on a drifting curvature
 python -m benchmarks defaults                          geometry and cadence of `psgd`, on four problems
+python -m benchmarks diagonality                       how diagonal the Hessian of each norm layer is, of any problem
+python -m benchmarks partial_hessian                   cost of a step of SGD with partial Hessian
 python -m benchmarks report                            Markdown tables from the results kept in --out
 python -m benchmarks readme                            the figures of README.md, written anew from them
 """
@@ -30,7 +32,9 @@ from benchmarks import (
   conformance,
   cost,
   defaults,
+  diagonality,
   hyperparameters,
+  partial_hessian,
   peers,
   readme,
   regularization,
@@ -50,12 +54,13 @@ from benchmarks.session import prepare, run
 WHOLE = {
   "condition": condition,
   "conformance": conformance,
+  "partial_hessian": partial_hessian,
   "regularization": regularization,
   "robustness": robustness,
   "soak": soak,
 }
-NOT_RUNS = ("tune-", "trials-", "cost-", "defaults", *WHOLE)  # documents of another layout
-COMMANDS = ("demo", "tune", "cost", "peers", "defaults", *WHOLE, "report", "readme")
+NOT_RUNS = ("tune-", "trials-", "cost-", "defaults", "diagonality", *WHOLE)  # documents of another layout
+COMMANDS = ("demo", "tune", "cost", "peers", "defaults", "diagonality", *WHOLE, "report", "readme")
 
 
 def positive(kind: type) -> Any:
@@ -184,6 +189,9 @@ def main(argv: list[str] | None = None) -> int:
       readme.write(arguments.out)
     elif command == "defaults":
       defaults.measure(arguments.out, arguments.seeds or 3, arguments.data_dir)
+    elif command == "diagonality":
+      diagonality.measure(arguments.out, names, arguments.seeds or 3, arguments.data_dir)
+      names = []
     elif command in WHOLE:
       WHOLE[command].run(arguments.out)
     for name in names:

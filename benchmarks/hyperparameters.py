@@ -110,9 +110,10 @@ GRIDS = {
   "gls_curvature": (0.05, 0.1, 0.2, 0.4, 0.8),
   "bnp": (0.01, 0.03, 0.1, 0.3, 1.0),
   "sgd_ph": (0.01, 0.03, 0.1, 0.3, 1.0),
+  "sgd_ph_tau": (0.01, 0.03, 0.1, 0.3, 1.0),
   "sgd_ph_released": (0.01, 0.03, 0.1, 0.3, 1.0),
 }
-PARTICULAR = ("gls", "gls_curvature", "bnp", "sgd_ph", "sgd_ph_released")  # they need layers, or norm layers
+PARTICULAR = ("gls", "gls_curvature", "bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released")  # they need (norm) layers
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -55,6 +55,9 @@ OPTIMIZERS = {
   "psgd+averaging": Method(dpo.dpsgd, {"damping": None}, newton=True, keyed=True),
   "dpsgd": Method(dpo.dpsgd, newton=True, keyed=True),
   "sgd_ph": Method(dpo.sgd_ph, {"where": training.is_norm_param}, newton=True, keyed=True),
+  "sgd_ph_tau": Method(
+    dpo.sgd_ph, {"where": training.is_norm_param, "tau": 0.1, "damping": 0.01}, newton=True, keyed=True
+  ),
   "sgd_ph_released": Method(
     dpo.sgd_ph,
     {"where": training.is_norm_param, "probe": dpo.ones, "cycle": True, "signed": False},

@@ -130,8 +130,8 @@ def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, 
   """Observe v and Hv whose v ⊙ Hv estimates the diagonal of the Hessian of the selected parameters: SGD-PH.
 
   The parameters that are not selected are held constant: the tangents of the product are those of the norm layers
-  alone, which costs about half a product over all parameters (``value_and_grad_then_hvp`` shares its passes with the
-  gradient). ``diagonal_newton`` averages and inverts what is observed.
+  alone, which is cheaper than a product over all parameters (``value_and_grad_then_hvp`` shares its passes with the
+  gradient; ``python -m benchmarks partial_hessian``). ``diagonal_newton`` averages and inverts what is observed.
 
   Reads ``hvp`` or ``value_fn``, as ``newton()``. ``hvp`` is given trees with holes (``optax.MaskedNode``), as the
   products of this package take them; your own must return the same holes. Under ``shard_map`` with a local loss pass
