@@ -185,8 +185,8 @@ def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
     return
   if geometry.fits_p:
     raise ValueError(
-      f"`state_dtype` must be float32 at least for a geometry that fits P itself, got {jnp.dtype(dtype).name}: rounding "
-      "costs P its definiteness. Use `geometry=dpsgd_optax.qeq`, which fits the same P, or leave `state_dtype` out."
+      f"`state_dtype` must be float32 at least for a geometry that fits P itself, got {jnp.dtype(dtype).name}: "
+      "rounding costs P its definiteness. Use `geometry=dpsgd_optax.qeq`, which fits the same P, or leave `state_dtype` out."
     )
   if is_static(step_size) and step_size < 0.1:
     warnings.warn(
