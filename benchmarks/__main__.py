@@ -14,8 +14,14 @@ python -m benchmarks condition                         condition number of a lay
 python -m benchmarks regularization                    test accuracy against strength for each penalty, and its cost
 python -m benchmarks robustness                        zeros, an outlier, a NaN, bfloat16: every preconditioner
 python -m benchmarks conformance                       promises of optax x our optimizers, every cell asked
+python -m benchmarks compile                           what `update` takes to compile, beside psgd-jax
 python -m benchmarks soak                              10^5 fits of every preconditioner on a drifting curvature
 python -m benchmarks defaults                          geometry and cadence of `psgd`, on four problems
+python -m benchmarks sharpness digits-tuned            of a run made with --save; so do forgetting, entropy, plasticity
+python -m benchmarks gls                               the claims of the note on GLS: losses, cost, autoencoders
+python -m benchmarks sweep                             16 learning rates x 4 seeds of whole runs in one compiled call
+python -m benchmarks distributed --devices 8           a transformer on many devices; --processes 2: on several hosts
+python -m benchmarks scale                             step time and memory of large transformers on 8 to 1024 devices
 python -m benchmarks diagonality                       how diagonal the Hessian of each norm layer is, of any problem
 python -m benchmarks partial_hessian                   cost of a step of SGD with partial Hessian
 python -m benchmarks report                            Markdown tables from the results kept in --out
@@ -28,18 +34,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+  compiling,
   condition,
   conformance,
   cost,
   defaults,
   diagonality,
+  distributed,
+  gls,
   hyperparameters,
   partial_hessian,
   peers,
   readme,
   regularization,
   robustness,
+  scale,
   soak,
+  studies,
+  sweep,
   tune,
 )
 from benchmarks.calls import SpecError, file_name, name_of
@@ -50,8 +62,10 @@ from benchmarks.progress import say
 from benchmarks.records import Results, ResumeError, load
 from benchmarks.report import claim_table, tables
 from benchmarks.session import prepare, run
+from benchmarks.studies import STUDIES
 
 WHOLE = {
+  "compile": compiling,
   "condition": condition,
   "conformance": conformance,
   "partial_hessian": partial_hessian,
@@ -59,8 +73,10 @@ WHOLE = {
   "robustness": robustness,
   "soak": soak,
 }
-NOT_RUNS = ("tune-", "trials-", "cost-", "defaults", "diagonality", *WHOLE)  # documents of another layout
-COMMANDS = ("demo", "tune", "cost", "peers", "defaults", "diagonality", *WHOLE, "report", "readme")
+DEVICES = ("distributed", "scale", "sweep")
+ALONE = ("defaults", "diagonality", "gls", *DEVICES, *WHOLE)  # commands whose documents have a layout of their own
+NOT_RUNS = ("tune-", "trials-", "cost-", "study-", *ALONE)
+COMMANDS = ("demo", "tune", "cost", "peers", *ALONE, *STUDIES, "report", "readme")
 
 
 def positive(kind: type) -> Any:
@@ -93,9 +109,14 @@ def parser() -> argparse.ArgumentParser:
   add("--decay", type=positive(float), help="learning-rate factor after each epoch (default: the setting's)")
   add("--folded", action=argparse.BooleanOptionalAction, help="biases as a row of the kernels (default: by setting)")
   add("--target", type=positive(float), action="append", default=[], help="another target loss; may be repeated")
+  add("--devices", type=positive(int), default=8, help="of `distributed` (default: 8, virtual ones on a CPU)")
+  add("--processes", type=positive(int), default=1, help="of `distributed`, over which the devices are divided")
+  for option, (value, text) in scale.HARDWARE.items():
+    add(f"--{option}", type=positive(float), default=value, help=f"of `scale`: {text} (default: %(default)g)")
   add("--data-dir", help="folder with mnist/, fashion_mnist/ (default: $DPSGD_OPTAX_DATA, or a download)")
   add("--out", type=Path, default=hyperparameters.RESULTS, help="where JSON and PNG go (default: benchmarks/results)")
   add("--name", help="name of the files (default: PROBLEM-SETTING)")
+  add("--save", action="store_true", help="keep final variables and predictions in --out, for the analyses")
   add("--resume", action="store_true", help="keep the finished seeds of an earlier run")
   return found
 
@@ -123,7 +144,7 @@ def run_problem(name: str, arguments: argparse.Namespace) -> None:
   path = arguments.out / f"{arguments.name or f'{file_name(name)}-{arguments.setting}'}.json"
   seeds = range(1, 1 + (arguments.seeds or problem.default_seeds))
   try:
-    results = run(problem, plan, entered, seeds, path, arguments.resume)
+    results = run(problem, plan, entered, seeds, path, arguments.resume, arguments.save)
   except KeyboardInterrupt:
     done = load(path) if path.exists() else None
     say(f"\nstopped; seeds kept in {path}: {done.seeds() if done else 'none'}. Go on with --resume.")
@@ -165,6 +186,19 @@ def report(arguments: argparse.Namespace) -> None:
       say(table.markdown() + "\n")
 
 
+def studied(command: str, runs: list[str], arguments: argparse.Namespace) -> int:
+  """An analysis of runs that were kept."""
+  if not runs:
+    parser().error(f"{command} needs the name of a run made with --save, for example: {command} digits-tuned")
+  try:
+    for run_name in runs:
+      studies.measure(command, run_name, arguments.out, arguments.data_dir)
+  except (DataError, SpecError, ResumeError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
 def main(argv: list[str] | None = None) -> int:
   arguments = parser().parse_args(argv)
   first, *rest = arguments.what
@@ -177,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
   if command == "demo":
     names, arguments.name = ["digits"], arguments.name or "demo"
     arguments.optimizers = arguments.optimizers or "demo"
+  if command in STUDIES:
+    return studied(command, names, arguments)
   if unknown := [name for name in names if name_of(name) not in PROBLEMS]:
     parser().error(f"no problem is called {unknown}; known are {', '.join(PROBLEMS)}")
   if command in ("tune", "cost") and not names:
@@ -189,6 +225,15 @@ def main(argv: list[str] | None = None) -> int:
       readme.write(arguments.out)
     elif command == "defaults":
       defaults.measure(arguments.out, arguments.seeds or 3, arguments.data_dir)
+    elif command == "gls":
+      gls.measure(arguments.out, arguments.seeds or 5, arguments.data_dir)
+    elif command == "sweep":
+      sweep.run(arguments.out)
+    elif command == "scale":
+      scale.run(arguments.out, {option: vars(arguments)[option.replace("-", "_")] for option in scale.HARDWARE})
+    elif command == "distributed":
+      problem, names = (names or [distributed.PROBLEM])[0], []
+      distributed.run(arguments.out, problem, arguments.devices, arguments.processes, arguments.data_dir)
     elif command == "diagonality":
       diagonality.measure(arguments.out, names, arguments.seeds or 3, arguments.data_dir)
       names = []

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import dpsgd_optax as dpo
+from benchmarks.distributed import QUICK_TO_COMPILE
 
 ROOT = Path(__file__).parents[1]
 EIGHT = AbstractMesh((8,), ("data",))
@@ -31,7 +32,7 @@ def factors(params, mesh, axes=None, tx=None):
 
 
 def virtual_devices(count: int) -> dict[str, str]:
-  flags = f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={count}"
+  flags = f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={count} {QUICK_TO_COMPILE}"
   return os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "XLA_FLAGS": flags}
 
 
