@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-slow test-lowest test-newest dist dist-check bench lint typecheck format clean
+.PHONY: help venv demo test test-fast test-slow test-lowest test-newest dist dist-check notebooks docs bench lint typecheck format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -64,6 +64,17 @@ dist-check: dist ## both of them, each installed into an empty environment and p
 	build/installed/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz
 	build/installed/bin/python -I -W error tests/smoke.py
 	@ls -l dist
+
+$(VENV)/.notebooks: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[notebooks]"
+	@touch $@
+
+notebooks: $(VENV)/.notebooks ## make the .ipynb of each notebook from its .py, and run them all
+	$(BIN)/python -m jupytext --quiet --to ipynb notebooks/[0-9]*.py
+	$(BIN)/python -m pytest -q -o addopts= -p no:cacheprovider --durations=0 --nbmake --nbmake-timeout=600 notebooks/*.ipynb
+
+docs: $(VENV)/.notebooks ## the pages, the notebooks and the reference, as HTML in build/docs
+	$(BIN)/python -m sphinx -q -b html notebooks build/docs
 
 bench: $(STAMP) ## the benchmarks; `make bench ARGS="--help"` lists what there is
 	$(BIN)/python -m benchmarks $(ARGS)

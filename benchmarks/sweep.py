@@ -28,7 +28,7 @@ from benchmarks.report import Table, number
 RATES = np.geomspace(1e-4, 1e-1, 16)
 SEEDS = (1, 2, 3, 4)
 STEPS, EVERY = 276, 10  # 12 epochs of digits
-TIMED_STEPS, ROUNDS = 30, 5
+TIMED_STEPS, ROUNDS = 30, 4
 RUNS = {
   "every step": {"every": 1},
   f"every {EVERY}th step": {"every": EVERY},

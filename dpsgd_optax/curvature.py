@@ -69,12 +69,12 @@ def whitening() -> Curvature:
   return observe
 
 
-def _given_product(name: str, params: Any, hvp: Any, value_fn: Any) -> Product:
+def _given_product(name: str, params: Any, hvp: Any, value_fn: Any, otherwise: str = "") -> Product:
   """v ↦ Hv from the extra arguments, its structure checked where it is used."""
   if hvp is None and value_fn is None:
     raise ValueError(
       f"`{name}` fits on Hessian-vector products, but `update` received no `hvp`. "
-      "Pass `hvp=hvp(loss, params)`, or use `whitening()`, which needs no Hessian."
+      f"Pass `hvp=hvp(loss, params)`{otherwise}."
     )
   if hvp is None:
     if params is None:
@@ -119,7 +119,7 @@ def newton() -> Curvature:
 
   def observe(key, updates, params, *, hvp=None, value_fn=None, **extra):
     del extra
-    hvp = _given_product("newton()", params, hvp, value_fn)
+    hvp = _given_product("newton()", params, hvp, value_fn, ", or use `whitening()`, which needs no Hessian")
     vector = normal_like(key, updates)
     return Probe(vector, hvp(vector))
 

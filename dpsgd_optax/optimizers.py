@@ -46,7 +46,7 @@ def _squarable(x: jax.Array) -> jax.Array:
   return jnp.where(top > 1e12, x * (1e12 / top).astype(x.dtype), x)
 
 
-def _clipped(x: jax.Array) -> jax.Array:
+def _clipped(x: jax.Array) -> Any:
   """One leaf, its root mean square at most 2."""
   clip = optax.clip_by_block_rms(2.0)
   return clip.update(_squarable(x), clip.init(x))[0]

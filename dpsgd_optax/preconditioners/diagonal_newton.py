@@ -124,9 +124,8 @@ def diagonal_newton(
     dtype = state.curvature.dtype
     c = 1 - jnp.asarray(decay, dtype) ** bias_correction(state.visits, state.fits)
     curvature = jnp.abs(state.curvature) + state.damping
-    # without damping an entry of no curvature keeps τ c; one of infinite curvature must not pass for a step of zero
-    divisor = jnp.where(jnp.isfinite(curvature), jnp.where(curvature == 0, 1, curvature), jnp.nan)
-    newton = scale * c / divisor
+    # without damping an entry of no curvature keeps τ c: the step stays finite, and a NaN stays a NaN
+    newton = scale * c / jnp.where(curvature == 0, 1, curvature)
     return x * jnp.where(state.fits > 0, newton, 1).astype(dtype)
 
   return batched(Preconditioner(init, fit, apply, advance, diagonal=True), stacked)

@@ -186,7 +186,8 @@ def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
   if geometry.fits_p:
     raise ValueError(
       f"`state_dtype` must be float32 at least for a geometry that fits P itself, got {jnp.dtype(dtype).name}: "
-      "rounding costs P its definiteness. Use `geometry=dpsgd_optax.qeq`, which fits the same P, or leave `state_dtype` out."
+      "rounding costs P its definiteness. Use `geometry=dpsgd_optax.qeq`, which fits the same P, or leave out "
+      "`state_dtype`."
     )
   if is_static(step_size) and step_size < 0.1:
     warnings.warn(
@@ -209,7 +210,7 @@ def kept_in(group: Preconditioner, dtype: Any) -> Preconditioner:
     init=lambda x: narrow(group.init(x)),
     fit=lambda state, probe, *, key: narrow(group.fit(wide(state, probe.product), probe, key=key)),
     apply=lambda state, x: group.apply(wide(state, x), x),
-    power=lambda state, x, exponent: group.power(wide(state, x), x, exponent),
+    power=group.power and (lambda state, x, exponent: group.power(wide(state, x), x, exponent)),
   )
 
 
