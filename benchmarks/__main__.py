@@ -8,13 +8,11 @@ python -m benchmarks mnist --optimizers betas          the sweep over the weight
 python -m benchmarks mnist --optimizers "psgd,dpsgd(average=0.5, judge_every=10)"
 python -m benchmarks "xor(length=55, cell=lstm)"       a problem with options
 python -m benchmarks tune mnist                        choose the learning rates, the same number of trials for each
-python -m benchmarks cost mnist                        cost of a step as ratios in one interleaved run
-python -m benchmarks peers                             the optimizer alone against psgd-jax and Adam (extra `peers`)
+python -m benchmarks cost mlp lenet5                   cost of a step as ratios in one interleaved run (extra `peers`)
 python -m benchmarks condition                         condition number of a layer's Hessian under each preconditioner
 python -m benchmarks regularization                    test accuracy against strength for each penalty, and its cost
 python -m benchmarks robustness                        zeros, an outlier, a NaN, bfloat16: every preconditioner
 python -m benchmarks conformance                       promises of optax x our optimizers, every cell asked
-python -m benchmarks compile                           what `update` takes to compile, beside psgd-jax
 python -m benchmarks soak                              10^5 fits of every preconditioner on a drifting curvature
 python -m benchmarks defaults                          geometry and cadence of `psgd`, on four problems
 python -m benchmarks sharpness digits-tuned            of a run made with --save; so do forgetting, entropy, plasticity
@@ -34,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
-  compiling,
   condition,
   conformance,
   cost,
@@ -44,7 +41,6 @@ from benchmarks import (
   gls,
   hyperparameters,
   partial_hessian,
-  peers,
   readme,
   regularization,
   robustness,
@@ -53,6 +49,7 @@ from benchmarks import (
   studies,
   sweep,
   tune,
+  workloads,
 )
 from benchmarks.calls import SpecError, file_name, name_of
 from benchmarks.data import DataError
@@ -65,7 +62,6 @@ from benchmarks.session import prepare, run
 from benchmarks.studies import STUDIES
 
 WHOLE = {
-  "compile": compiling,
   "condition": condition,
   "conformance": conformance,
   "partial_hessian": partial_hessian,
@@ -76,7 +72,7 @@ WHOLE = {
 DEVICES = ("distributed", "scale", "sweep")
 ALONE = ("defaults", "diagonality", "gls", *DEVICES, *WHOLE)  # commands whose documents have a layout of their own
 NOT_RUNS = ("tune-", "trials-", "cost-", "study-", *ALONE)
-COMMANDS = ("demo", "tune", "cost", "peers", *ALONE, *STUDIES, "report", "readme")
+COMMANDS = ("demo", "tune", "cost", *ALONE, *STUDIES, "report", "readme")
 
 
 def positive(kind: type) -> Any:
@@ -113,6 +109,9 @@ def parser() -> argparse.ArgumentParser:
   add("--processes", type=positive(int), default=1, help="of `distributed`, over which the devices are divided")
   for option, (value, text) in scale.HARDWARE.items():
     add(f"--{option}", type=positive(float), default=value, help=f"of `scale`: {text} (default: %(default)g)")
+  add("--threads", choices=tuple(cost.THREADS), help="of `cost`: that many, in this process (default: both, apart)")
+  add("--rounds", type=positive(int), default=9, help="of `cost` (default: %(default)d)")
+  add("--calls", type=positive(int), default=4, help="of `cost`, in each round (default: %(default)d)")
   add("--data-dir", help="folder with mnist/, fashion_mnist/ (default: $DPSGD_OPTAX_DATA, or a download)")
   add("--out", type=Path, default=hyperparameters.RESULTS, help="where JSON and PNG go (default: benchmarks/results)")
   add("--name", help="name of the files (default: PROBLEM-SETTING)")
@@ -168,11 +167,12 @@ def tune_problem(name: str, arguments: argparse.Namespace) -> None:
   say(f"chosen: {chosen}\nwrote {path}; runs in the setting `tuned` read it from {hyperparameters.RESULTS.name}/")
 
 
-def cost_of_problem(name: str, arguments: argparse.Namespace) -> None:
-  problem, *_ = prepare(name, "tuned", "sgd(learning_rate=0.1)", **overrides(arguments))
-  document = cost.measure(problem)
-  cost.table(document).show()
-  cost.save(document, arguments.out / f"cost-{file_name(name)}.json")
+def cost_of_workloads(names: list[str], arguments: argparse.Namespace) -> None:
+  for name in names or workloads.USUAL:
+    document = cost.run(name, arguments.threads, arguments.rounds, arguments.calls)
+    cost.save(document, arguments.out / f"cost-{name}.json")
+    cost.details(document).show()
+    cost.table(document).show()
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -203,28 +203,27 @@ def main(argv: list[str] | None = None) -> int:
   arguments = parser().parse_args(argv)
   first, *rest = arguments.what
   command, names = (first, rest) if first in COMMANDS else ("run", arguments.what)
-  if command == "peers":
-    document = peers.measure()
-    peers.table(document).show()
-    cost.save(document, arguments.out / "cost-peers.json")
-    return 0
   if command == "demo":
     names, arguments.name = ["digits"], arguments.name or "demo"
     arguments.optimizers = arguments.optimizers or "demo"
   if command in STUDIES:
     return studied(command, names, arguments)
-  if unknown := [name for name in names if name_of(name) not in PROBLEMS]:
-    parser().error(f"no problem is called {unknown}; known are {', '.join(PROBLEMS)}")
-  if command in ("tune", "cost") and not names:
-    parser().error(f"{command} needs a problem, for example: python -m benchmarks {command} digits")
-  actions = {"tune": tune_problem, "cost": cost_of_problem, "run": run_problem, "demo": run_problem}
+  kind, known = ("workload", workloads.WORKLOADS) if command == "cost" else ("problem", PROBLEMS)
+  if unknown := [name for name in names if name_of(name) not in known]:
+    parser().error(f"no {kind} is called {unknown}; known are {', '.join(known)}")
+  if command == "cost":
+    cost_of_workloads(names, arguments)
+    return 0
+  if command == "tune" and not names:
+    parser().error("tune needs a problem, for example: python -m benchmarks tune digits")
+  actions = {"tune": tune_problem, "run": run_problem, "demo": run_problem}
   try:
     if command == "report":
       report(arguments)
     elif command == "readme":
       readme.write(arguments.out)
     elif command == "defaults":
-      defaults.measure(arguments.out, arguments.seeds or 3, arguments.data_dir)
+      defaults.measure(arguments.out, arguments.seeds or 3, arguments.data_dir, arguments.resume)
     elif command == "gls":
       gls.measure(arguments.out, arguments.seeds or 5, arguments.data_dir)
     elif command == "sweep":

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.hyperparameters import TUNING_SEED
 from benchmarks.progress import say
-from benchmarks.records import Results, rounded
+from benchmarks.records import Results, ResumeError, rounded
 from benchmarks.report import Table, number
 from benchmarks.session import prepare, run
 
@@ -96,12 +96,19 @@ def table(question: str, document: dict[str, Any]) -> Table:
   return Table(f"psgd whitening, {question}", header, rows, (note,))
 
 
-def measure(out: Path, seeds: int = 3, data_dir: str | None = None) -> None:
-  """All of it, to defaults.json; what is finished is kept whenever it stops."""
+def measure(out: Path, seeds: int = 3, data_dir: str | None = None, resume: bool = False) -> None:
+  """All of it, to defaults.json; what is finished is kept whenever it stops, and with `resume` not done again."""
   path = out / "defaults.json"
-  document: dict[str, Any] = {"seeds": seeds, "rates": RATES} | {question: {} for question in CHOICES}
+  document: dict[str, Any] = {"seeds": seeds, "rates": list(RATES)} | {question: {} for question in CHOICES}
+  if resume and path.exists():
+    kept = json.loads(path.read_text())
+    if any(kept[name] != document[name] for name in ("seeds", "rates")):
+      raise ResumeError(f"{path} was made with other seeds or rates. Leave --resume out, or type another --out.")
+    document |= {question: kept[question] for question in CHOICES}
   for question, choices in CHOICES.items():
     for problem, options in PROBLEMS.items():
+      if problem in document[question]:
+        continue
       found = compare(problem, options | {"data_dir": data_dir}, choices, range(1, 1 + seeds))
       document[question][problem] = found
       path.write_text(json.dumps(rounded(document), indent=1) + "\n")

@@ -27,8 +27,8 @@ class Preconditioner(NamedTuple):
     fit: ``(state, observation, *, key, damping) -> state``. Moves P towards what was observed.
     apply: ``(state, updates) -> updates``. P @ updates, in the dtype of the updates.
     advance: ``(state, *, damping) -> state``, or None. What ``fit`` does on a step on which nothing
-      new is observed: running averages move on and a new damping takes effect. Most
-      preconditioners have no such part and leave it None.
+      new is observed: running averages move on and a new damping takes effect. It keeps a finite
+      state finite: after it only the updates are checked. Most preconditioners leave it None.
     diagonal: True says that P acts entry by entry, and with it all powers of P are known.
     power: ``(state, updates, exponent) -> P^exponent @ updates``, symmetric, for any real exponent; or None.
     root: ``(state, updates, inverse) -> R @ updates``, or R⁻¹ @ updates if ``inverse`` (a bool), for some R with

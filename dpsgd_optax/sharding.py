@@ -115,8 +115,8 @@ def partition_specs(
     >>> tx = dpo.psgd(1e-3, b1=0.9)
     >>> specs = dpo.partition_specs(tx, params, PartitionSpec(), AbstractMesh((4,), ("data",)))
     >>> buckets = optax.tree.get(specs, "buckets")
-    >>> buckets["4x4_float32"].p, buckets["4x2_float32"].p
-    ((PartitionSpec('data',), PartitionSpec('data',)), (PartitionSpec(), PartitionSpec()))
+    >>> [[tuple(spec) for spec in buckets[name].p] for name in ("4x4_float32", "4x2_float32")]
+    [[('data',), ('data',)], [(), ()]]
   """
   split = Split(mesh, _named(axes, mesh))
   shapes = jax.eval_shape(lambda x: x, params)

@@ -265,7 +265,8 @@ def scale_by_preconditioner(
     def keep():
       if preconditioner.advance is None:
         return use(old, False)
-      return use(preconditioner.advance(old, damping=strength), True)
+      # from a finite state and damping comes a finite one, and a damping that is not shows in the updates
+      return use(preconditioner.advance(old, damping=strength), False)
 
     new, (moved, done), applied, usable = choose(due, refit, keep)
     if finite_check:

@@ -316,12 +316,13 @@ def test_what_cannot_be_understood_is_explained(text):
 
 
 def test_every_optimizer_of_every_setting_can_be_built():
+  norm = {"scale": np.zeros(2, np.float32), "bias": np.zeros(2, np.float32)}
   for problem in PROBLEMS:
     for name in ("author", "tuned"):
       chosen = hyperparameters.setting(name, problem)
       ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
       for contestant in contestants(",".join(ready), chosen.optimizers, problem):
-        jax.eval_shape(contestant.build(0.5, 3, key=1).init, {"w": np.zeros((3, 2), np.float32)})
+        jax.eval_shape(contestant.build(0.5, 3, key=1).init, {"w": np.zeros((3, 2), np.float32), "norm": norm})
 
 
 def test_grids_are_of_one_size_and_tuned_rates_are_among_their_trials():
