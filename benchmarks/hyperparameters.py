@@ -68,13 +68,17 @@ AUTHOR |= {
   ),
   "tensor_decomposition": Setting(
     {
-      "psgd_newton": {"learning_rate": 0.2, "preconditioner": "kron(step_size=0.1)"},
+      "psgd_newton": {"learning_rate": 0.2, "preconditioner": "kron(geometry=pro, step_size=0.1)"},
       "sgd": {"learning_rate": 1e-4},
     }
   ),
   "xor": Setting(
     {
-      "psgd_whiten": {"learning_rate": 1e-3, "preconditioner": "kron(step_size=0.1, init_scale=1.0)", "every": 1},
+      "psgd_whiten": {
+        "learning_rate": 1e-3,
+        "preconditioner": "kron(geometry=pro, step_size=0.1, init_scale=1.0)",
+        "every": 1,
+      },
       "adam": {"learning_rate": 1e-3, "clip": 1.0},
       "momentum": {"learning_rate": 0.1, "clip": 1.0},
     }

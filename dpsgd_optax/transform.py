@@ -19,37 +19,45 @@ from dpsgd_optax.base import (
 )
 from dpsgd_optax.fitted import Fitted
 
+FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
 
-def by_shape(leaves: list[jax.Array]) -> dict[Any, list[int]]:
-  """The indices of the leaves of one shape and dtype. Stacked, they are one kernel to compile instead of many."""
+
+def by_shape(leaves: list[jax.Array]) -> list[list[int]]:
+  """The indices of the leaves, those that had better be stacked together: more than FEW of one shape and dtype."""
   found: dict[Any, list[int]] = {}
   for i, x in enumerate(leaves):
     found.setdefault((jnp.shape(x), jnp.result_type(x)), []).append(i)
-  return found
+  apart = lambda members: [members] if len(members) > FEW else [[i] for i in members]
+  return [group for members in found.values() for group in apart(members)]
 
 
 def stacks(leaves: list[jax.Array]) -> list[jax.Array]:
-  """The leaves, those of equal shape stacked."""
-  return [jnp.stack([leaves[i] for i in members]) for members in by_shape(leaves).values()]
+  """The leaves, many of equal shape stacked: then they are one kernel to compile."""
+  return [jnp.stack([leaves[i] for i in group]) if len(group) > 1 else leaves[group[0]] for group in by_shape(leaves)]
 
 
 def map_by_shape(of_leaf: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
-  """``jax.tree.map(of_leaf, tree)``, leaves of equal shape at once under ``vmap``."""
+  """``jax.tree.map(of_leaf, tree)``, many leaves of equal shape at once under ``vmap``."""
   leaves, treedef = jax.tree.flatten(tree)
-  for members in by_shape(leaves).values():
-    if len(members) == 1:
-      leaves[members[0]] = of_leaf(leaves[members[0]])
+  for group in by_shape(leaves):
+    if len(group) == 1:
+      leaves[group[0]] = of_leaf(leaves[group[0]])
       continue
-    done = jax.vmap(of_leaf)(jnp.stack([leaves[i] for i in members]))
-    for i, x in zip(members, done, strict=True):
+    done = jax.vmap(of_leaf)(jnp.stack([leaves[i] for i in group]))
+    for i, x in zip(group, done, strict=True):
       leaves[i] = x
   return jax.tree.unflatten(treedef, leaves)
 
 
 def all_finite(tree: Any) -> jax.Array:
-  """True if no leaf holds a NaN or an infinity. Scalar bool."""
+  """True if no leaf holds a NaN or an infinity. Scalar bool.
+
+  By the sum of 0 · x, which is 0 or NaN: a third of the time of ``jnp.all(jnp.isfinite(x))`` to compile and to run on a
+  CPU. A maximum will not do: XLA's on a CPU loses a NaN in large arrays.
+  """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in stacks(leaves)])) if leaves else jnp.array(True)
+  sums = [jnp.sum(0 * x) for x in stacks([x for x in leaves if x.size])]
+  return jnp.isfinite(sum(sums)) if sums else jnp.array(True)
 
 
 def scalar_dtype(params: Any) -> Any:

@@ -30,6 +30,7 @@ from dpsgd_optax.preconditioners._linalg import (
   largest_entry,
   multiply,
   norm_bound,
+  normal_norm_bound,
   outer,
   procrustes,
   procrustes_step,
@@ -250,8 +251,9 @@ def steps(
   real = jnp.finfo(a.dtype).dtype
   found, tracked = [], []
   expected = geometry.expected(q, a.shape) if b is None else None
+  bound_of = norm_bound if geometry.project is triu else normal_norm_bound
   for i, factor in enumerate(q):
-    dense, norm = factor.ndim == 2, norm_bound if norms is None else norms[i]
+    dense, norm = factor.ndim == 2, bound_of if norms is None else norms[i]
     of = outer if low_rank else lambda x, i=i, factor=factor: gram(x, i, factor, precision)
     second = expected[i] if b is None else of(b)
     t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)

@@ -236,38 +236,27 @@ def sampled(probe: Probe, key: jax.Array) -> Probe:
   return probe if probe.vector is not None else Probe(noise(key, probe.product), probe.product)
 
 
-def unless_zero(x: jax.Array, new: Any, old: Any) -> Any:
-  """``old`` where x is zero throughout: nothing was seen, so nothing is learned and P cannot run away."""
-  seen = jnp.any(x != 0)
-  return jax.tree.map(lambda a, b: jnp.where(seen, a, b), new, old)
+def unless_zero(x: jax.Array, fit: Callable[[Probe], Any], probe: Probe, old: Any) -> Any:
+  """``fit(probe)``, or ``old`` where x is zero throughout: nothing was seen, so nothing is learned, P cannot run away.
 
-
-def selected(x: jax.Array, fit: Callable[[Probe], Any], probe: Probe, old: Any) -> Any:
-  """``fit(probe)`` unless x is zero: computed, and then chosen, as a batch of matrices has to."""
-  return unless_zero(x, fit(probe), old)
-
-
-def branched(x: jax.Array, fit: Callable[[Probe], Any], probe: Probe, old: Any) -> Any:
-  """The same by ``lax.cond``, for a single vector.
-
-  What enters the branch is written to memory first. Fused into every pass of the fit, the draw of the noise and the
-  concatenation of the leaves would be made anew in each: two thirds of a step of ``xmat``.
+  A branch, or in a batch of matrices a choice. What enters and leaves a branch is written to memory; fused into every
+  pass of the fit and of what reads the new state, the noise and the small sums would be made anew in each, which takes
+  two thirds of a step of ``xmat`` and a third of the instructions that ``kron`` has to compile.
   """
   return jax.lax.cond(jnp.any(x != 0), lambda probe, old: fit(probe), lambda probe, old: old, probe, old)
 
 
-def damped(group: Preconditioner, whitens: bool, choose: Callable = selected) -> Preconditioner:
+def damped(group: Preconditioner, whitens: bool) -> Preconditioner:
   """A group whose ``fit(state, probe, *, key)`` knows no λ, fitted on the probe of the damped curvature.
 
-  Where it ``whitens``, v is integrated out, and the place of the vector holds the noise of the damping. ``choose``
-  keeps the state where nothing was seen: ``selected`` or ``branched``.
+  Where it ``whitens``, v is integrated out, and the place of the vector holds the noise of the damping.
   """
 
   def fit(state, probe, *, key, damping):
     seen = damp(Probe(None, probe.product), probe.vector, damping) if whitens else damp(probe, None, damping)
     # λ alone says nothing about a leaf that is not in use: 2000 such fits would leave it with P = I/λ
     like = lambda new: jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
-    return choose(probe.product, lambda seen: like(group.fit(state, seen, key=key)), seen, state)
+    return unless_zero(probe.product, lambda seen: like(group.fit(state, seen, key=key)), seen, state)
 
   return group._replace(fit=fit)
 
@@ -295,12 +284,12 @@ def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     >>> p.apply(state, {"a": jnp.ones(3), "b": jnp.ones(3)})["b"]
     Array([4., 4., 4.], dtype=float32)
   """
-  return _observing(group, stacked, selected)
+  return _observing(group, stacked)
 
 
-def _observing(group: Preconditioner, stacked: Stacked, choose: Callable) -> Preconditioner:
+def _observing(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
   """Two lifts of one group, for probes with a vector and for those without, which take the noise in its place."""
-  newton, whitening = (batched(damped(group, whitens, choose), stacked) for whitens in (False, True))
+  newton, whitening = (batched(damped(group, whitens), stacked) for whitens in (False, True))
 
   def fit(state, probe, *, key, damping):
     if probe.vector is not None:
@@ -321,7 +310,7 @@ def raveled(group: Preconditioner) -> Preconditioner:
     >>> dpo.raveled(group).init({"a": jnp.ones((2, 2)), "b": jnp.ones(3)}).buckets["7_float32"].shape
     (1, 7)
   """
-  lifted = _observing(group, None, branched)
+  lifted = _observing(group)
 
   def ravel(tree):
     leaves = [x for x in jax.tree.leaves(tree) if math.prod(jnp.shape(x)) > 0]

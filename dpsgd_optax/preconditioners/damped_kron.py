@@ -209,13 +209,17 @@ def damped_kron(
       return state
     if geometry.samples:
       probe = sampled(probe, key)
-    shape = as_matrix_shape(probe.product.shape)
-    h = probe.product.reshape(shape)
-    v = None if probe.vector is None else probe.vector.reshape(shape)
-    kron = state.kron
-    for _ in range(repeats):
-      kron = refit(kron, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size, precision=precision)
-    return advance(state._replace(kron=unless_zero(h, kron, state.kron)), damping=damping)
+
+    def move(probe: Probe) -> KronState:
+      shape = as_matrix_shape(probe.product.shape)
+      h = probe.product.reshape(shape)
+      v = None if probe.vector is None else probe.vector.reshape(shape)
+      kron = state.kron
+      for _ in range(repeats):
+        kron = refit(kron, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size, precision=precision)
+      return jax.tree.map(lambda new, old: new.astype(old.dtype), kron, state.kron)
+
+    return advance(state._replace(kron=unless_zero(probe.product, move, probe, state.kron)), damping=damping)
 
   def apply(state: DampedKronState | tuple, x: jax.Array) -> jax.Array:
     """U = (Pbar_L + s_L I) G (Pbar_R + s_R I) + c G."""
