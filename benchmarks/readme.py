@@ -7,7 +7,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import analysis, cost, peers, robustness
+from benchmarks import analysis, cost, robustness
 from benchmarks.records import Results, load
 from benchmarks.report import Table, claim_table, final_table, number
 
@@ -29,8 +29,7 @@ def figures(results: Path) -> str:
       if picture:
         parts.append(f"![Training loss of the demo](benchmarks/{results.name}/{name}.png)")
   for path in sorted(results.glob("cost-*.json")):
-    document = json.loads(path.read_text())
-    parts.append((peers if "workload" in document else cost).table(document).markdown())
+    parts.append(cost.table(json.loads(path.read_text())).markdown())
   if (path := results / "robustness.json").exists():
     parts.append(robustness.table(json.loads(path.read_text())).markdown())
   return "\n\n".join(parts)

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
+from dpsgd_optax.transform import all_finite
 from tests.table import OPTIMIZERS, PARAMS, Fault, compiled
 
 CALM = Fault()
@@ -206,3 +207,16 @@ def test_integer_leaves_beside_a_transform_that_takes_them_do_not_disturb_the_da
   params = {"w": jnp.ones(2), "steps": jnp.arange(3)}
   tx = dpo.levenberg_marquardt(optax.masked(optax.sgd(0.1), {"w": True, "steps": False}))
   assert tx.init(params).damping.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 3), (64, 100), (1000, 33)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_seen_wherever_it_is(shape, dtype, wrong):
+  """In large arrays too, where the maximum that XLA computes on a CPU loses a NaN."""
+  finite = jax.jit(all_finite)
+  fine = jnp.full(shape, jnp.finfo(dtype).max, dtype)
+  assert finite({"a": fine, "b": jnp.zeros((0, 3)), "c": jnp.arange(3)})
+  for row in (0, shape[0] // 2, -1):
+    spoilt = fine.at[(row, *(0,) * (len(shape) - 1))].set(wrong)
+    assert not finite({"a": spoilt, "b": jnp.ones(3)})
