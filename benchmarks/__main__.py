@@ -22,6 +22,7 @@ python -m benchmarks distributed --devices 8           a transformer on many dev
 python -m benchmarks scale                             step time and memory of large transformers on 8 to 1024 devices
 python -m benchmarks diagonality                       how diagonal the Hessian of each norm layer is, of any problem
 python -m benchmarks partial_hessian                   cost of a step of SGD with partial Hessian
+python -m benchmarks batch_sizes                       batch-norm preconditioning, batch norm and neither, down to 1
 python -m benchmarks report                            Markdown tables from the results kept in --out
 python -m benchmarks readme                            the figures of README.md, written anew from them
 """
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+  batch_sizes,
   condition,
   conformance,
   cost,
@@ -70,7 +72,15 @@ WHOLE = {
   "soak": soak,
 }
 DEVICES = ("distributed", "scale", "sweep")
-ALONE = ("defaults", "diagonality", "gls", *DEVICES, *WHOLE)  # commands whose documents have a layout of their own
+# commands whose documents have a layout of their own
+ALONE = ("batch_sizes", "defaults", "diagonality", "gls", *DEVICES, *WHOLE)
+  "batch_sizes",
+  "defaults",
+  "diagonality",
+  "gls",
+  *DEVICES,
+  *WHOLE,
+)  # commands whose documents have a layout of their own
 NOT_RUNS = ("tune-", "trials-", "cost-", "study-", *ALONE)
 COMMANDS = ("demo", "tune", "cost", *ALONE, *STUDIES, "report", "readme")
 
@@ -224,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
       readme.write(arguments.out)
     elif command == "defaults":
       defaults.measure(arguments.out, arguments.seeds or 3, arguments.data_dir, arguments.resume)
+    elif command == "batch_sizes":
+      batch_sizes.run_all(arguments.out, arguments.seeds or 5)
     elif command == "gls":
       gls.measure(arguments.out, arguments.seeds or 5, arguments.data_dir)
     elif command == "sweep":
