@@ -74,13 +74,6 @@ WHOLE = {
 DEVICES = ("distributed", "scale", "sweep")
 # commands whose documents have a layout of their own
 ALONE = ("batch_sizes", "defaults", "diagonality", "gls", *DEVICES, *WHOLE)
-  "batch_sizes",
-  "defaults",
-  "diagonality",
-  "gls",
-  *DEVICES,
-  *WHOLE,
-)  # commands whose documents have a layout of their own
 NOT_RUNS = ("tune-", "trials-", "cost-", "study-", *ALONE)
 COMMANDS = ("demo", "tune", "cost", *ALONE, *STUDIES, "report", "readme")
 
