@@ -82,12 +82,15 @@ class LeNet5(nn.Module):
 class NormNet(nn.Module):
   """Two convolutions (3 x 3, valid; 16 and 32 channels), each with a norm layer and ReLU; mean over space; dense.
 
+  Without a `window` the first two are dense layers of 128 and 64.
+
   `norm` is batch, layer, group (of 4 channels), weight (a length for each output channel of a convolution) or none.
   A convolution has a bias where no norm layer after it has one.
   """
 
   norm: str = "batch"
   classes: int = 10
+  window: tuple[int, ...] = (3, 3)
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -96,11 +99,12 @@ class NormNet(nn.Module):
       "layer": nn.LayerNorm,
       "group": lambda: nn.GroupNorm(num_groups=None, group_size=4),
     }
-    for features in (16, 32):
-      convolution = Affine(features, window=(3, 3), use_bias=self.norm not in layers)
+    x = x if self.window else x.reshape(len(x), -1)
+    for features in (16, 32) if self.window else (128, 64):
+      convolution = Affine(features, window=self.window, use_bias=self.norm not in layers)
       x = (nn.WeightNorm(convolution) if self.norm == "weight" else convolution)(x)
       x = nn.relu(layers[self.norm]()(x) if self.norm in layers else x)
-    return Affine(self.classes)(x.mean((1, 2)))
+    return Affine(self.classes)(x.mean((1, 2)) if self.window else x)
 
 
 def _elman_init(key: jax.Array, shape: tuple[int, int]) -> jax.Array:

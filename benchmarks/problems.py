@@ -46,16 +46,19 @@ def digits(data_dir: str | None, folded: bool) -> Problem:
 NORMS = {norm: norm for norm in ("batch", "layer", "group", "weight", "none")}
 
 
-def digits_bn(data_dir: str | None, folded: bool, norm: str = "batch") -> Problem:
-  """The digits again, a network of two convolutions with norm layers: `batch`, `layer`, `group`, `weight` or `none`.
+def digits_bn(data_dir: str | None, folded: bool, norm: str = "batch", model: str = "conv") -> Problem:
+  """The digits again, two convolutions or with `model=mlp` dense layers, and norm layers after them.
+
+  `norm` is `batch`, `layer`, `group`, `weight` or `none`.
 
   The biases are never folded. Batch norm is evaluated with its running statistics.
   """
   del data_dir, folded
   arrays = data.square(data.digits())
-  model = NormNet(choice(norm, "norm", NORMS))
+  window = choice(model, "model", {"conv": (3, 3), "mlp": ()})
   options = dict(name="digits_bn", batch_size=64, epochs=10, evaluations=30)
-  return classifier(model, arrays, statistics=norm == "batch", **options)
+  network = NormNet(choice(norm, "norm", NORMS), window=window)
+  return classifier(network, arrays, statistics=norm == "batch", **options)
 
 
 def curves(data_dir: str | None, folded: bool) -> Problem:
