@@ -7,7 +7,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import analysis, cost, robustness
+from benchmarks import analysis, batch_sizes, cost, defaults, robustness
 from benchmarks.records import Results, load
 from benchmarks.report import Table, claim_table, final_table, number
 
@@ -30,8 +30,17 @@ def figures(results: Path) -> str:
         parts.append(f"![Training loss of the demo](benchmarks/{results.name}/{name}.png)")
   for path in sorted(results.glob("cost-*.json")):
     parts.append(cost.table(json.loads(path.read_text())).markdown())
-  if (path := results / "robustness.json").exists():
-    parts.append(robustness.table(json.loads(path.read_text())).markdown())
+  return "\n\n".join(parts)
+
+
+def advice(results: Path) -> str:
+  """Markdown of what the page on choosing goes by: who won where, the defaults, small batches, bad gradients."""
+  parts = [winners(results)]
+  if (path := results / "defaults.json").exists():
+    parts += [defaults.table(question, json.loads(path.read_text())).markdown() for question in defaults.CHOICES]
+  for name, module in (("batch_sizes", batch_sizes), ("robustness", robustness)):
+    if (path := results / f"{name}.json").exists():
+      parts.append(module.table(json.loads(path.read_text())).markdown())
   return "\n\n".join(parts)
 
 
@@ -81,7 +90,7 @@ def updated(text: str, figures: str) -> str:
 
 def pages(results: Path) -> dict[Path, str]:
   """Each page with its figures."""
-  return {path: updated(path.read_text(), of(results)) for path, of in ((README, figures), (CHOOSING, winners))}
+  return {path: updated(path.read_text(), of(results)) for path, of in ((README, figures), (CHOOSING, advice))}
 
 
 def write(results: Path) -> None:
