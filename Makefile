@@ -70,7 +70,7 @@ $(VENV)/.notebooks: $(STAMP)
 	@touch $@
 
 notebooks: $(VENV)/.notebooks ## make the .ipynb of each notebook from its .py, and run them all
-	$(BIN)/python -m jupytext --quiet --to ipynb notebooks/[0-9]*.py
+	$(BIN)/python -m jupytext --quiet --to ipynb --update notebooks/[0-9]*.py
 	$(BIN)/python -m pytest -q -o addopts= -p no:cacheprovider --durations=0 --nbmake --nbmake-timeout=600 notebooks/*.ipynb
 
 docs: $(VENV)/.notebooks ## the pages, the notebooks and the reference, as HTML in build/docs
