@@ -395,7 +395,7 @@ def gls(
     fallback: complete transform, with its learning rate, of the leaves that are no layer (norm scales, embeddings, …);
       None: there are none, else an error names them.
     from_outputs: compute P g = P ÃᵀE as (P Ãᵀ) E from the recorded output gradients E. The product that makes g is then
-      left out, and a step with ``decay=None`` costs 1.2 to 1.6 steps of Adam on MLPs with batches of 128
+      left out, and a step with ``decay=None`` costs 1.4 to 1.7 steps of Adam on MLPs with batches of 128
       (``python -m benchmarks gls``). Needs ``capture(loss, gradients=True)``, ``b1=None``, with ``decay=None``
       ``every=1``, no ``axis_name``, and nothing before it that changes the gradient (clipping, say), which would not be
       seen. Static.
