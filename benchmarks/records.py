@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 SCHEMA = 1
 
@@ -113,7 +114,7 @@ def rounded(value: Any) -> Any:
     return {key: rounded(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [rounded(item) for item in value]
-  if isinstance(value, float):
+  if isinstance(value, float | np.floating):
     return float(f"{value:.6g}") if math.isfinite(value) else None
   return value
 
