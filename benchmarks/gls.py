@@ -43,7 +43,7 @@ CLASSIFIERS: dict[str, Contestant] = FIRST_ORDER | {
 }
 SMALL: dict[str, Contestant] = CLASSIFIERS | {
   "BNP": ("bnp", {}, GRIDS["bnp"]),
-  "Kron whitening": ("psgd_whiten", {}, ADAPTIVE_GRID),
+  "Kron whitening": ("psgd_whiten", {"preconditioner": "kron(geometry=quad)"}, ADAPTIVE_GRID),
   "DPSGD": ("dpsgd", {}, GRIDS["dpsgd"]),
   "muon": ("muon", {}, GRIDS["muon"]),
 }
@@ -58,7 +58,7 @@ MENDS: dict[str, dict[str, Any]] = {
 AUTOENCODERS: dict[str, Contestant] = FIRST_ORDER | {
   **{f"GLS, {name}": ("gls", WIDE | options, AUTOENCODER_GRID) for name, options in MENDS.items()},
   "GLS, curvature step": ("gls_curvature", WIDE, AUTOENCODER_GRID),
-  "Kron whitening": ("psgd_whiten", {}, ADAPTIVE_GRID),
+  "Kron whitening": ("psgd_whiten", {"preconditioner": "kron(geometry=quad)"}, ADAPTIVE_GRID),
 }
 LAYERS: dict[str, Contestant] = FIRST_ORDER | {
   "GLS": ("gls", {"decay": 0.0, "damping": 1e-3}, (0.5, 1.0, 2.0, 4.0, 8.0))

@@ -35,9 +35,9 @@ DISTURBED, AFTER, SEEDS, BAND = 2000, 1000, 3, 2.0
 GEOMETRIES = ("pro", "qeq", "qep", "quad", "eq", "quad4p", "pro4p")
 PRECONDITIONERS: dict[str, Callable[[], dpo.Preconditioner]] = {
   "diagonal": dpo.diagonal,
-  "kron": dpo.kron,
+  "kron, some diagonal": partial(dpo.kron, geometry=dpo.quad),
   **{f"kron {name}": partial(dpo.kron, geometry=getattr(dpo, name), max_skew=jnp.inf) for name in GEOMETRIES},
-  "kron bfloat16 state": partial(dpo.kron, state_dtype=jnp.bfloat16),
+  "kron bfloat16 state": partial(dpo.kron, geometry=dpo.quad, state_dtype=jnp.bfloat16),
   "affine": partial(dpo.affine, max_skew=jnp.inf),
   "scan": dpo.scan,
   "scaw": dpo.scaw,

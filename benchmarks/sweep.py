@@ -79,7 +79,7 @@ def whole_run(problem: Problem, make: Callable, every: int = 1, shared: bool = T
 
 
 def whiten(rate: Any, key: Any, every: int) -> optax.GradientTransformationExtraArgs:
-  return dpo.psgd(rate, every=every, b1=0.9, key=key)
+  return dpo.psgd(rate, dpo.kron(geometry=dpo.quad), every=every, b1=0.9, key=key)
 
 
 def timed(problem: Problem, train: Any, steps: int = TIMED_STEPS, rounds: int = ROUNDS) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from benchmarks.resnet import SIZES, ResNet
 from dpsgd_optax import training
 
 RATE = 1e-5  # nothing may run away: a step is repeated some hundred times
+# `psgd` here fits in the geometry `quad`; DENSE has
 # both factors of every matrix dense, vectors diagonal: the structure of psgd-jax; the geometry of the fewest products
 DENSE = dpo.kron(max_skew=100.0, geometry=dpo.qeq)
 DEPTH, WIDTH = 100, 64
@@ -139,14 +140,15 @@ def updates(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     return call, tx.init(params), grads, params
 
   whitening = partial(dpo.psgd, RATE, b1=0.9)
+  quick = dpo.kron(geometry=dpo.quad)
   product = lambda v: v
   found = {
     "sgd": alone(optax.sgd(RATE)),
     "adam": alone(optax.adam(RATE)),
     "adamw": alone(optax.adamw(RATE)),
     "muon": alone(optax.contrib.muon(RATE)),
-    "psgd, no fit": alone(whitening(), refresh=False),
-    "psgd, fit": alone(whitening(), refresh=True),
+    "psgd, no fit": alone(whitening(quick), refresh=False),
+    "psgd, fit": alone(whitening(quick), refresh=True),
     "psgd dense, no fit": alone(whitening(DENSE), refresh=False),
     "psgd dense, fit": alone(whitening(DENSE), refresh=True),
     "psgd dense, scheduled": alone(whitening(DENSE)),
@@ -233,7 +235,8 @@ def steps(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     return run, (params, statistics, p.init(params)), batch
 
   aux = {"has_aux": True}
-  whitening, newton, dpsgd = dpo.psgd(RATE, b1=0.9), dpo.psgd(RATE, curvature=dpo.newton()), dpo.dpsgd(RATE)
+  quick = dpo.kron(geometry=dpo.quad)
+  whitening, newton, dpsgd = dpo.psgd(RATE, quick, b1=0.9), dpo.psgd(RATE, quick, dpo.newton()), dpo.dpsgd(RATE)
   found = {
     "gradient": of_gradient(lambda f, p, v: jax.value_and_grad(f, **aux)(p)),
     "gradient + Hvp": of_gradient(lambda f, p, v: dpo.value_and_grad_and_hvp(f, **aux)(p, v)),

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size, is_static
-from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, fit_factors, lipschitz, quad
+from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, fit_factors, lipschitz, pro
 from dpsgd_optax.preconditioners._lift import Stacked, per_leaf, sampled
 from dpsgd_optax.preconditioners._linalg import balance, multiply
 from dpsgd_optax.preconditioners._power import kron_power
@@ -218,7 +218,7 @@ def kron(
   *,
   max_size: float = 2048,
   max_skew: float = 1.0,
-  geometry: Geometry = quad,
+  geometry: Geometry = pro,
   step_size: float = 0.1,
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
@@ -235,9 +235,10 @@ def kron(
   Args:
     max_size: the longest axis that may have a dense factor. Static (decides shapes). ``jnp.inf``: any.
     max_skew: a dense factor holds at most ``max_skew`` · N numbers. Static. ``jnp.inf``: all dense.
-    geometry: how the factors move: ``quad``, ``qeq``, ``pro``, ``qep`` (matrix products only), ``eq`` (triangular
-      solves), or ``quad4p``, ``pro4p``, which fit P itself and keep no Q. ``python -m benchmarks defaults`` chose
-      ``quad`` on four problems: the loss of ``pro`` in 83 to 97 % of its time; ``qeq`` saves a little more.
+    geometry: how the factors move: ``pro``, ``quad``, ``qeq``, ``qep`` (matrix products only), ``eq`` (triangular
+      solves), or ``quad4p``, ``pro4p``, which fit P itself and keep no Q. In ``python -m benchmarks defaults``, four
+      problems of whitening, ``quad`` has the loss of ``pro`` in 83 to 97 % of its time; but on Newton products of the
+      ill-conditioned ``logistic`` it does not settle where ``pro`` does, and so ``pro`` is the default.
     step_size: of the fit, in (0, 1]; the largest relative change of a factor per fit.
     init_scale: the initial Q = init_scale · I; None: set from the first probe that is not zero, for each matrix.
     normalizer: what the step is divided by: ``lipschitz``, ``spectral`` or ``max_abs``.
