@@ -36,6 +36,7 @@ class Plan:
   train_size: int
   test_size: int
   evaluated_train_samples: int
+  evaluated_test_samples: int
   batch_size: int
   epochs: float
   steps: int
@@ -141,7 +142,9 @@ def load(path: Path) -> Results:
     known = {name: [math.nan if number is None else number for number in curve] for name, curve in curves}
     return Run(**(entry | {"curves": known}))
 
-  plan = Plan(**document["plan"])
+  plan = document["plan"]
+  # documents from before this was noted: the first 4000 at most
+  plan = Plan(**{"evaluated_test_samples": min(plan["test_size"], 4_000)} | plan)
   runs = [run(entry) for entry in document["runs"]]
   return Results(document["name"], plan, document["contestants"], document["sessions"], runs)
 

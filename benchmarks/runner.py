@@ -30,7 +30,8 @@ from benchmarks.optimizers import Contestant
 from benchmarks.problems import Problem, batches
 from benchmarks.records import Plan, Run
 
-EVALUATED_SAMPLES = 4_000  # at most, of each split
+EVALUATED_SAMPLES = 4_000  # of the training set, at most: the first ones
+TESTED_SAMPLES = 10_000  # of the test set, at most: all of MNIST's, whose first half is not its second
 CHUNK = 250  # samples evaluated at once: what stays in the cache
 Variant = tuple[bool | None, bool | None]  # (refresh, judge); None: not for the host to choose
 Records = str | None  # what of each layer the optimizer is shown: its "inputs", its output "gradients" too, or nothing
@@ -45,6 +46,7 @@ def make_plan(problem: Problem, setting: str, epochs: float, decay: float, folde
     train_size=problem.train_size,
     test_size=len(problem.arrays.test["x"]),
     evaluated_train_samples=min(problem.train_size, EVALUATED_SAMPLES),
+    evaluated_test_samples=min(len(problem.arrays.test["x"]), TESTED_SAMPLES),
     batch_size=problem.batch_size,
     epochs=epochs,
     steps=steps,
@@ -56,16 +58,19 @@ def make_plan(problem: Problem, setting: str, epochs: float, decay: float, folde
 
 
 class Evaluator:
-  """Metrics over a fixed set of samples: the first ones of the training set, and the test set."""
+  """Metrics over fixed sets of samples: the first ones of the training set and of the test set."""
 
   def __init__(self, problem: Problem):
     self.metrics = jax.jit(problem.metrics)  # (variables, batch)
     self.splits = {
       split: [
-        {name: jnp.asarray(array[:EVALUATED_SAMPLES][start : start + CHUNK]) for name, array in part.items()}
-        for start in range(0, min(len(part["x"]), EVALUATED_SAMPLES), CHUNK)
+        {name: jnp.asarray(array[:most][start : start + CHUNK]) for name, array in part.items()}
+        for start in range(0, min(len(part["x"]), most), CHUNK)
       ]
-      for split, part in {"train": problem.arrays.train, "test": problem.arrays.test}.items()
+      for split, part, most in (
+        ("train", problem.arrays.train, EVALUATED_SAMPLES),
+        ("test", problem.arrays.test, TESTED_SAMPLES),
+      )
     }
 
   def __call__(self, variables: Any) -> dict[str, float]:

@@ -56,7 +56,7 @@ def all_finite(tree: Any) -> jax.Array:
   CPU. A maximum will not do: XLA's on a CPU loses a NaN in large arrays.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-  sums = [jnp.sum(0 * x) for x in stacks([x for x in leaves if x.size])]
+  sums = [jnp.sum(0 * x) for x in stacks([x for x in leaves if jnp.size(x)])]
   return jnp.isfinite(sum(sums)) if sums else jnp.array(True)
 
 
@@ -248,7 +248,7 @@ def scale_by_preconditioner(
     old = state.preconditioner
 
     def use(new, changed):
-      """The step, and whether all went well: a NaN or infinity in gradient, observation or factors shows here.
+      """The step, and whether all went well: a NaN or infinity in gradient, observation, damping or factors shows here.
 
       In the updates alone it does not always: P = 1/∞ makes them zero, and would do so for ever.
       """
@@ -262,7 +262,8 @@ def scale_by_preconditioner(
       around = (moved, done)
       if not finite_check:
         return new, around, applied, jnp.array(True)
-      usable = all_finite((applied, new) if changed else applied)
+      # where nothing was fitted, the state is what it was, or made of it and of the damping
+      usable = all_finite((applied, strength, new if changed else ()))
       # the select stays in the branch: where nothing was fitted, both sides are one and XLA drops it
       return where(usable, new, old), where(usable, around, (state.momentum, state.after)), applied, usable
 
@@ -273,7 +274,6 @@ def scale_by_preconditioner(
     def keep():
       if preconditioner.advance is None:
         return use(old, False)
-      # from a finite state and damping comes a finite one, and a damping that is not shows in the updates
       return use(preconditioner.advance(old, damping=strength), False)
 
     new, (moved, done), applied, usable = choose(due, refit, keep)

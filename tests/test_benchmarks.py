@@ -49,7 +49,7 @@ def folder(tmp_path, monkeypatch):
 
 def made(finals: dict[str, list[float]], seconds: float = 1.0) -> Results:
   """Results whose loss falls from 1 to the given final values, one per seed, in 10 steps."""
-  plan = Plan("toy", "tuned", "made up", 10, 10, 10, 1, 10.0, 10, 5, 1, 1.0, False)
+  plan = Plan("toy", "tuned", "made up", 10, 10, 10, 10, 1, 10.0, 10, 5, 1, 1.0, False)
   about = {"options": {}, "state_bytes": 8, "compile_seconds": 1.0}
   results = Results("toy", plan, {label: {"name": label} | about for label in finals})
   for label, values in finals.items():

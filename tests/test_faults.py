@@ -94,6 +94,24 @@ def test_a_thousand_stories_are_survived(name, story):
   survives(name, story)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("make", [dpo.damped_kron, dpo.diagonal_newton])
+@pytest.mark.parametrize("every", [1, 100], ids=["with a fit", "without a fit"])
+def test_a_step_whose_damping_is_not_finite_is_skipped_and_counted(make, bad, every):
+  """P = 1/(|h| + inf) makes a step of zeros: finite, and yet no step."""
+  tx = dpo.scale_by_preconditioner(make(), dpo.newton(), every=every)
+  params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+  loss = lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["b"] ** 4)
+  step = jax.jit(lambda state, damping: tx.update(params, state, params, hvp=dpo.hvp(loss, params), damping=damping))
+  _, before = step(tx.init(params), 0.1)
+  updates, after = step(before, bad)
+  assert int(after.skipped) == 1 and not any(np.any(x) for x in jax.tree.leaves(updates))
+  for old, new in zip(*map(jax.tree.leaves, (before.preconditioner, after.preconditioner)), strict=True):
+    np.testing.assert_array_equal(old, new)
+  updates, _ = step(after, 0.1)
+  assert moves(updates)
+
+
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 LEAVES = st.one_of(
   st.none(), st.builds(jax.ShapeDtypeStruct, SHAPES, st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]))
