@@ -17,6 +17,7 @@ python -m benchmarks soak                              10^5 fits of every precon
 python -m benchmarks defaults                          geometry and cadence of `psgd`, on four problems
 python -m benchmarks sharpness digits-tuned            of a run made with --save; so do forgetting, entropy, plasticity
 python -m benchmarks gls                               the claims of the note on GLS: losses, cost, autoencoders
+python -m benchmarks rl CartPole-v1                    PPO on an environment of gymnax (extra `rl`)
 python -m benchmarks sweep                             16 learning rates x 4 seeds of whole runs in one compiled call
 python -m benchmarks distributed --devices 8           a transformer on many devices; --processes 2: on several hosts
 python -m benchmarks scale                             step time and memory of large transformers on 8 to 1024 devices
@@ -45,6 +46,7 @@ from benchmarks import (
   partial_hessian,
   readme,
   regularization,
+  rl,
   robustness,
   scale,
   soak,
@@ -73,7 +75,7 @@ WHOLE = {
 }
 DEVICES = ("distributed", "scale", "sweep")
 # commands whose documents have a layout of their own
-ALONE = ("batch_sizes", "defaults", "diagonality", "gls", *DEVICES, *WHOLE)
+ALONE = ("batch_sizes", "defaults", "diagonality", "gls", "rl", *DEVICES, *WHOLE)
 NOT_RUNS = ("tune-", "trials-", "cost-", "study-", *ALONE)
 COMMANDS = ("demo", "tune", "cost", *ALONE, *STUDIES, "report", "readme")
 
@@ -211,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.optimizers = arguments.optimizers or "demo"
   if command in STUDIES:
     return studied(command, names, arguments)
+  if command == "rl":
+    environments, names = names, []
   kind, known = ("workload", workloads.WORKLOADS) if command == "cost" else ("problem", PROBLEMS)
   if unknown := [name for name in names if name_of(name) not in known]:
     parser().error(f"no {kind} is called {unknown}; known are {', '.join(known)}")
@@ -231,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
       batch_sizes.run_all(arguments.out, arguments.seeds or 5)
     elif command == "gls":
       gls.measure(arguments.out, arguments.seeds or 5, arguments.data_dir)
+    elif command == "rl":
+      rl.measure(arguments.out, environments, arguments.optimizers, arguments.seeds or 5)
     elif command == "sweep":
       sweep.run(arguments.out)
     elif command == "scale":
