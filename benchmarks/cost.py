@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks.progress import say
-from benchmarks.records import environment, load_average, rounded
+from benchmarks.records import compilations, environment, load_average, rounded
 from benchmarks.report import Table, number
 from benchmarks.workloads import WORKLOADS, Step, steps, updates
 
@@ -42,8 +42,9 @@ class Call:
     start = time.perf_counter()
     jax.block_until_ready(call(*arguments))
     self.first_seconds = time.perf_counter() - start
+    compiled = compilations()
     jax.block_until_ready(call(*arguments))
-    self.recompiled = call._cache_size() - 1
+    self.recompiled = compilations() - compiled
 
   def __call__(self) -> Any:
     return self.call(*self.arguments)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 import numpy as np
 
 SCHEMA = 1
@@ -102,6 +103,23 @@ def environment() -> dict[str, Any]:
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
     "device": jax.devices()[0].device_kind,
   }
+
+
+_COMPILATIONS: list[float] = []
+
+
+def _heard(event: str, seconds: float, **about: Any) -> None:
+  del about
+  if event.endswith("/backend_compile_duration"):
+    _COMPILATIONS.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_heard)
+
+
+def compilations() -> int:
+  """How often XLA has compiled in this process, since this module was imported."""
+  return len(_COMPILATIONS)
 
 
 def load_average() -> float:

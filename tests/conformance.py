@@ -119,7 +119,7 @@ def strong_types(name: str) -> None:
 def no_recompilation(name: str) -> None:
   case = compiled(name)
   case.run(PARAMS, case.tx.init(PARAMS), [CALM] * 3)
-  assert case.step._cache_size() == 1 and len(case.traces) == 1
+  assert len(case.traces) == 1
 
 
 def scan(name: str) -> None:
@@ -197,7 +197,6 @@ def numpy_inputs(name: str) -> None:
   state = case.tx.init(arrays)
   same(state, case.tx.init(PARAMS))
   same(case.run(arrays, state, [CALM]), case.run(PARAMS, state, [CALM]))
-  assert case.step._cache_size() <= 2  # jit tells numpy from JAX arguments in its fast path, without compiling
   assert len(case.traces) == 1
 
 

@@ -239,14 +239,25 @@ class Compiled(NamedTuple):
     return params, state, updates
 
 
+def counted(function: Callable) -> tuple[Callable, list[int]]:
+  """The function under ``jit``, and a list that grows whenever it is traced: longer than one, it was compiled again."""
+  traces: list[int] = []
+
+  @functools.wraps(function)
+  def traced(*args, **kwargs):
+    traces.append(1)
+    return function(*args, **kwargs)
+
+  return jax.jit(traced), traces
+
+
 @functools.cache
 def compiled(name: str) -> Compiled:
   """Compiling is what these tests cost: one program for each row, in each process."""
-  row, traces = OPTIMIZERS[name], []
+  row = OPTIMIZERS[name]
   tx = row.make()
 
   def step(params, state, fault):
-    traces.append(1)
     value, grads = jax.value_and_grad(loss)(params)
     hvp = dpo.hvp(loss, params)
     offers = {
@@ -259,4 +270,4 @@ def compiled(name: str) -> Compiled:
     updates, state = tx.update(spoil(grads, fault.gradient, fault.scale), state, params, **extras)
     return optax.apply_updates(params, updates), state, updates
 
-  return Compiled(row, tx, jax.jit(step), traces)
+  return Compiled(row, tx, *counted(step))

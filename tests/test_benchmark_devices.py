@@ -16,6 +16,7 @@ import dpsgd_optax as dpo
 from benchmarks import data, distributed, scale, sweep
 from benchmarks.calls import SpecError
 from benchmarks.problems import Problem, batches
+from tests.table import counted
 
 RATES, SEEDS, STEPS, EVERY = (0.01, 0.1), (1, 2), 5, 2
 
@@ -33,9 +34,9 @@ def test_one_call_of_all_runs_equals_the_separate_runs():
   """The separate runs go step by step and are fitted on the steps that their own count says."""
   problem = regression()
   rows = sweep.rows_of(problem, SEEDS, STEPS)
-  run = jax.jit(sweep.whole_run(problem, sweep.whiten, every=EVERY))
+  run, traces = counted(sweep.whole_run(problem, sweep.whiten, every=EVERY))
   losses, params = run(jnp.array(RATES), jnp.array(SEEDS), rows, problem.arrays.train)
-  assert losses.shape == (len(RATES), len(SEEDS), STEPS) and run._cache_size() == 1
+  assert losses.shape == (len(RATES), len(SEEDS), STEPS) and len(traces) == 1
 
   @jax.jit
   def step(rate, params, state, batch):

@@ -500,8 +500,8 @@ def test_files_of_problems_with_options_have_plain_names(tmp_path):
 
 @pytest.mark.slow
 def test_demo_with_all_optimizers(tmp_path):
-  """A few steps of every row of the table, fits and judgements included."""
-  every = ",".join(f"{name}(learning_rate=0.05)" for name in OPTIMIZERS)
+  """A few steps of every row of the table that needs no norm layer, fits and judgements included."""
+  every = ",".join(f"{name}(learning_rate=0.05)" for name in OPTIMIZERS if not name.startswith("sgd_ph"))
   arguments = ["demo", "--epochs", "0.5", "--seeds", "1", "--out", str(tmp_path), "--optimizers", every]
   assert main(arguments) == 0
   results = load(tmp_path / "demo.json")

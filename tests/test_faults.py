@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import dpsgd_optax as dpo
 from tests.conformance import keeps, one_step, transform
-from tests.table import OPTIMIZERS, PARAMS, SIZE, Fault, compiled
+from tests.table import OPTIMIZERS, PARAMS, SIZE, Fault, compiled, counted
 
-VALUES = (0.0, 1e-38, -1e-38, 1e-20, 1e18, 1e38, -3e38, np.nan, np.inf, -np.inf)
+# 1e38 is the largest whose reciprocal, which P may become, is a normal number after a few fits
+VALUES = (0.0, 1e-38, -1e-38, 1e-20, 1e18, 1e38, -1e38, np.nan, np.inf, -np.inf)
 rows = pytest.mark.parametrize("name", OPTIMIZERS)
 quick = settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
 long = settings(quick, max_examples=1000, derandomize=False)
@@ -155,8 +156,8 @@ def test_any_tree_is_trained_with_finite_numbers(name, params, seed):
   rng = np.random.default_rng(seed)
   point = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params)
   tx = transform(name)
-  step, state = jax.jit(one_step(tx, OPTIMIZERS[name].extras)), tx.init(point)
+  (step, traces), state = counted(one_step(tx, OPTIMIZERS[name].extras)), tx.init(point)
   for _ in range(3):
     point, state, _ = step(point, state)
   assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in [*jax.tree.leaves(point), *learned(state)])
-  assert step._cache_size() == 1
+  assert len(traces) == 1

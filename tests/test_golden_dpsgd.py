@@ -16,6 +16,7 @@ import dpsgd_optax as dpo
 from dpsgd_optax.preconditioners._geometry import fit_factors
 from dpsgd_optax.preconditioners._linalg import balance, norm_bound
 from dpsgd_optax.preconditioners.kron import KronState, sandwich
+from tests.table import counted
 
 GOLDEN = Path(__file__).parent / "golden" / "dpsgd"
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -159,8 +160,8 @@ def replay(key, updates, params, *, recorded, hvp, **extra):
 def trajectory_program(problem, make):
   """(start, hyper) -> state and one step, compiled once for all runs that differ in numbers only."""
 
-  @jax.jit
-  def step(z, hyper, params, state, recorded):
+  @counted
+  def counted_step(z, hyper, params, state, recorded):
     tx = make(hyper)
     loss = lambda p: PROBLEMS[problem](z, p)
     value, grads = jax.value_and_grad(loss)(params)
@@ -169,6 +170,8 @@ def trajectory_program(problem, make):
     )
     return optax.apply_updates(params, updates), state, value
 
+  step, traces = counted_step
+
   def run(z, hyper):
     data = {k: jnp.asarray(z[k]) for k in z if k[:2] in ("HL", "HR", "B0", "B1") or k in ("X", "Y")}
     params = [jnp.asarray(z[f"W{i}_init"]) for i in (0, 1)]
@@ -176,7 +179,7 @@ def trajectory_program(problem, make):
     for t in range(20):
       params, state, value = step(data, hyper, params, state, [jnp.asarray(z[f"V{i}"][t]) for i in (0, 1)])
       yield t, params, state, value
-    assert step._cache_size() == 1
+    assert len(traces) == 1
 
   return run
 
