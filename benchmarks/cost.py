@@ -148,6 +148,14 @@ ROWS = (
     {"gradient": 1.0},
   ),
   Row("psgd step, one fit in 33", every(33, "psgd, fit", "psgd, no fit"), {"adam": 1.0}, 1.15, 1.05, BLOCKS),
+  Row("gradient with the inputs of all layers", {"gradient and inputs": 1.0}, {"gradient": 1.0}),
+  Row(
+    "gradient with their second moments",
+    {"gradient and second moments": 1.0},
+    {"gradient": 1.0, "second moments of the inputs": 1.0},
+    1.1,
+  ),
+  Row("bnp step", {"bnp": 1.0}, {"sgd": 1.0}, 1.1, None, ("layers",)),
   Row("sgd_ph step, Hvp and fit", {"sgd_ph": 1.0}, {"gradient": 1.0}, 1.9, 1.5),
 )
 COMPILED = {"deep": (0.2, 0.1)}  # the others:

@@ -60,6 +60,7 @@ AUTOENCODERS: dict[str, Contestant] = FIRST_ORDER | {
   "GLS, curvature step": ("gls_curvature", WIDE, AUTOENCODER_GRID),
   "Kron whitening": ("psgd_whiten", {"preconditioner": "kron(geometry=quad)"}, ADAPTIVE_GRID),
 }
+LARGE = {name: AUTOENCODERS[name] for name in ("SGD", "Adam", "GLS, plain", "GLS, output whitening", "Kron whitening")}
 LAYERS: dict[str, Contestant] = FIRST_ORDER | {
   "GLS": ("gls", {"decay": 0.0, "damping": 1e-3}, (0.5, 1.0, 2.0, 4.0, 8.0))
 }
@@ -69,6 +70,9 @@ RACES: dict[str, tuple[dict[str, Any], dict[str, Contestant]]] = {
   "mlp_mnist": ({"train_size": 2000, "epochs": 20}, CLASSIFIERS),
   "digits": ({}, SMALL),
   "mlp_cifar10(batches=1)": ({"train_size": 2000, "epochs": 10}, {k: CLASSIFIERS[k] for k in ("SGD", "Adam", "GLS")}),
+  "uci": ({}, SMALL),
+  "curves": ({"train_size": 2000, "epochs": 5}, LARGE),
+  "ae_cifar10(batches=1)": ({"train_size": 2000, "epochs": 5}, LARGE),
 }
 COSTS = ("mlp_mnist", "mlp_cifar10(batches=1)")
 PERIOD = 20  # steps of one call: a multiple of every period of fits

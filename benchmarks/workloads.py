@@ -4,6 +4,7 @@
 mlp        784-512-512-10, batch 256            charlm    4 decoder blocks of width 128, 16 x 128 characters
 lenet5     5 layers on 28 x 28, batch 64        resnet8   8 layers with batch norm on 32 x 32 x 3, batch 64
 deep       kernels of 100 layers 64 x 64        gpt2      12 decoder blocks of width 768, 8 x 1024 tokens: for a GPU
+layers     lenet5 as `nn.Conv` and `nn.Dense`: what `capture` and `bnp` cost on an unchanged model
 
 Each call is a whole step, or `update` alone, that goes on from its own result; its state is donated, as in training.
 """
@@ -103,6 +104,19 @@ def _classifier(model: nn.Module, shape: tuple[int, ...], classes: int = 10, **t
   return Workload(params, statistics, (x, y), loss)
 
 
+class Layers(nn.Module):
+  """LeNet-5 as anybody would write it."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for features in (6, 16):
+      x = nn.max_pool(nn.relu(nn.Conv(features, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
+    x = x.reshape(len(x), -1)
+    for features in (120, 84):
+      x = nn.relu(nn.Dense(features)(x))
+    return nn.Dense(10)(x)
+
+
 def deep(depth: int = DEPTH, width: int = WIDTH) -> Workload:
   rng = np.random.default_rng(0)
   return Workload({f"w{i}": jnp.asarray(rng.standard_normal((width, width)), jnp.float32) for i in range(depth)})
@@ -114,9 +128,11 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
   "charlm": lambda: _classifier(Transformer(65, 4, 128, 4), (16, 128), 65),
   "resnet8": lambda: _classifier(ResNet(*SIZES["resnet8"], "batch", True), (64, 32, 32, 3), train=True),
   "deep": deep,
+  "layers": lambda: _classifier(Layers(), (64, 28, 28, 1)),
   "gpt2": lambda: _classifier(Transformer(50257, 12, 768, 12), (8, 1024), 50257),
 }
-USUAL = ("mlp", "lenet5", "charlm", "resnet8", "deep")
+USUAL = ("mlp", "lenet5", "charlm", "resnet8", "deep", "layers")
+LAYERED = ("mlp", "layers")  # where each layer is shown what enters it
 
 
 def per_leaf(make: Callable[[], optax.GradientTransformation], params: Any) -> optax.GradientTransformation:
@@ -260,7 +276,41 @@ def steps(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     found["sgd_ph"] = step(dpo.sgd_ph(RATE, training.is_norm_param), "leaves", refresh=True)
   if name in ("mlp", "lenet5") and peers.installed():
     found["psgd-jax affine, fit"] = _affine(work, loss_of)
+  if name in LAYERED:
+    found |= layered(work)
   return found
+
+
+def layered(work: Workload) -> dict[str, tuple[Any, ...]]:
+  """Gradients with what enters each layer, and the methods that live on it."""
+  assert work.loss is not None
+  params, statistics, batch = work.params, work.statistics, work.batch
+  loss = lambda p, batch: work.loss(p, statistics, batch)
+  captured = lambda reduce=None: dpo.capture(loss, has_aux=True, reduce=reduce)
+  inputs = jax.jit(captured())(params, batch)[2]
+  is_record = lambda x: isinstance(x, dpo.LayerRecord)
+
+  def of_gradient(reduce: Callable | None) -> tuple[Any, ...]:
+    return lambda carry, params, batch: (carry, captured(reduce)(params, batch)), jnp.zeros(()), params, batch
+
+  def products(carry: Any, inputs: Any) -> tuple[Any, Any]:
+    moments = lambda record: None if record is None else dpo.second_moments(record, ())
+    return carry, jax.tree.map(moments, inputs, is_leaf=is_record)
+
+  tx = dpo.bnp(RATE, layers=inputs)
+
+  def bnp(carry: Any, batch: Any) -> tuple[Any, Any]:
+    params, state = carry
+    (value, _), grads, records = captured()(params, batch)
+    new, state = tx.update(grads, state, params, layer_inputs=records)
+    return (optax.apply_updates(params, new), state), value
+
+  return {
+    "gradient and inputs": of_gradient(None),
+    "gradient and second moments": of_gradient(dpo.second_moments),
+    "second moments of the inputs": (products, jnp.zeros(()), inputs),
+    "bnp": (bnp, (params, tx.init(params)), batch),
+  }
 
 
 def _differences(loss: Callable, params: Any, vector: Any) -> Any:
