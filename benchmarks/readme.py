@@ -7,14 +7,14 @@
 import json
 from pathlib import Path
 
-from benchmarks import analysis, batch_sizes, cost, defaults, robustness
+from benchmarks import analysis, batch_sizes, cost, defaults, rl, robustness
 from benchmarks.records import Results, load
 from benchmarks.report import Table, claim_table, final_table, number
 
 README = Path(__file__).parents[1] / "README.md"
 CHOOSING = README.parent / "notebooks" / "choosing.md"
 BEGIN, END = "<!-- figures: written by `python -m benchmarks readme` -->", "<!-- /figures -->"
-DEMO, ABLATION = "demo", "ablation"
+DEMO, ABLATION, LENET = "demo", "ablation", "lenet-psgd"
 
 
 def figures(results: Path) -> str:
@@ -34,10 +34,16 @@ def figures(results: Path) -> str:
 
 
 def advice(results: Path) -> str:
-  """Markdown of what the page on choosing goes by: who won where, the defaults, small batches, bad gradients."""
+  """Markdown of what the page on choosing goes by: who won where, defaults, and comparisons with a question of their own."""
   parts = [winners(results)]
   if (path := results / "defaults.json").exists():
     parts += [defaults.table(question, json.loads(path.read_text())).markdown() for question in defaults.CHOICES]
+  if (path := results / f"{LENET}.json").exists():
+    parts.append(final_table(load(path)).markdown())
+  for path in sorted(results.glob("rl-*.json")):
+    name = path.stem.removeprefix("rl-")
+    parts += [rl.table(name, json.loads(path.read_text())).markdown()]
+    parts += [f"![Return against steps](../benchmarks/{results.name}/{path.stem}.png)"]
   for name, module in (("batch_sizes", batch_sizes), ("robustness", robustness)):
     if (path := results / f"{name}.json").exists():
       parts.append(module.table(json.loads(path.read_text())).markdown())

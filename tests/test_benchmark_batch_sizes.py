@@ -4,7 +4,6 @@
 import json
 
 import jax
-import pytest
 
 from benchmarks import batch_sizes
 from benchmarks.hyperparameters import RESULTS
@@ -29,7 +28,6 @@ def test_the_best_rate_of_the_tuning_seed_is_run(monkeypatch):
   assert max(cell["train_loss"]) < cell["trials"]["1e-06"]
 
 
-@pytest.mark.skipif(not KEPT.exists(), reason="not measured")
 def test_bnp_ends_below_the_plain_network_at_every_batch_size():
   for size, cells in json.loads(KEPT.read_text())["batch_sizes"].items():
     assert sorted(cells["BNP"]["train_loss"])[2] < sorted(cells["plain"]["train_loss"])[2], size
