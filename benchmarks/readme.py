@@ -34,7 +34,7 @@ def figures(results: Path) -> str:
 
 
 def advice(results: Path) -> str:
-  """Markdown of what the page on choosing goes by: who won where, defaults, and comparisons with a question of their own."""
+  """Markdown of what the page on choosing goes by: who won where, defaults, and comparisons of one kind each."""
   parts = [winners(results)]
   if (path := results / "defaults.json").exists():
     parts += [defaults.table(question, json.loads(path.read_text())).markdown() for question in defaults.CHOICES]
