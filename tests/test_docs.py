@@ -2,7 +2,10 @@
 """What the README shows is run, block after block, in one namespace, as a reader would."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ import pytest
 from benchmarks import hyperparameters, readme
 
 README = Path(__file__).parents[1] / "README.md"
+notebooks = pytest.mark.parametrize(
+  "path", sorted((README.parent / "notebooks").glob("[0-9]*.py")), ids=lambda path: path.stem
+)
 
 
 def test_every_python_block_of_the_readme_runs():
@@ -36,11 +42,9 @@ def test_the_figures_are_those_of_the_committed_results():
     assert path.read_text() == text, f"{path.name}: type `python -m benchmarks readme`"
 
 
-@pytest.mark.parametrize("path", sorted((README.parent / "notebooks").glob("*.py")), ids=lambda path: path.stem)
+@notebooks
 def test_notebooks_are_clean_and_paired(path):
-  """The .ipynb has the cells of the .py beside it, no outputs, and a badge; `make notebooks` runs them."""
-  if path.stem == "conf":
-    return
+  """The .ipynb has the cells of the .py beside it, no outputs, and a badge."""
   cells = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
   assert not any(cell.get("outputs") for cell in cells)
   assert f"{path.stem}.ipynb" in "".join(cells[0]["source"])
@@ -48,3 +52,10 @@ def test_notebooks_are_clean_and_paired(path):
   for cell in cells:
     for line in "".join(cell["source"]).splitlines():
       assert line.strip("# ") in script, f"type `make notebooks`: {path.name} lacks {line!r}"
+
+
+@notebooks
+def test_a_notebook_runs_from_its_first_cell_to_its_last(path):
+  """As a script, without Jupyter; `make notebooks` runs the .ipynb."""
+  environment = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(README.parent)}
+  subprocess.run([sys.executable, str(path)], cwd=path.parent, env=environment, check=True, timeout=900)
