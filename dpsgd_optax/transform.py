@@ -52,11 +52,11 @@ def map_by_shape(of_leaf: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
 def all_finite(tree: Any) -> jax.Array:
   """True if no leaf holds a NaN or an infinity. Scalar bool.
 
-  By the sum of 0 · x, which is 0 or NaN: a third of the time of ``jnp.all(jnp.isfinite(x))`` to compile and to run on a
-  CPU. A maximum will not do: XLA's on a CPU loses a NaN in large arrays.
+  By the sum of x − x, which is 0 or NaN: a third of the time of ``jnp.all(jnp.isfinite(x))`` to compile and to run on a
+  CPU. A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-  sums = [jnp.sum(0 * x) for x in stacks([x for x in leaves if jnp.size(x)])]
+  sums = [jnp.sum(x - x) for x in stacks([x for x in leaves if jnp.size(x)])]
   return jnp.isfinite(sum(sums)) if sums else jnp.array(True)
 
 
