@@ -106,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
   add("--epochs", type=positive(float), help="passes over the training data (default: the problem's)")
   add("--batch-size", type=positive(int), help="samples per step (default: the problem's)")
   add("--train-size", type=positive(int), help="use only the first N training samples")
+  add("--test-size", type=positive(int), help="evaluate on the first N test samples only")
   add("--evaluations", type=positive(int), help="points of each curve (default: the problem's)")
   add("--decay", type=positive(float), help="learning-rate factor after each epoch (default: the setting's)")
   add("--folded", action=argparse.BooleanOptionalAction, help="biases as a row of the kernels (default: by setting)")
@@ -127,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
   """The arguments that `prepare` takes as they are."""
-  names = ("data_dir", "epochs", "batch_size", "train_size", "evaluations", "decay", "folded")
+  names = ("data_dir", "epochs", "batch_size", "train_size", "test_size", "evaluations", "decay", "folded")
   return {name: getattr(arguments, name) for name in names}
 
 

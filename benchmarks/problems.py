@@ -231,10 +231,13 @@ def build(text: str, data_dir: str | None, folded: bool) -> Problem:
   return replace(PROBLEMS[name](data_dir, folded, **options), name=text.replace(" ", ""))
 
 
-def limit(problem: Problem, train_size: int | None) -> Problem:
-  """The same problem on the first `train_size` training samples."""
-  if train_size is None or train_size >= problem.train_size:
-    return problem
-  train = {name: array[:train_size] for name, array in problem.arrays.train.items()}
-  note = f"{problem.arrays.note}; the first {train_size} of {problem.train_size} training samples"
-  return replace(problem, arrays=problem.arrays._replace(train=train, note=note))
+def limit(problem: Problem, train_size: int | None, test_size: int | None = None) -> Problem:
+  """The same problem on the first `train_size` training and `test_size` test samples."""
+  for part, size, name in (("train", train_size, "training"), ("test", test_size, "test")):
+    known = getattr(problem.arrays, part)
+    if size is None or size >= len(known["x"]):
+      continue
+    first = {key: array[:size] for key, array in known.items()}
+    note = f"{problem.arrays.note}; the first {size} of {len(known['x'])} {name} samples"
+    problem = replace(problem, arrays=problem.arrays._replace(**{part: first}, note=note))
+  return problem

@@ -28,6 +28,7 @@ def prepare(
   epochs: float | None = None,
   batch_size: int | None = None,
   train_size: int | None = None,
+  test_size: int | None = None,
   evaluations: int | None = None,
   decay: float | None = None,
   folded: bool | None = None,
@@ -38,7 +39,7 @@ def prepare(
   decay = chosen.decay if decay is None else decay
   ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
   found = contestants(optimizers or ",".join(ready or chosen.optimizers), chosen.optimizers, name)
-  problem = limit(build(name, data_dir, folded), train_size)
+  problem = limit(build(name, data_dir, folded), train_size, test_size)
   if batch_size is not None:
     problem = replace(problem, batch_size=batch_size)
   plan = make_plan(problem, setting, epochs or problem.epochs, decay, folded, evaluations or problem.evaluations)

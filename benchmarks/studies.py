@@ -148,7 +148,7 @@ STUDIES: dict[str, Callable[..., Found]] = {
 def problem_of(results: Results, data_dir: str | None) -> Problem:
   """The problem of a document."""
   plan = results.plan
-  built = limit(build(plan.problem, data_dir, plan.folded_biases), plan.train_size)
+  built = limit(build(plan.problem, data_dir, plan.folded_biases), plan.train_size, plan.test_size)
   return replace(built, batch_size=plan.batch_size)
 
 

@@ -507,3 +507,12 @@ def test_demo_with_all_optimizers(tmp_path):
   results = load(tmp_path / "demo.json")
   judged = {run.optimizer.split("(")[0] for run in results.runs if "damping" in run.curves}
   assert judged == {"psgd+damping", "dpsgd"} and all(run.finished for run in results.runs)
+
+
+def test_training_and_test_samples_are_limited_apart():
+  whole = PROBLEMS["digits"](None, False)
+  part = limit(whole, 128, 50)
+  assert (len(part.arrays.train["x"]), len(part.arrays.test["y"])) == (128, 50)
+  assert part.arrays.note.endswith("the first 128 of 1438 training samples; the first 50 of 359 test samples")
+  np.testing.assert_array_equal(part.arrays.test["x"], whole.arrays.test["x"][:50])
+  assert limit(whole, None, 5000) is whole
