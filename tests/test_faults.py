@@ -15,8 +15,7 @@ import dpsgd_optax as dpo
 from tests.conformance import keeps, one_step, transform
 from tests.table import OPTIMIZERS, PARAMS, SIZE, Fault, compiled, counted
 
-# 1e38 is the largest whose reciprocal, which P may become, is a normal number after a few fits
-VALUES = (0.0, 1e-38, -1e-38, 1e-20, 1e18, 1e38, -1e38, np.nan, np.inf, -np.inf)
+VALUES = (0.0, 1e-38, -1e-38, 1e-20, 1e18, 1e38, -3e38, np.nan, np.inf, -np.inf)
 rows = pytest.mark.parametrize("name", OPTIMIZERS)
 quick = settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
 long = settings(quick, max_examples=1000, derandomize=False)
@@ -82,6 +81,7 @@ def survives(name, story):
 @given(story=STORY)
 @example(story=[Fault(gradient=np.full(SIZE, 1e38, np.float32))] * 8)
 @example(story=[Fault(scale=1e-38)] * 8)
+@example(story=[Fault(scale=0.0), Fault(scale=1e38)])
 @example(story=[Fault(inputs=1e38)])
 def test_whatever_went_by_the_state_is_finite_p_positive_and_nothing_is_dead(name, story):
   survives(name, story)

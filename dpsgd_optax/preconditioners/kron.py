@@ -126,13 +126,15 @@ def check_geometry(geometry: Geometry) -> None:
 def first_scale(v: jax.Array | None, h: jax.Array) -> jax.Array:
   """The scale s of Q = s I that fits the first probe: s⁴ = sqrt(E v⁴…)/sqrt(E h⁴), with E v² = 1 when whitening.
 
-  Written with |h| divided by its maximum, so that 1e±38 neither overflows nor vanishes.
+  Written with |h| divided by its maximum, so that 1e±38 neither overflows nor vanishes. And s² = P is a normal number:
+  below, XLA takes it for zero, and the parameter would stand still until P has grown.
   """
   size = jnp.abs(h)
   top = jnp.max(size)
   safe = jnp.where(top > 0, top, 1)
   from_h = (jnp.mean((size / safe) ** 4) ** 0.125 * jnp.sqrt(safe)) ** -1
-  return from_h if v is None else from_h * jnp.mean(jnp.abs(v) ** 2) ** 0.25
+  scale = from_h if v is None else from_h * jnp.mean(jnp.abs(v) ** 2) ** 0.25
+  return jnp.maximum(scale, 1.1 * jnp.sqrt(jnp.finfo(scale.dtype).tiny))
 
 
 def dense_if(wanted: bool) -> Callable[[int, Any], jax.Array]:
