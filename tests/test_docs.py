@@ -13,9 +13,8 @@ import pytest
 from benchmarks import hyperparameters, readme
 
 README = Path(__file__).parents[1] / "README.md"
-notebooks = pytest.mark.parametrize(
-  "path", sorted((README.parent / "notebooks").glob("[0-9]*.py")), ids=lambda path: path.stem
-)
+NOTEBOOKS = sorted((README.parent / "notebooks").glob("[0-9]*.py"))
+LONG = ("3", "5", "7")  # from one to two minutes each
 
 
 def test_every_python_block_of_the_readme_runs():
@@ -42,7 +41,7 @@ def test_the_figures_are_those_of_the_committed_results():
     assert path.read_text() == text, f"{path.name}: type `python -m benchmarks readme`"
 
 
-@notebooks
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_clean_and_paired(path):
   """The .ipynb has the cells of the .py beside it, no outputs, and a badge."""
   cells = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
@@ -54,7 +53,11 @@ def test_notebooks_are_clean_and_paired(path):
       assert line.strip("# ") in script, f"type `make notebooks`: {path.name} lacks {line!r}"
 
 
-@notebooks
+@pytest.mark.parametrize(
+  "path",
+  [pytest.param(path, marks=pytest.mark.slow if path.name[0] in LONG else ()) for path in NOTEBOOKS],
+  ids=lambda path: path.stem,
+)
 def test_a_notebook_runs_from_its_first_cell_to_its_last(path):
   """As a script, without Jupyter; `make notebooks` runs the .ipynb."""
   environment = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(README.parent)}
