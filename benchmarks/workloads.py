@@ -30,9 +30,9 @@ from benchmarks.resnet import SIZES, ResNet
 from dpsgd_optax import training
 
 RATE = 1e-5  # nothing may run away: a step is repeated some hundred times
-# `psgd` here fits in the geometry `quad`; DENSE has
 # both factors of every matrix dense, vectors diagonal: the structure of psgd-jax; the geometry of the fewest products
 DENSE = dpo.kron(max_skew=100.0, geometry=dpo.qeq)
+QUICK = dpo.kron(geometry=dpo.quad)  # what `psgd` fits here
 DEPTH, WIDTH = 100, 64
 
 
@@ -156,15 +156,14 @@ def updates(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     return call, tx.init(params), grads, params
 
   whitening = partial(dpo.psgd, RATE, b1=0.9)
-  quick = dpo.kron(geometry=dpo.quad)
   product = lambda v: v
   found = {
     "sgd": alone(optax.sgd(RATE)),
     "adam": alone(optax.adam(RATE)),
     "adamw": alone(optax.adamw(RATE)),
     "muon": alone(optax.contrib.muon(RATE)),
-    "psgd, no fit": alone(whitening(quick), refresh=False),
-    "psgd, fit": alone(whitening(quick), refresh=True),
+    "psgd, no fit": alone(whitening(QUICK), refresh=False),
+    "psgd, fit": alone(whitening(QUICK), refresh=True),
     "psgd dense, no fit": alone(whitening(DENSE), refresh=False),
     "psgd dense, fit": alone(whitening(DENSE), refresh=True),
     "psgd dense, scheduled": alone(whitening(DENSE)),
@@ -251,8 +250,7 @@ def steps(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     return run, (params, statistics, p.init(params)), batch
 
   aux = {"has_aux": True}
-  quick = dpo.kron(geometry=dpo.quad)
-  whitening, newton, dpsgd = dpo.psgd(RATE, quick, b1=0.9), dpo.psgd(RATE, quick, dpo.newton()), dpo.dpsgd(RATE)
+  whitening, newton, dpsgd = dpo.psgd(RATE, QUICK, b1=0.9), dpo.psgd(RATE, QUICK, dpo.newton()), dpo.dpsgd(RATE)
   found = {
     "gradient": of_gradient(lambda f, p, v: jax.value_and_grad(f, **aux)(p)),
     "gradient + Hvp": of_gradient(lambda f, p, v: dpo.value_and_grad_and_hvp(f, **aux)(p, v)),

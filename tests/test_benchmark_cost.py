@@ -3,6 +3,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -25,6 +26,12 @@ def test_a_state_of_another_type_than_at_first_counts_as_a_recompilation():
   weak = workloads.Step(lambda carry, x: (carry * 2.0, x), jnp.asarray(1.0), jnp.ones(3))
   assert weak.recompiled == 0
   assert workloads.process_types(1.0 * jnp.ones(2)) != workloads.process_types(jnp.ones(2, jnp.bfloat16))
+
+
+def test_a_call_that_compiles_again_is_counted():
+  call, kept = jax.jit(lambda x: x + 1), jnp.ones(3)
+  assert cost.Call(call, (kept,)).recompiled == 0
+  assert cost.Call(lambda x: jax.jit(lambda x: x + 1)(x), (kept,)).recompiled == 1
 
 
 def test_a_cadence_is_the_weighted_mean_of_its_parts():
