@@ -256,10 +256,15 @@ def as_matrix(layer: Layer, leaves: list[jax.Array]) -> jax.Array:
 
 def from_matrix(layer: Layer, x: jax.Array, leaves: list[jax.Array]) -> None:
   """Writes [W; b] back over the leaves it came from."""
+  from_parts(layer, x[:, : layer.width], x[:, layer.width :], leaves)
+
+
+def from_parts(layer: Layer, kernel: jax.Array, bias: jax.Array, leaves: list[jax.Array]) -> None:
+  """Writes W and b, (matrices, d, k) and (matrices, 1, k), over the leaves they came from; b not where it has none."""
   copies, groups = math.prod(layer.stack), layer.groups
   join = lambda x: jnp.moveaxis(x.reshape(copies, groups, x.shape[1], -1), 1, 2)
   like = leaves[layer.kernel]
-  kernel = join(x[:, : layer.width]).reshape(*layer.stack, *layer.shape)
+  kernel = join(kernel).reshape(*layer.stack, *layer.shape)
   if layer.layout is not None:
     depth = len(layer.stack)
     back = sorted(range(len(layer.layout)), key=layer.layout.__getitem__)
@@ -267,7 +272,7 @@ def from_matrix(layer: Layer, x: jax.Array, leaves: list[jax.Array]) -> None:
   leaves[layer.kernel] = kernel.reshape(jnp.shape(like)).astype(jnp.result_type(like))
   if layer.bias is not None:
     like = leaves[layer.bias]
-    leaves[layer.bias] = join(x[:, layer.width :]).reshape(jnp.shape(like)).astype(jnp.result_type(like))
+    leaves[layer.bias] = join(bias).reshape(jnp.shape(like)).astype(jnp.result_type(like))
 
 
 # -- the lift ---------------------------------------------------------------------------------------------------------
@@ -282,7 +287,7 @@ class Group(NamedTuple):
     fit: (layer, state, statistics, *, damping) -> state, of one matrix.
     apply: (layer, state, x) -> P x, of one matrix.
     kind: (layer) -> a word; layers of equal shape and word are batched.
-    factored: (layer, state, rows, e) -> P rowsᵀ e, of one matrix; for `from_outputs`.
+    factored: (layer, state, rows, e) -> (a, b) with P rowsᵀ e = aᵀ b, of one matrix; for `from_outputs`.
   """
 
   init: Callable
@@ -357,7 +362,9 @@ def per_layer(group: Group, spec: Any = None) -> Preconditioner:
       parts = [as_matrix(layer, leaves) for layer in bucket.layers]
       x = as_leaves(parts[0] if len(parts) == 1 else jnp.concatenate(parts))
       run = over_matrices(functools.partial(group.apply, bucket.layers[0]), bucket.size)
-      _write(bucket, run(state.buckets[bucket.name], x), leaves)
+      done = run(state.buckets[bucket.name], x)
+      width = bucket.layers[0].width
+      _write(bucket, (done[..., :width, :], done[..., width:, :]), leaves)
     return jax.tree.unflatten(treedef, leaves)
 
   return Preconditioner(init, fit, apply)
@@ -383,17 +390,24 @@ def from_outputs(group: Group, spec: Any = None) -> Callable:
       if len(sizes) == 1 and 0 < max(sizes) <= first.matrix[1]:
         rows, e = (as_leaves(jnp.concatenate(x) if len(x) > 1 else x[0]) for x in zip(*seen, strict=True))
         run = over_matrices(functools.partial(factored, first), bucket.size)
-        _write(bucket, run(fitted.state.buckets[bucket.name], rows, e), leaves)
+        a, b = run(fitted.state.buckets[bucket.name], rows, e)
+        kernel, bias = (
+          a[..., : first.width],
+          a[..., first.width :],
+        )  # apart: cutting [W; b] would be a copy of all of it
+        _write(bucket, (kernel.mT @ b, bias.mT @ b), leaves)
     return jax.tree.unflatten(treedef, leaves)
 
   return direction
 
 
-def _write(bucket: LayerBucket, done: jax.Array, leaves: list[jax.Array]) -> None:
-  """The matrices of a bucket over the leaves they came from."""
-  done, start = as_leaves(done), 0
+def _write(bucket: LayerBucket, done: tuple[jax.Array, jax.Array], leaves: list[jax.Array]) -> None:
+  """The kernels and biases of a bucket over the leaves they came from."""
+  kernels, biases = map(as_leaves, done)
+  start = 0
   for layer in bucket.layers:
-    from_matrix(layer, done[start : start + layer.matrices], leaves)
+    mine = slice(start, start + layer.matrices)
+    from_parts(layer, kernels[mine], biases[mine], leaves)
     start += layer.matrices
 
 

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from dpsgd_optax.base import Preconditioner, check, check_fraction, check_not_negative
 from dpsgd_optax.layers import (
@@ -34,6 +33,7 @@ from dpsgd_optax.layers import (
   gram,
 )
 from dpsgd_optax.preconditioners._layers import Group, Layer, gradients_out, per_layer, rows_in, running_weight
+from dpsgd_optax.preconditioners._linalg import lower_gram, triangular_inverse
 
 
 class LeastSquaresState(NamedTuple):
@@ -202,15 +202,13 @@ def group(
       done = state.inverse @ x
     return done if state.output_inverse is None else done @ state.output_inverse
 
-  def factored(layer: Layer, state: LeastSquaresState, rows: jax.Array, e: jax.Array) -> jax.Array:
+  def factored(layer: Layer, state: LeastSquaresState, rows: jax.Array, e: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(S + λI)⁻¹ Ãᵀ E, in the dual form Ãᵀ (ÃÃᵀ/n + λI)⁻¹ E, where Ã are the rows of the last fit: without ÃᵀE."""
     if state.rows is not None:
-      done = rows.T @ (state.inverse @ e)
-    elif diagonal(layer):
-      done = (rows * state.inverse).T @ e
+      e = state.inverse @ e
     else:
-      done = (rows @ state.inverse).T @ e
-    return done if state.output_inverse is None else done @ state.output_inverse
+      rows = rows * state.inverse if diagonal(layer) else rows @ state.inverse
+    return rows, e if state.output_inverse is None else e @ state.output_inverse
 
   return Group(init, observe, fit, apply, word, factored)
 
@@ -265,6 +263,6 @@ def _output_inverse(c: jax.Array, rho: Any) -> jax.Array:
 def _inverse(system: jax.Array, lam: jax.Array, mean: jax.Array) -> jax.Array:
   """(system + λI)⁻¹ by Cholesky; that of (mean + λ) I, where the factorization fails."""
   eye = jnp.eye(len(system), dtype=system.dtype)
-  root = solve_triangular(jnp.linalg.cholesky(system + lam * eye, symmetrize_input=False), eye, lower=True)
-  inverse = jnp.matmul(root.T, root, precision="highest")  # a product costs less than the second solve
+  root = triangular_inverse(jnp.linalg.cholesky(system + lam * eye, symmetrize_input=False))
+  inverse = lower_gram(root)  # a product costs less than the second solve
   return jnp.where(jnp.all(jnp.isfinite(inverse)), inverse, eye / (mean + lam))

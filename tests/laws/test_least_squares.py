@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import dpsgd_optax as dpo
 from dpsgd_optax.layers import Window
+from dpsgd_optax.preconditioners._linalg import lower_gram, triangular_inverse
 
 RNG = np.random.default_rng(0)
 N, D, K = 12, 4, 3
@@ -135,6 +136,16 @@ def test_the_dual_form_is_the_primal_form():
     step(dual, grads, spec(X[:4]))
 
 
+@pytest.mark.parametrize("size", [1, 2, 31, 33, 64, 100, 193, 257])
+def test_the_inverse_of_a_triangular_matrix_by_blocks_is_the_inverse(size):
+  """And the product of the root, which together are the inverse of S + λI; what is above the diagonal is not read."""
+  rng = np.random.default_rng(size)
+  root = np.linalg.cholesky(np.cov(rng.standard_normal((size, 2 * size + 3))).reshape(size, size) + 0.1 * np.eye(size))
+  found = triangular_inverse(jnp.asarray(root + np.triu(rng.standard_normal((size, size)), 1)))
+  close(found, np.linalg.inv(root))
+  close(lower_gram(found), np.linalg.inv(root @ root.T))
+
+
 @pytest.mark.parametrize("options", [{"decay": None}, {"decay": 0.5}, {"decay": None, "match": dpo.match_layers}])
 def test_the_step_made_from_output_gradients_is_that_made_from_the_gradient(options):
   """P g = (P Ãᵀ) E for g = ÃᵀE, in the dual and in the primal form, also with the length of the gradient."""
@@ -152,6 +163,14 @@ def test_the_step_made_from_output_gradients_is_that_made_from_the_gradient(opti
     for direct in (False, True)
   )
   close(stacked(found), stacked(expected))
+  alone = spec(x, bias=(), gradients=(e,))  # and of a kernel without a bias
+  found, expected = (
+    (tx := dpo.gls(1.0, layers=alone, from_outputs=direct, **options)).update(
+      {"w": grads["w"]}, tx.init({"w": W}), {"w": W}, layer_inputs=alone
+    )[0]["w"]
+    for direct in (True, False)
+  )
+  close(found, expected)
   with pytest.raises(ValueError, match="there is no averaged gradient"):
     dpo.gls(1.0, from_outputs=True, b1=0.9)
   with pytest.raises(ValueError, match="and no sum over devices"):
