@@ -19,6 +19,7 @@ from dpsgd_optax.base import (
 )
 from dpsgd_optax.fitted import Fitted
 
+SMALL = 4096  # XLA compiles the sum of fewer numbers on a CPU for 70 ms, and of more, by a library, for 3 ms
 FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
 
 
@@ -55,8 +56,10 @@ def all_finite(tree: Any) -> jax.Array:
   By the sum of x − x, which is 0 or NaN: a third of the time of ``jnp.all(jnp.isfinite(x))`` to compile and to run on a
   CPU. A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
   """
-  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-  sums = [jnp.sum(x - x) for x in stacks([x for x in leaves if jnp.size(x)])]
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x)]
+  small = [jnp.ravel(x) for x in leaves if jnp.size(x) < SMALL]
+  large = stacks([x for x in leaves if jnp.size(x) >= SMALL])
+  sums = [jnp.sum(x - x) for x in (large + [jnp.concatenate(small)] if small else large)]
   return jnp.isfinite(sum(sums)) if sums else jnp.array(True)
 
 
@@ -247,45 +250,46 @@ def scale_by_preconditioner(
     due = due if refresh is None else refresh
     old = state.preconditioner
 
-    def use(new, changed):
-      """The step, and whether all went well: a NaN or infinity in gradient, observation, damping or factors shows here.
+    def checked(new, *parts):
+      """The new state, or the old where one of the parts is not finite; in the branch that makes it, not in every step.
 
-      In the updates alone it does not always: P = 1/∞ makes them zero, and would do so for ever.
+      In the updates alone a failure does not always show: P = 1/∞ makes them zero, and would do so for ever.
       """
       new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, old)
-      fitted = Fitted(preconditioner, new, updates)
-      seen = {**extra, "fitted": fitted}
-      averaged, moved = momentum.update(updates, state.momentum, params, **seen)
-      applied = direction(fitted.apply, averaged, params, **{**seen, "count": state.count})
-      same_structure(applied, updates, "what the direction returns", "the updates")
-      applied, done = after.update(applied, state.after, params, **seen)
-      around = (moved, done)
       if not finite_check:
-        return new, around, applied, jnp.array(True)
-      # where nothing was fitted, the state is what it was, or made of it and of the damping
-      usable = all_finite((applied, strength, new if changed else ()))
-      # the select stays in the branch: where nothing was fitted, both sides are one and XLA drops it
-      return where(usable, new, old), where(usable, around, (state.momentum, state.after)), applied, usable
+        return new, jnp.array(True)
+      sound = all_finite((strength, updates, *parts))
+      # a branch copies at most what it takes; a select would read both states and write a third
+      return choose(sound, lambda new, old: new, lambda new, old: old, new, old), sound
 
     def refit():
       observation = curvature(probe_key, updates, params, **{**extra, "damping": strength, "fits": state.fits})
-      return use(preconditioner.fit(old, observation, key=fit_key, damping=strength), True)
+      new = preconditioner.fit(old, observation, key=fit_key, damping=strength)
+      return checked(new, new)
 
     def keep():
       if preconditioner.advance is None:
-        return use(old, False)
-      return use(preconditioner.advance(old, damping=strength), False)
+        return old, all_finite(strength) if finite_check else jnp.array(True)
+      return checked(preconditioner.advance(old, damping=strength))  # made of the old state and of the damping alone
 
-    new, (moved, done), applied, usable = choose(due, refit, keep)
+    new, sound = choose(due, refit, keep)
+    fitted = Fitted(preconditioner, new, updates)
+    seen = {**extra, "fitted": fitted}
+    averaged, moved = momentum.update(updates, state.momentum, params, **seen)
+    applied = direction(fitted.apply, averaged, params, **{**seen, "count": state.count})
+    same_structure(applied, updates, "what the direction returns", "the updates")
+    applied, done = after.update(applied, state.after, params, **seen)
+    usable = sound
     if finite_check:
+      usable = sound & all_finite(applied)
       applied = jax.tree.map(lambda x: jnp.where(usable, x, jnp.zeros_like(x)), applied)
+      moved, done = where(usable, (moved, done), (state.momentum, state.after))
     applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, updates)
-    fitted = jnp.asarray(due) & usable
     return applied, ScaleByPreconditionerState(
       optax.safe_increment(state.count),
       next_key,
       debt,
-      state.fits + fitted.astype(jnp.int32),
+      state.fits + (jnp.asarray(due) & sound).astype(jnp.int32),
       state.skipped + (~usable).astype(jnp.int32),
       moved,
       new,

@@ -198,17 +198,19 @@ def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
   # scaled as they are read: a copy of the matrix would cost more than all the rest; a tie goes to the row
   squares = jnp.abs(a * scale) ** 2
   rows = jnp.sum(squares, 1)
-  line = a[jnp.argmax(rows)]
+  line = a[jnp.argmax(rows)][None]  # lines are matrices of one row: their products compile in half the time
   if normal:
-    x = jnp.conj(a @ (jnp.conj(line) * scale)) * scale
+    x = jnp.conj((jnp.conj(line) * scale) @ a.T) * scale
     y = (x @ a) * scale
   else:
     columns = jnp.sum(squares, 0)
     by_row = jnp.max(rows) >= jnp.max(columns)
-    line = jnp.where(by_row, line, a[:, jnp.argmax(columns)]) * scale
-    x = jnp.conj(jnp.where(by_row, a @ jnp.conj(line), jnp.conj(line) @ a)) * scale
-    y = jnp.where(by_row, x @ a, a @ x) * scale
-  return size * jnp.linalg.norm(y) / (jnp.linalg.norm(x) + tiny(size))
+    line = jnp.where(by_row, line, a[:, jnp.argmax(columns)][None]) * scale
+    x = jnp.conj(jnp.where(by_row, jnp.conj(line) @ a.T, jnp.conj(line) @ a)) * scale
+    y = jnp.where(by_row, x @ a, x @ a.T) * scale
+  both = jnp.concatenate([x, y])  # and the sums of their squares are a product
+  x, y = jnp.sqrt(jnp.diagonal(jnp.real(jnp.matmul(both, jnp.conj(both.T), precision="highest"))))
+  return size * y / (x + tiny(size))
 
 
 normal_norm_bound = functools.partial(norm_bound, normal=True)
@@ -291,13 +293,14 @@ def largest_diagonal(q: Any) -> jax.Array:
 def balance(factors: tuple[jax.Array, ...], size=largest_entry) -> tuple[jax.Array, ...]:
   """Give all factors the same size; their Kronecker product, and so P, stays as it is.
 
-  q_i ← q_i · (Π n_j)^(1/k) / n_i with n_i = size(q_i), through logarithms so that the product cannot overflow.
+  q_i ← q_i · (Π n_j)^(1/k) / n_i with n_i = size(q_i), the roots first, so that the product cannot overflow.
   """
   if len(factors) == 1:
     return factors
-  logs = jnp.stack([jnp.log(size(q)) for q in factors])
-  gains = jnp.exp(jnp.mean(logs) - logs)
-  return tuple(q * gain.astype(q.dtype) for q, gain in zip(factors, gains, strict=True))
+  sizes = [size(q) for q in factors]
+  root = jnp.sqrt if len(sizes) == 2 else lambda n: n ** (1 / len(sizes))
+  mean = math.prod(map(root, sizes))
+  return tuple(q * (mean / n).astype(q.dtype) for q, n in zip(factors, sizes, strict=True))
 
 
 def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

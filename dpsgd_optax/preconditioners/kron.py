@@ -160,10 +160,14 @@ def group(
     seen = layout(probe.product.shape)
     h = seen.look(probe.product)
     v = None if probe.vector is None else seen.look(probe.vector)
+
+    def scaled(state: KronState) -> KronState:
+      each = first_scale(v, h) ** (1 / h.ndim)
+      times = lambda factors, gain: tuple((x * gain).astype(x.dtype) for x in factors)
+      return state._replace(q=times(state.q, each), p=times(state.p, each**2))
+
     if init_scale is None:
-      each = jnp.where(state.lipschitz[0] > 0, 1.0, first_scale(v, h) ** (1 / h.ndim))
-      scaled = lambda factors, gain: tuple((x * gain).astype(x.dtype) for x in factors)
-      state = state._replace(q=scaled(state.q, each), p=scaled(state.p, each**2))
+      state = jax.lax.cond(state.lipschitz[0] > 0, lambda state: state, scaled, state)
     return refit(state, v, h, geometry=geometry, **options)
 
   def apply(state: KronState, x: jax.Array) -> jax.Array:
