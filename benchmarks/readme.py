@@ -7,7 +7,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import analysis, batch_sizes, cost, defaults, rl, robustness
+from benchmarks import analysis, batch_sizes, cost, defaults, gls, rl, robustness
 from benchmarks.records import Results, load
 from benchmarks.report import Table, claim_table, final_table, number
 
@@ -44,9 +44,10 @@ def advice(results: Path) -> str:
     name = path.stem.removeprefix("rl-")
     parts += [rl.table(name, json.loads(path.read_text())).markdown()]
     parts += [f"![Return against steps](../benchmarks/{results.name}/{path.stem}.png)"]
-  for name, module in (("batch_sizes", batch_sizes), ("robustness", robustness)):
+  tables = {"gls": gls.summary, "batch_sizes": batch_sizes.table, "robustness": robustness.table}
+  for name, table in tables.items():
     if (path := results / f"{name}.json").exists():
-      parts.append(module.table(json.loads(path.read_text())).markdown())
+      parts.append(table(json.loads(path.read_text())).markdown())
   return "\n\n".join(parts)
 
 
