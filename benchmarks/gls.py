@@ -219,7 +219,8 @@ def summary(document: dict[str, Any]) -> Table:
   header = ("problem", "steps", "Adam", "GLS", "its loss", "steps to Adam's loss", "seconds to Adam's loss", "lowest")
   note = (
     f"Median training loss over {document['seeds']} seeds, five rates each; shares of Adam's run; – is not reached. "
-    f"A step of plain GLS beside one of Adam's: {_costs(document)}. GLS fits the training data: its test loss is often higher."
+    f"A step of plain GLS beside one of Adam's: {_costs(document)}. It fits the training data: its test loss is often "
+    "higher."
   )
   return Table("GLS beside Adam (`python -m benchmarks gls`)", header, rows, (note,))
 
