@@ -68,6 +68,7 @@ LARGE: dict[str, Contestant] = FIRST_ORDER | {
 LAYERS: dict[str, Contestant] = FIRST_ORDER | {
   "GLS": ("gls", {"decay": 0.0, "damping": 1e-3}, (0.5, 1.0, 2.0, 4.0, 8.0))
 }
+FEW = {"train_size": 2000, "test_size": 1000, "evaluations": 20}  # an evaluation costs more than the steps between
 RACES: dict[str, tuple[dict[str, Any], dict[str, Contestant]]] = {
   "ae_digits": ({}, AUTOENCODERS),
   "single_layer": ({"epochs": 300}, LAYERS),
@@ -75,8 +76,8 @@ RACES: dict[str, tuple[dict[str, Any], dict[str, Contestant]]] = {
   "digits": ({}, SMALL),
   "mlp_cifar10(batches=1)": ({"train_size": 6000, "epochs": 20}, {k: CLASSIFIERS[k] for k in ("SGD", "Adam", "GLS")}),
   "uci": ({}, SMALL),
-  "curves": ({"train_size": 2000, "epochs": 10}, LARGE),
-  "ae_cifar10(batches=1)": ({"train_size": 2000, "epochs": 20}, LARGE),
+  "curves": ({"epochs": 5} | FEW, LARGE),
+  "ae_cifar10(batches=1)": ({"epochs": 10} | FEW, LARGE),
 }
 COSTS = ("mlp_mnist", "mlp_cifar10(batches=1)")
 PERIOD = 20  # steps of one call: a multiple of every period of fits

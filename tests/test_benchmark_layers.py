@@ -236,6 +236,9 @@ def test_the_claims_are_measured_kept_and_not_done_again(tmp_path, monkeypatch, 
   assert found["contestants"]["Adam"]["step_to_adam"] == [1.0, 1.0] and len(found["irls"]["sweeps"]) == 2
   assert set(found["contestants"]["SGD"]["trials"]) == {"0.1", "1"}
   assert document["cost"][name]["ratios"]["Adam"]["cpu"] == [1, 1, 1]
+  document["cost"][name]["ratios"]["GLS"] = document["cost"][name]["ratios"]["SGD"]
+  (row,) = gls.summary(document).rows
+  assert row[0] == name and row[3] == "GLS, length of SGD"
   monkeypatch.setattr(gls, "_one", lambda *arguments: pytest.fail("done again"))
   gls.measure(tmp_path, seeds=2)
   assert "Train loss at equal step length" in capsys.readouterr().out
