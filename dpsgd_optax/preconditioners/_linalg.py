@@ -64,7 +64,7 @@ def triangular_inverse(x: jax.Array, block: int = 32) -> jax.Array:
   d = len(x)
   levels = max(0, math.ceil(math.log2(d / block)))
   size = math.ceil(d / 2**levels) * 2**levels
-  padded = jnp.pad(x, (0, size - d)).at[jnp.arange(d, size), jnp.arange(d, size)].set(1)
+  padded = x if size == d else jax.scipy.linalg.block_diag(x, jnp.eye(size - d, dtype=x.dtype))
   return _blocks_inverse(padded[None], levels)[0, :d, :d]
 
 
