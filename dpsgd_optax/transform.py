@@ -57,9 +57,12 @@ def all_finite(tree: Any) -> jax.Array:
   CPU. A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x)]
-  small = [jnp.ravel(x) for x in leaves if jnp.size(x) < SMALL]
-  large = stacks([x for x in leaves if jnp.size(x) >= SMALL])
-  sums = [jnp.sum(x - x) for x in (large + [jnp.concatenate(small)] if small else large)]
+  parts, small = stacks([x for x in leaves if jnp.size(x) >= SMALL]), {}
+  for x in leaves:
+    if jnp.size(x) < SMALL:  # side by side, so that an axis which is divided among devices stays where it is
+      rows = jnp.shape(x)[0] if jnp.ndim(x) > 1 else 1
+      small.setdefault(rows, []).append(jnp.reshape(x, (rows, -1)))
+  sums = [jnp.sum(x - x) for x in parts + [jnp.concatenate(x, axis=1) for x in small.values()]]
   return jnp.isfinite(sum(sums)) if sums else jnp.array(True)
 
 
