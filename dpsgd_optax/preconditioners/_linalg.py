@@ -209,8 +209,8 @@ def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
     x = jnp.conj(jnp.where(by_row, jnp.conj(line) @ a.T, jnp.conj(line) @ a)) * scale
     y = jnp.where(by_row, x @ a, x @ a.T) * scale
   both = jnp.concatenate([x, y])  # and the sums of their squares are a product
-  x, y = jnp.sqrt(jnp.diagonal(jnp.real(jnp.matmul(both, jnp.conj(both.T), precision="highest"))))
-  return size * y / (x + tiny(size))
+  squares = jnp.real(jnp.matmul(both, jnp.conj(both.T), precision="highest"))
+  return size * jnp.sqrt(squares[1, 1]) / (jnp.sqrt(squares[0, 0]) + tiny(size))
 
 
 normal_norm_bound = functools.partial(norm_bound, normal=True)
