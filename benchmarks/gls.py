@@ -10,7 +10,7 @@ Every contestant is tuned with five learning rates on seed 0 and then run on see
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -201,8 +201,8 @@ def summary(document: dict[str, Any]) -> Table:
   rows = []
   for problem, found in document["races"].items():
     of = found["contestants"]
-    end = lambda entry: min(x for x in entry["trials"].values() if x is not None)
-    best = min((label for label in of if label.startswith("GLS")), key=lambda label: end(of[label]))
+    best_trial = lambda label, of=of: min(_numbers(of[label]["trials"].values()))
+    best = min((label for label in of if label.startswith("GLS")), key=best_trial)
     lowest = min(of, key=lambda label: analysis.spread(_numbers(of[label]["train_loss"])).median)
     middle = lambda values: number(analysis.spread(_numbers(values)).median)
     rows.append(
@@ -230,7 +230,7 @@ def _costs(document: dict[str, Any]) -> str:
   return ", ".join(f"{cell(found['ratios']['GLS']['cpu'])} on {name_of(p)}" for p, found in document["cost"].items())
 
 
-def _numbers(values: Sequence[float | None]) -> list[float]:
+def _numbers(values: Iterable[float | None]) -> list[float]:
   return [float("inf") if value is None else value for value in values]
 
 

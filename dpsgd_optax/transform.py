@@ -19,7 +19,7 @@ from dpsgd_optax.base import (
 )
 from dpsgd_optax.fitted import Fitted
 
-SMALL = 4096  # XLA compiles the sum of fewer numbers on a CPU for 70 ms, and of more, by a library, for 3 ms
+SMALL = 4096  # for the sum of fewer numbers XLA makes a kernel on a CPU, slow to compile; of more, it calls a library
 FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
 
 

@@ -113,6 +113,24 @@ def test_a_step_whose_damping_is_not_finite_is_skipped_and_counted(make, bad, ev
   assert moves(updates)
 
 
+def test_a_step_too_long_for_its_dtype_is_skipped_and_its_fit_is_kept():
+  """P g overflows, nothing else is wrong: P has to be allowed to shrink, or every later step would overflow too."""
+  shrinking = dpo.Preconditioner(
+    init=lambda params: jnp.float32(3e38),
+    fit=lambda p, observation, *, key, damping: p / 10,
+    apply=lambda p, updates: jax.tree.map(lambda g: p * g, updates),
+  )
+  tx = dpo.scale_by_preconditioner(shrinking, dpo.whitening(), momentum=optax.ema(0.9))
+  grads = 100 * jnp.ones(3)
+  step = jax.jit(tx.update)
+  updates, state = step(grads, tx.init(grads))
+  assert not np.any(updates) and (int(state.skipped), int(state.fits)) == (1, 1)
+  assert not np.any(state.momentum.ema) and np.isclose(state.preconditioner, 3e37, rtol=1e-5)
+  updates, state = step(grads, state)
+  np.testing.assert_allclose(updates, 3e38, rtol=1e-5)
+  assert (int(state.skipped), int(state.fits)) == (1, 2)
+
+
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 LEAVES = st.one_of(
   st.none(), st.builds(jax.ShapeDtypeStruct, SHAPES, st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]))

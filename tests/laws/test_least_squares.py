@@ -450,6 +450,46 @@ def test_kernels_alone_are_solved_without_the_bias_that_another_transform_trains
   close(-updates["b"], 0.1 * grads["b"])
 
 
+def test_after_bnp_it_divides_what_bnp_has_made_of_the_gradient():
+  """`optax.chain`: both are shown the layer's inputs; (S + λI)⁻¹ P Pᵀ g."""
+  scale = lambda p: dpo.scale_by_preconditioner(p, dpo.layer_inputs(), damping=0.1)
+  chained = optax.chain(scale(dpo.batch_norm()), scale(dpo.least_squares()))
+  grads = jax.tree.map(jnp.asarray, gradient(X, neurons()))
+  found, _ = chained.update(grads, chained.init(grads), grads, layer_inputs={"w": X})
+  normalized = step(dpo.batch_norm(), grads, {"w": X}, damping=0.1)
+  a = np.concatenate([X, ONES], 1)
+  s = a.T @ a / N
+  close(stacked(found), np.linalg.solve(s + 0.1 * np.trace(s) / (D + 1) * np.eye(D + 1), stacked(normalized)))
+  assert not np.allclose(stacked(normalized), stacked(grads))
+
+
+def test_layers_are_solved_while_the_norms_take_the_partial_hessian():
+  """`optax.partition`: each leaf moves as with its transform alone, the product over the leaves of `sgd_ph`."""
+  params = jax.tree.map(jnp.asarray, {"layer": {"w": W, "b": B}, "norm": {"scale": np.full(K, 1.5)}})
+  value = lambda p: jnp.mean(((X @ p["layer"]["w"] + p["layer"]["b"]) * p["norm"]["scale"] - Y) ** 2)
+  grads, norms = jax.grad(value)(params), functools.partial(jax.tree.map, lambda _: True)  # all that it is given
+  solver, partial = dpo.gls(0.1), dpo.sgd_ph(0.1, norms, probe=dpo.exact)
+  both = optax.partition({"layer": solver, "norm": partial}, {"layer": "layer", "norm": "norm"})
+  hvp = dpo.hvp(lambda p: value(params | p), {"norm": params["norm"]})
+  whole = dpo.hvp(value, params)
+  found, _ = both.update(grads, both.init(params), params, layer_inputs={"layer": {"w": X}}, hvp=whole)
+  mine = {"layer": grads["layer"]}
+  alone, _ = solver.update(mine, solver.init(mine), mine, layer_inputs={"layer": {"w": X}})
+  close(stacked(found["layer"]), stacked(alone["layer"]))
+  rest = {"norm": params["norm"]}
+  alone, _ = partial.update({"norm": grads["norm"]}, partial.init(rest), rest, hvp=hvp)
+  close(found["norm"]["scale"], alone["norm"]["scale"])
+
+
+def test_inputs_in_half_precision_are_averaged_in_single():
+  """bfloat16 inputs give the moments of the same numbers in float32, not a sum in bfloat16."""
+  x = jnp.asarray(np.tile(X, (50, 1)), jnp.bfloat16)
+  grads = {"w": jnp.asarray(W, jnp.float32), "b": jnp.asarray(B, jnp.float32)}
+  found, expected = (step(dpo.least_squares(), grads, {"w": x.astype(d)}, damping=0.1) for d in (x.dtype, jnp.float32))
+  np.testing.assert_allclose(stacked(found), stacked(expected), rtol=1e-5)
+  assert found["w"].dtype == np.float32
+
+
 # -- degenerate input -------------------------------------------------------------------------------------------------
 
 ODD = {
