@@ -11,7 +11,7 @@ import pytest
 
 from dpsgd_optax.preconditioners._arrow import Arrow
 from dpsgd_optax.preconditioners._geometry import Normalizer, eq, fit_factors, lipschitz, spectral
-from dpsgd_optax.preconditioners._linalg import balance, largest_entry, multiply, square
+from dpsgd_optax.preconditioners._linalg import balancing, largest_entry, multiply, scaled, square
 from dpsgd_optax.preconditioners.kron import KronState, refit, sandwich
 from tests.record import TOLERANCE, case, case_names, draws, error, load
 
@@ -90,12 +90,12 @@ def test_five_updates_equal_legacy_psgd_torch(name, precision):
       lip = jnp.stack([jnp.asarray(z[f"t{t - 1}/{k.replace('Q', 'L')}"]) for k in names])
     heads = drawn.get("rand", 1) < 0.01
     if heads and not balances_late:
-      q = balance(q)
+      q = scaled(q, balancing(q))
     new, new_lip = fit_factors(
       q, tuple(map(square, q)), lip, v, h, geometry=eq, normalizer=normalizer, step_size=meta["lr"]
     )
     if heads and balances_late:
-      new = balance(new)
+      new = scaled(new, balancing(new))
     for came, k in zip(new, names, strict=True):
       assert error(came, z[f"t{t}/{k}"]) <= TOLERANCE[precision], (t, k)
     if remembers:

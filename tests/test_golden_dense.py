@@ -35,9 +35,9 @@ def with_rows(geometry, blocks):
   """The geometry with the rows that psgd_torch drew for the norms of the skew parts."""
   norms = [functools.partial(norm_estimate, block=jnp.asarray(rows), skew=True) for rows in blocks]
   if geometry is dpo.pro:
-    return geometry._replace(move=lambda q, e: procrustes_step(q - e @ q, norms[0]))
+    return geometry._replace(move=lambda q, e, mu: procrustes_step(q - mu * (e @ q), norms[0]))
   if geometry is dpo.pro4p:
-    return geometry._replace(move=lambda q, e: functools.reduce(procrustes_step_3, norms, q - e @ q))
+    return geometry._replace(move=lambda q, e, mu: functools.reduce(procrustes_step_3, norms, q - mu * (e @ q)))
   return geometry
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax.preconditioners._geometry import fit_factors
-from dpsgd_optax.preconditioners._linalg import balance, norm_bound
+from dpsgd_optax.preconditioners._linalg import balancing, norm_bound, scaled
 from dpsgd_optax.preconditioners.kron import KronState, sandwich
 from tests.table import counted
 
@@ -37,7 +37,8 @@ def factor(q):
 
 def one_fit(q, v, h, normalizer, step_size):
   """Balance, then move: the order of the reference."""
-  q = balance(tuple(map(factor, q)), normalizer.size)
+  q = tuple(map(factor, q))
+  q = scaled(q, balancing(q, normalizer.size))
   p = tuple(jnp.zeros_like(x) for x in q)  # eq does not look at p
   moved, _ = fit_factors(
     q, p, jnp.zeros(2), jnp.asarray(v), jnp.asarray(h), geometry=dpo.eq, normalizer=normalizer, step_size=step_size

@@ -16,11 +16,12 @@ import pytest
 import dpsgd_optax as dpo
 from dpsgd_optax.preconditioners._geometry import fit_factors
 from dpsgd_optax.preconditioners._linalg import (
-  balance,
+  balancing,
   norm_bound,
   norm_estimate,
   procrustes_step,
   procrustes_step_3,
+  scaled,
 )
 from dpsgd_optax.preconditioners.kron import sandwich
 from tests.record import TOLERANCE, case, draws, error, load
@@ -74,9 +75,9 @@ def replayed(geometry, dense, blocks):
   moves = iter(skews)
   if geometry is dpo.pro:
     rotate = lambda q: procrustes_step(q, functools.partial(norm_estimate, block=next(moves)[0], skew=True))
-    geometry = geometry._replace(move=lambda q, e: rotate(q - e @ q))
+    geometry = geometry._replace(move=lambda q, e, mu: rotate(q - mu * (e @ q)))
   if geometry is dpo.pro4p:
-    geometry = geometry._replace(move=lambda q, e: _rotate_often(q - e @ q, next(moves)))
+    geometry = geometry._replace(move=lambda q, e, mu: _rotate_often(q - mu * (e @ q), next(moves)))
   return geometry, norms
 
 
@@ -102,7 +103,7 @@ def replayed_update(geometry, q, lip, v, x, record, *, step_size, damping, integ
     v = noise  # psgd_torch uses one draw for both
   replayed_geometry, norms = replayed(geometry, [len(f) if f.ndim == 2 else None for f in q], blocks)
   if coin is None:
-    q = balance(q)
+    q = scaled(q, balancing(q))
   q, lip = fit_factors(
     q,
     tuple(geometry.factor_of_p(f) for f in q),
@@ -114,7 +115,7 @@ def replayed_update(geometry, q, lip, v, x, record, *, step_size, damping, integ
     step_size=step_size,
     norms=norms,
   )
-  return (balance(q) if coin is not None and coin < 0.01 else q), lip
+  return (scaled(q, balancing(q)) if coin is not None and coin < 0.01 else q), lip
 
 
 def worst_error(name, precision):

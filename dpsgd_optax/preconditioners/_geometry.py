@@ -6,9 +6,9 @@ Notation
   a, b    the probe seen through Q
   T1, T2  ⟨a a*⟩_i and ⟨b b*⟩_i, (d, d) dense or (d,) diagonal; E ⟨b b*⟩_i where v is integrated out
   E       T1 − T2, the (half) gradient of the criterion hᴴPh + vᴴP⁻¹v along the group
-  L       what the step is divided by, so that ‖μE‖ ≤ step_size and q never leaves the group
+  L, μ    what the step is divided by, μ = step_size / L, so that ‖μE‖ ≤ step_size and q never leaves the group
 
-Every fit is q_i ← move(q_i, (step_size / L) · project(T1 − T2)). A geometry says where the probe is looked at
+Every fit is q_i ← move(q_i, project(T1 − T2), step_size / L). A geometry says where the probe is looked at
 (lift), which part of E lies in the Lie algebra (project), and how q moves; a normalizer says what L is.
 
 Sources: arXiv:1512.04202 (EQ), arXiv:2402.11858 and psgd_torch 2.0 (the inverse-free ones); arXiv:1803.09383 (Kron).
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from dpsgd_optax.preconditioners._linalg import (
   LowRank,
-  balance,
+  balancing,
   gram,
   hermitian,
   largest_diagonal,
@@ -34,6 +34,7 @@ from dpsgd_optax.preconditioners._linalg import (
   outer,
   procrustes,
   procrustes_step,
+  scaled,
   solve_adjoint,
   square,
   tiny,
@@ -63,7 +64,7 @@ class Geometry(NamedTuple):
   Attributes:
     lift: (q, p, v, h, precision) -> (a, b); b is None where v is.
     project: the part of a dense E that lies in the group's Lie algebra.
-    move: (q, E) -> q for a dense factor, E already scaled by step_size / L.
+    move: (q, E, μ) -> q for a dense factor, and c q for c q: it is as far in every unit.
     move_diagonal: the same for a diagonal factor.
     samples: True if the geometry had better not integrate v out and wants a sample of it.
     expected: (q, shape) -> E ⟨b b*⟩_i of each factor, v integrated out; a number stands for a multiple of I.
@@ -132,17 +133,17 @@ def _keep(e):
   return e
 
 
-def _scale(q, e):
-  return q - e * q
+def _scale(q, e, mu):
+  return q - mu * e * q
 
 
-def _times(q, e):
-  return q - e @ q
+def _times(q, e, mu):
+  return q - (e @ q) * mu
 
 
-def _both_sides(q, e):
-  left = q - e @ q
-  return hermitian(left - left @ e)
+def _both_sides(q, e, mu):
+  left = q - (e @ q) * mu
+  return hermitian(left - (left @ e) * mu)
 
 
 def _through_one_factor(q, t, precision):
@@ -168,22 +169,24 @@ where q⁻¹ is kept and follows by the identity of Woodbury: no solve, no trian
 qep = Geometry(_through_p, _keep, _times, _scale, moment=_through_one_factor)
 """q ← q − μ E q, a = q Ph, b = q v: matrix products only, two more per factor than ``qeq``."""
 
-qeq = Geometry(_through_p, _keep, lambda q, e: q - q @ e, _scale)
+qeq = Geometry(_through_p, _keep, lambda q, e, mu: q - (q @ e) * mu, _scale)
 """q ← q − μ q E, a = Ph, b = v: matrix products only. P is what fitting P itself by ``quad`` would give,
 and it cannot lose positive-definiteness."""
 
-quad = Geometry(_through_p, _keep, lambda q, e: _both_sides(q, e / 2), lambda q, e: q * (1 - e / 2) ** 2)
+quad = Geometry(
+  _through_p, _keep, lambda q, e, mu: _both_sides(q, e, mu / 2), lambda q, e, mu: q * (1 - mu * e / 2) ** 2
+)
 """q ← sym((I − μE/2) q (I − μE/2)), q Hermitian positive: matrix products only."""
 
-pro = Geometry(_through_p, _keep, lambda q, e: procrustes_step(_times(q, e)), _scale)
+pro = Geometry(_through_p, _keep, lambda q, e, mu: procrustes_step(_times(q, e, mu)), _scale)
 """q ← q − μ E q, then one rotation towards the Hermitian positive matrices (the literature's Q^0.5 E Q^1.5):
 an online Newton-Schulz iteration; matrix products only."""
 
-quad4p = Geometry(_through_p, _keep, _both_sides, lambda q, e: q * (1 - e) ** 2, fits_p=True)
+quad4p = Geometry(_through_p, _keep, _both_sides, lambda q, e, mu: q * (1 - mu * e) ** 2, fits_p=True)
 """P ← sym((I − μE) P (I − μE)): ``qeq`` without its Q, at half the memory. Rounding can cost it definiteness,
 so it refuses a state below float32."""
 
-pro4p = Geometry(_through_p, _keep, lambda p, e: hermitian(procrustes(_times(p, e))), _scale, fits_p=True)
+pro4p = Geometry(_through_p, _keep, lambda p, e, mu: hermitian(procrustes(_times(p, e, mu))), _scale, fits_p=True)
 """P ← P − μ E P, then up to ten rotations towards the Hermitian positive matrices and the Hermitian part
 of what they leave; refuses a state below float32. The rotation divides rounding by its own size: in float32 the fit has
 a floor of 1e-4."""
@@ -215,6 +218,11 @@ trace = Normalizer(lambda t1, t2, e, norm: t1.trace() + t2.trace(), 0.9, largest
 """L tracks tr(T1 + T2), which for one factor over a vector is the norm of T1 + T2 up to a factor of 2, and exact."""
 
 
+def tracked(old: jax.Array, measured: jax.Array, memory: float) -> jax.Array:
+  """L ← max(memory · L + (1 − memory) · ℓ, ℓ)."""
+  return jnp.maximum(memory * old + (1 - memory) * measured, measured)
+
+
 def steps(
   q: Factors,
   p: Factors,
@@ -228,8 +236,8 @@ def steps(
   norms: tuple[Callable, ...] | None = None,
   precision=None,
   low_rank: bool = False,
-) -> tuple[tuple, jax.Array]:
-  """How far each factor is to go, μE, from one probe: all from the same a and b (Jacobi, not Gauss-Seidel).
+) -> tuple[tuple, jax.Array, jax.Array]:
+  """Where each factor is to go, E, and how far, μ, from one probe: all of the same a, b (Jacobi, not Gauss-Seidel).
 
   Args:
     q: factors, dense (d_i, d_i) or diagonal (d_i,).
@@ -245,11 +253,10 @@ def steps(
     low_rank: keep the moments of a vector as outer products, so that a move costs O(n²); normalizer ``trace``.
 
   Returns:
-    μE of each factor, what a geometry's ``move`` takes, and the new L.
+    E of each factor, μ (k,) and the new L (k,): the first two are what a geometry's ``move`` takes.
   """
   a, b = geometry.lift(q, p, v, h, precision)
-  real = jnp.finfo(a.dtype).dtype
-  found, tracked = [], []
+  found, measured = [], []
   expected = geometry.expected(q, a.shape) if b is None else None
   bound_of = norm_bound if geometry.project is triu else normal_norm_bound
   for i, factor in enumerate(q):
@@ -259,24 +266,34 @@ def steps(
     t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)
     e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
     e = geometry.project(e) if dense else e
-    measured = normalizer.measure(t1, t2, e, norm).astype(lip.dtype)
-    bound = jnp.maximum(normalizer.memory * lip[i] + (1 - normalizer.memory) * measured, measured)
-    found.append(e * (step_size / (bound + tiny(bound))).astype(real))
-    tracked.append(bound)
-  return tuple(found), jnp.stack(tracked)
+    measured.append(normalizer.measure(t1, t2, e, norm).astype(lip.dtype))
+    found.append(e)
+  lip = tracked(lip, jnp.stack(measured), normalizer.memory)
+  mu = (step_size / (lip + tiny(lip))).astype(jnp.finfo(a.dtype).dtype)
+  return tuple(found), mu, lip
 
 
-def fit_factors(q: Factors, *args, geometry: Geometry, **options) -> tuple[Factors, jax.Array]:
-  """One fit of all factors, arguments as for :func:`steps`: the new factors, not balanced, and the new L."""
-  found, lip = steps(q, *args, geometry=geometry, **options)
-  move = lambda factor, e: (geometry.move if factor.ndim == 2 else geometry.move_diagonal)(factor, e)
-  return tuple(map(move, q, found)), lip
+def fit_factors(
+  q: Factors, *args, geometry: Geometry, multiples: jax.Array | None = None, **options
+) -> tuple[Factors, jax.Array]:
+  """One fit of all factors, arguments as for :func:`steps`: the new factors and the new L.
+
+  Args:
+    q: factors.
+    multiples: (k,), by which the factors are multiplied before the fit; None: by nothing. What a move needs of it is
+      one number for its result, and most geometries look at nothing else: a multiple of q is then never written down.
+  """
+  seen = q if multiples is None else scaled(q, multiples)
+  found, mu, lip = steps(seen, *args, geometry=geometry, **options)
+  move = lambda i: (geometry.move if q[i].ndim == 2 else geometry.move_diagonal)(q[i], found[i], mu[i])
+  new = tuple(map(move, range(len(q))))
+  return new if multiples is None else scaled(new, multiples), lip
 
 
 __all__ = [
   "Geometry",
   "Normalizer",
-  "balance",
+  "balancing",
   "eq",
   "fit_factors",
   "gl",
@@ -288,7 +305,9 @@ __all__ = [
   "qeq",
   "quad",
   "quad4p",
+  "scaled",
   "spectral",
   "steps",
   "trace",
+  "tracked",
 ]

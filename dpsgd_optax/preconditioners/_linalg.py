@@ -290,17 +290,25 @@ def largest_diagonal(q: Any) -> jax.Array:
   return jnp.max(jnp.abs(q if q.ndim == 1 else jnp.diagonal(q)))
 
 
-def balance(factors: tuple[jax.Array, ...], size=largest_entry) -> tuple[jax.Array, ...]:
-  """Give all factors the same size; their Kronecker product, and so P, stays as it is.
+def balancing(factors: tuple[jax.Array, ...], size=largest_entry, gain: Any = None) -> jax.Array:
+  """The multiples that give all factors the same size, (k,); their Kronecker product stays, or grows by ``gain``.
 
-  q_i ← q_i · (Π n_j)^(1/k) / n_i with n_i = size(q_i), the roots first, so that the product cannot overflow.
+  (gain · Π n_j)^(1/k) / n_i with n_i = size(q_i), the roots first, so that the product cannot overflow. All of them in
+  one array: each scalar by itself would be a kernel to compile.
   """
-  if len(factors) == 1:
-    return factors
-  sizes = [size(q) for q in factors]
-  root = jnp.sqrt if len(sizes) == 2 else lambda n: n ** (1 / len(sizes))
-  mean = math.prod(map(root, sizes))
-  return tuple(q * (mean / n).astype(q.dtype) for q, n in zip(factors, sizes, strict=True))
+  k = len(factors)
+  root = {1: lambda x: x, 2: jnp.sqrt}.get(k, lambda x: x ** (1 / k))
+  times = jnp.ones(k) if gain is None else jnp.broadcast_to(root(gain), k)
+  if k > 1:
+    sizes = jnp.stack([size(q) for q in factors])
+    roots = root(sizes)
+    times = times * math.prod(jnp.roll(roots, i) for i in range(k)) / sizes
+  return times
+
+
+def scaled(factors: tuple[jax.Array, ...], multiples: jax.Array) -> tuple[jax.Array, ...]:
+  """Each factor times its number."""
+  return tuple(q * multiples[i].astype(q.dtype) for i, q in enumerate(factors))
 
 
 def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from dpsgd_optax.preconditioners._geometry import Geometry, pro, steps, trace
 from dpsgd_optax.preconditioners._lift import raveled, sampled
 from dpsgd_optax.preconditioners._linalg import square
 from dpsgd_optax.preconditioners._power import kron_power
-from dpsgd_optax.preconditioners.kron import first_scale
+from dpsgd_optax.preconditioners.kron import first_gain
 
 
 class DenseState(NamedTuple):
@@ -39,11 +39,11 @@ def refit(
 ) -> DenseState:
   """Q ← move(Q, μE), E of rank two."""
   kept = (state.inverse,) if geometry.keeps_inverse else (state.q,) if geometry.fits_p else None
-  (e,), lip = steps(
+  (e,), mu, lip = steps(
     (state.q,), kept, state.lipschitz, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size, **options
   )
-  inverse = e.divide_by_one_minus(state.inverse) if geometry.keeps_inverse else ()
-  return DenseState(geometry.move(state.q, e), inverse, lip)
+  inverse = (e * mu[0]).divide_by_one_minus(state.inverse) if geometry.keeps_inverse else ()
+  return DenseState(geometry.move(state.q, e, mu[0]), inverse, lip)
 
 
 def dense(
@@ -104,7 +104,7 @@ def dense(
   def fit(state: DenseState, probe: Probe, *, key: jax.Array) -> DenseState:
     v, h = sampled(probe, key)
     if init_scale is None:
-      gain = jnp.where(state.lipschitz[0] > 0, 1.0, first_scale(v, h)).astype(state.q.dtype)
+      gain = first_gain(state.lipschitz[0], v, h).astype(state.q.dtype)
       inverse = jax.tree.map(lambda x: x / gain, state.inverse)
       state = state._replace(q=state.q * gain**power, inverse=inverse)
     return refit(state, v, h, geometry=geometry, step_size=step_size, precision=precision, low_rank=True)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size, is_static
 from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, fit_factors, lipschitz, pro
 from dpsgd_optax.preconditioners._lift import Stacked, per_leaf, sampled
-from dpsgd_optax.preconditioners._linalg import balance, multiply
+from dpsgd_optax.preconditioners._linalg import balancing, multiply
 from dpsgd_optax.preconditioners._power import kron_power
 
 
@@ -89,21 +89,35 @@ def refit(
   geometry: Geometry,
   normalizer: Normalizer,
   step_size,
+  gain: jax.Array | None = None,
   precision=None,
 ) -> KronState:
   """Balance, move, and square. Balancing leaves the product P, and so what the fit sees, as it is.
 
   It comes first because DPSGD averages the factors one by one, and the split between them is then part of the rule.
+
+  Args:
+    state: before the fit.
+    v: probe vector, or None.
+    h: its product, damped.
+    geometry: how the factors move.
+    normalizer: what the step is divided by.
+    step_size: in (0, 1].
+    gain: that Q is multiplied by before the fit; None: 1.
+    precision: of the matrix products.
   """
+  of_p = None if gain is None else gain**2
+  q = state.q or state.p
   q, lip = fit_factors(
-    balance(state.q or state.p, normalizer.size),
-    state.p,
+    q,
+    state.p if gain is None else times_smallest(state.p, of_p),
     state.lipschitz,
     v,
     h,
     geometry=geometry,
     normalizer=normalizer,
     step_size=step_size,
+    multiples=balancing(q, normalizer.size, of_p if geometry.fits_p else gain),
     precision=precision,
   )
   return with_factors(q, lip, geometry, precision)
@@ -137,6 +151,19 @@ def first_scale(v: jax.Array | None, h: jax.Array) -> jax.Array:
   return jnp.maximum(scale, 1.1 * jnp.sqrt(jnp.finfo(scale.dtype).tiny))
 
 
+def first_gain(lipschitz: jax.Array, v: jax.Array | None, h: jax.Array) -> jax.Array:
+  """:func:`first_scale` at the first fit, which L = 0 tells, then 1: a branch, for it reads v and h twice."""
+  one = lambda v, h: jnp.ones((), jnp.finfo(h.dtype).dtype)
+  return jax.lax.cond(lipschitz > 0, one, first_scale, v, h)
+
+
+def times_smallest(factors: Factors, gain: jax.Array) -> Factors:
+  """gain · ⊗ factors, by way of the one of the fewest numbers."""
+  sizes = [sum(x.size for x in jax.tree.leaves(q)) for q in factors]
+  least = sizes.index(min(sizes))
+  return tuple(q * gain.astype(q.dtype) if i == least else q for i, q in enumerate(factors))
+
+
 def dense_if(wanted: bool) -> Callable[[int, Any], jax.Array]:
   return dense_factor if wanted else diagonal_factor
 
@@ -160,15 +187,8 @@ def group(
     seen = layout(probe.product.shape)
     h = seen.look(probe.product)
     v = None if probe.vector is None else seen.look(probe.vector)
-
-    def scaled(state: KronState) -> KronState:
-      each = first_scale(v, h) ** (1 / h.ndim)
-      times = lambda factors, gain: tuple((x * gain).astype(x.dtype) for x in factors)
-      return state._replace(q=times(state.q, each), p=times(state.p, each**2))
-
-    if init_scale is None:
-      state = jax.lax.cond(state.lipschitz[0] > 0, lambda state: state, scaled, state)
-    return refit(state, v, h, geometry=geometry, **options)
+    gain = first_gain(state.lipschitz[0], v, h) if init_scale is None else None
+    return refit(state, v, h, geometry=geometry, gain=gain, **options)
 
   def apply(state: KronState, x: jax.Array) -> jax.Array:
     seen = layout(x.shape)

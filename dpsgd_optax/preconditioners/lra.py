@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
+from dpsgd_optax.preconditioners._geometry import tracked
 from dpsgd_optax.preconditioners._lift import raveled, sampled
 from dpsgd_optax.preconditioners._linalg import tiny
-from dpsgd_optax.preconditioners.kron import first_scale
+from dpsgd_optax.preconditioners.kron import first_gain
 
 
 class LRAState(NamedTuple):
@@ -149,11 +150,6 @@ def refit(
   return new._replace(lipschitz=jnp.where(taken, lip, state.lipschitz))
 
 
-def tracked(old: jax.Array, measured: jax.Array, memory: float) -> jax.Array:
-  """L ← max(memory · L + (1 − memory) · ℓ, ℓ)."""
-  return jnp.maximum(memory * old + (1 - memory) * measured, measured)
-
-
 def product(state: LRAState, x: jax.Array, precision: Any = None) -> jax.Array:
   """P x = d ⊙ (I + V Uᵀ)(I + U Vᵀ)(d ⊙ x)."""
   rank = state.w.shape[1] // 2
@@ -228,8 +224,7 @@ def lra(
     coin, key = jax.random.split(key)
     v, h = sampled(probe, key)
     if init_scale is None:
-      gain = jnp.where(state.lipschitz[0] > 0, 1.0, first_scale(v, h))
-      state = state._replace(d=state.d * gain)
+      state = state._replace(d=state.d * first_gain(state.lipschitz[0], v, h))
     return refit(state, v, h, jax.random.bernoulli(coin), step_size=step_size, precision=precision)
 
   return raveled(

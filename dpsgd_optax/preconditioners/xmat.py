@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, check
+from dpsgd_optax.preconditioners._geometry import tracked
 from dpsgd_optax.preconditioners._lift import raveled, sampled
 from dpsgd_optax.preconditioners._linalg import tiny
-from dpsgd_optax.preconditioners.kron import first_scale
+from dpsgd_optax.preconditioners.kron import first_gain
 
 
 class XMatState(NamedTuple):
@@ -48,8 +49,7 @@ def refit(
   e_a, e_b = t * t - s * s, t * t[::-1] - s * s[::-1]
   if len(a) % 2:  # the middle is on both diagonals: it belongs to a
     e_b = jnp.where(jnp.arange(len(a)) == len(a) // 2, 0, e_b)
-  measured = measure(e_a, e_b, t, s)
-  lip = jnp.maximum(memory * lip + (1 - memory) * measured, measured)
+  lip = tracked(lip, measure(e_a, e_b, t, s), memory)
   mu = step_size / (lip + tiny(lip))
   return XMatState(a - mu * (e_a * a + e_b * b[::-1]), b - mu * (e_a * b + e_b * a[::-1]), lip)
 
@@ -107,7 +107,7 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
   def fit(state: XMatState, probe: Probe, *, key: jax.Array) -> XMatState:
     v, h = sampled(probe, key)
     if init_scale is None:
-      gain = jnp.where(state.lipschitz > 0, 1.0, first_scale(v, h))
+      gain = first_gain(state.lipschitz, v, h)
       state = state._replace(a=state.a * gain, b=state.b * gain)
     return refit(state, v, h, step_size=step_size)
 

@@ -12,7 +12,7 @@ from scipy.linalg import block_diag
 import dpsgd_optax as dpo
 from dpsgd_optax.preconditioners._geometry import fit_factors
 from dpsgd_optax.preconditioners._lift import LiftState
-from dpsgd_optax.preconditioners._linalg import balance, largest_diagonal, largest_entry
+from dpsgd_optax.preconditioners._linalg import balancing, largest_diagonal, largest_entry, scaled
 from tests.table import BATCH, SIZE, draw, fit, flat, matrix, start, unflat
 
 KRON = ["kron", "kron pro", "kron eq", "kron quad", "kron qeq"]
@@ -49,7 +49,7 @@ def test_balance_leaves_the_product_and_makes_the_factors_equal_in_size(size, si
   rng = np.random.default_rng(seed)
   shapes = [(3, 3), (2,)]
   q = [(rng.standard_normal(s) * 10.0**e).astype(np.float32) for s, e in zip(shapes, sizes, strict=True)]
-  new = [np.asarray(x, np.float64) for x in balance(tuple(map(jnp.asarray, q)), size)]
+  new = [np.asarray(x, np.float64) for x in scaled(q, balancing(q, size))]
   product = lambda a, b: np.kron(a.astype(np.float64), np.diag(b.astype(np.float64)))
   assert close(product(*new), product(*q), 1e-4)
   np.testing.assert_allclose(size(jnp.asarray(new[0])), size(jnp.asarray(new[1])), rtol=1e-4)
@@ -182,3 +182,22 @@ def test_a_stack_of_layers_is_fitted_like_its_layers_one_by_one(name):
   expected = (alone @ g.reshape(BATCH, 6, 1)).reshape(g.shape)
   assert close(applied["stack"], expected, 1e-4)
   assert close(np.stack([applied["apart"][str(i)] for i in range(BATCH)]), expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["eq", "qep", "qeq", "quad", "pro", "quad4p", "pro4p"])
+def test_multiples_of_the_factors_may_be_taken_after_the_move(name):
+  """move(c q, E, μ) = c move(q, E, μ), so that fitting c_i q_i is fitting q_i, the results multiplied by c_i."""
+  rng = np.random.default_rng(3)
+  geometry = getattr(dpo, name)
+  root = lambda d: np.linalg.cholesky(np.eye(d) + 0.1 * np.ones((d, d))).T
+  full = root(4) if name == "eq" else root(4).T @ root(4)
+  q = jnp.asarray(full, jnp.float32), jnp.asarray(rng.uniform(0.5, 2, 3), jnp.float32)
+  v, h = jnp.asarray(rng.standard_normal((2, 4, 3)), jnp.float32)
+  multiples = jnp.asarray([4.0, 1 / 16])
+  of = lambda factors: (tuple(geometry.factor_of_p(x) for x in factors), jnp.zeros(2), v, h)
+  options = dict(geometry=geometry, normalizer=dpo.lipschitz, step_size=0.3)
+  expected, lip = fit_factors(scaled(q, multiples), *of(scaled(q, multiples)), **options)
+  new, found = fit_factors(q, *of(scaled(q, multiples)), multiples=multiples, **options)
+  for a, b in zip((*new, found), (*expected, lip), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    assert np.abs(a).max() > 0.01
