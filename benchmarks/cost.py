@@ -130,7 +130,8 @@ ROWS = (
   Row("gradient + Hvp by finite differences", {"gradient + Hvp by differences": 1.0}, {"gradient": 1.0}, None, 2.0),
   Row("dpsgd step, no fit due", {"dpsgd, no fit": 1.0}, {"gradient and apply": 1.0}, 1.05, 1.0, ("lenet5", "resnet8")),
   Row("dpsgd step, Hvp and fit", {"dpsgd, fit": 1.0}, {"psgd-jax affine, fit": 1.0}, 0.75, 0.6, ("mlp",)),
-  Row("dpsgd step, Hvp and fit", {"dpsgd, fit": 1.0}, {"psgd-jax affine, fit": 1.0}, 0.3, 0.2, ("lenet5",)),
+  Row("dpsgd step, Hvp and fit", {"dpsgd, fit": 1.0}, {"psgd-jax affine, fit": 1.0}, 0.3, 0.2, ("lenet5", "layers")),
+  Row("dpsgd step, both on our Hvp", {"dpsgd, fit": 1.0}, {"psgd-jax affine on our Hvp, fit": 1.0}),
   Row(
     "dpsgd step, Hvp and fit every 10", every(10, "dpsgd, fit", "dpsgd, no fit"), {"gradient": 1.0}, 1.35, 1.2, BLOCKS
   ),

@@ -272,8 +272,9 @@ def steps(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     found["sophia"] = step(optax.contrib.sophia(RATE))
   if name == "resnet8":
     found["sgd_ph"] = step(dpo.sgd_ph(RATE, training.is_norm_param), "leaves", refresh=True)
-  if name in ("mlp", "lenet5") and peers.installed():
-    found["psgd-jax affine, fit"] = _affine(work, loss_of)
+  if name in ("mlp", "lenet5", "layers") and peers.installed():
+    found["psgd-jax affine, fit"] = _affine(work, loss_of, True)
+    found["psgd-jax affine on our Hvp, fit"] = _affine(work, loss_of, False)
   if name in LAYERED:
     found |= layered(work)
   return found
@@ -317,16 +318,26 @@ def _differences(loss: Callable, params: Any, vector: Any) -> Any:
   return value, grads, dpo.hvp_finite_difference(loss, params, has_aux=True)(vector)
 
 
-def _affine(work: Workload, loss_of: Callable) -> tuple[Any, ...]:
-  """A whole step of psgd-jax's affine preconditioner on Hessian-vector products, every step a fit."""
+def _affine(work: Workload, loss_of: Callable, as_documented: bool) -> tuple[Any, ...]:
+  """A whole step of psgd-jax's affine preconditioner on Hessian-vector products, every step a fit.
+
+  ``as_documented``: with the products of its `hessian_helper`, as its README tells, which computes them in a
+  `lax.cond`; otherwise it is handed products made as ours are, and told at trace time that there is one.
+  """
   tx = peers.psgd_jax("affine").affine(RATE, b1=0.0)
+  helper = peers.psgd_jax("utils").hessian_helper
 
   def run(carry: Any, batch: Any, vector: Any) -> tuple[Any, Any]:
-    params, statistics, state = carry
-    loss = loss_of(statistics, batch)
-    (value, statistics), grads, product = dpo.value_and_grad_and_hvp(loss, has_aux=True)(params, vector)
-    new, state = tx.update(grads, state, params, Hvp=product, vector=vector, update_preconditioner=True)
-    return (optax.apply_updates(params, new), statistics, state), value
+    params, statistics, state, (key, count) = carry
+    loss, due = loss_of(statistics, batch), True
+    if as_documented:
+      key, probe_key = jax.random.split(key)
+      (value, statistics), grads, product, vector, due = helper(probe_key, count, loss, params, has_aux=True)
+    else:
+      (value, statistics), grads, product = dpo.value_and_grad_and_hvp(loss, has_aux=True)(params, vector)
+    new, state = tx.update(grads, state, params, Hvp=product, vector=vector, update_preconditioner=due)
+    return (optax.apply_updates(params, new), statistics, state, (key, count + 1)), value
 
   vector = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), work.params)
-  return run, (work.params, work.statistics, tx.init(work.params)), work.batch, vector
+  ahead = jax.random.key(0), jnp.zeros((), jnp.int32)
+  return run, (work.params, work.statistics, tx.init(work.params), ahead), work.batch, vector

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from dpsgd_optax.preconditioners._linalg import (
   LowRank,
   balancing,
+  cross_gram,
   gram,
   hermitian,
   largest_diagonal,
@@ -58,6 +59,12 @@ def _expected_of_inverse(q: Factors, shape: tuple[int, ...]) -> list:
   return [gram(x, 0, factor) * other for x, factor, other in zip(inverses, q, others, strict=True)]
 
 
+def _as_it_is(q, t, precision):
+  """A moment that every factor sees alike."""
+  del q, precision
+  return t
+
+
 class Geometry(NamedTuple):
   """Where the probe is looked at, and how a factor moves.
 
@@ -80,7 +87,7 @@ class Geometry(NamedTuple):
   move_diagonal: Callable
   samples: bool = False
   expected: Callable = _expected_of_v
-  moment: Callable = lambda q, t, precision: t
+  moment: Callable = _as_it_is
   fits_p: bool = False
   keeps_inverse: bool = False
 
@@ -93,14 +100,16 @@ class Normalizer(NamedTuple):
   """What the step of a factor is divided by: L ← max(memory · L + (1 − memory) · ℓ, ℓ), ℓ = measure(…).
 
   Attributes:
-    measure: (T1, T2, E, norm) -> ℓ.
+    measure: (T1, T2, E, norm) -> ℓ; T1 and T2 are None for a dense factor where ``of_difference``.
     memory: 0 divides by ℓ itself; with 0.9 a single outlier keeps the factors still for about 130 steps.
     size: what balancing makes equal among the factors.
+    of_difference: True promises that ``measure`` looks at E alone: one product then makes E, where T1 and T2 take two.
   """
 
   measure: Callable
   memory: float
   size: Callable
+  of_difference: bool = False
 
 
 def _through_q(q, p, v, h, precision):
@@ -207,10 +216,10 @@ def _first_order(t1, t2, e, norm):
 lipschitz = Normalizer(_second_order, 0.9, largest_entry)
 """L tracks ‖T1 + T2‖, an estimate of the gradient's Lipschitz constant, with memory 0.9: psgd_torch 2.0."""
 
-spectral = Normalizer(_first_order, 0.0, largest_diagonal)
+spectral = Normalizer(_first_order, 0.0, largest_diagonal, of_difference=True)
 """L = ‖E‖, by its lower bound, without memory: DPSGD's rule (`specnorm`), step size 0.1."""
 
-max_abs = Normalizer(lambda t1, t2, e, norm: largest_entry(e), 0.0, largest_entry)
+max_abs = Normalizer(lambda t1, t2, e, norm: largest_entry(e), 0.0, largest_entry, of_difference=True)
 """L = max |E_ij| without memory: Li's rule of 2018, step size 0.01; much slower than the others."""
 
 
@@ -259,12 +268,17 @@ def steps(
   found, measured = [], []
   expected = geometry.expected(q, a.shape) if b is None else None
   bound_of = norm_bound if geometry.project is triu else normal_norm_bound
+  by_difference = normalizer.of_difference and b is not None and not low_rank and geometry.moment is _as_it_is
   for i, factor in enumerate(q):
     dense, norm = factor.ndim == 2, bound_of if norms is None else norms[i]
-    of = outer if low_rank else lambda x, i=i, factor=factor: gram(x, i, factor, precision)
-    second = expected[i] if b is None else of(b)
-    t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)
-    e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
+    if by_difference and dense and isinstance(factor, jax.Array):
+      t1 = t2 = None
+      e = hermitian(cross_gram(a - b, a + b, i, precision))  # of (a − b)(a + b)ᴴ = a aᴴ − b bᴴ + a bᴴ − b aᴴ
+    else:
+      of = outer if low_rank else lambda x, i=i, factor=factor: gram(x, i, factor, precision)
+      second = expected[i] if b is None else of(b)
+      t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)
+      e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
     e = geometry.project(e) if dense else e
     measured.append(normalizer.measure(t1, t2, e, norm).astype(lip.dtype))
     found.append(e)

@@ -99,9 +99,14 @@ def gram(x: jax.Array, axis: int, like: Any, precision=None) -> Any:
   others = [i for i in range(x.ndim) if i != axis]
   if like.ndim == 1:
     return jnp.sum(jnp.real(x * jnp.conj(x)), axis=others)
+  return cross_gram(x, x, axis, precision)
+
+
+def cross_gram(x: jax.Array, y: jax.Array, axis: int, precision=None) -> jax.Array:
+  """x_(i) y_(i)ᴴ, (d, d)."""
   letters = "abcdefghijkl"[: x.ndim]
   moved = letters.replace(letters[axis], "z")
-  return jnp.einsum(f"{letters},{moved}->{letters[axis]}z", x, jnp.conj(x), precision=precision)
+  return jnp.einsum(f"{letters},{moved}->{letters[axis]}z", x, jnp.conj(y), precision=precision)
 
 
 def square(q: Any, precision=None) -> Any:
