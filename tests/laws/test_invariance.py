@@ -201,3 +201,26 @@ def test_multiples_of_the_factors_may_be_taken_after_the_move(name):
   for a, b in zip((*new, found), (*expected, lip), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     assert np.abs(a).max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("normalizer", ["spectral", "max_abs"])
+@pytest.mark.parametrize("name", ["eq", "qeq", "quad", "pro"])
+def test_one_product_of_difference_and_sum_is_the_difference_of_both_moments(name, normalizer, dtype):
+  """a aᴴ − b bᴴ is the Hermitian part of (a − b)(a + b)ᴴ, along each axis of a tensor, beside a diagonal factor too."""
+  rng = np.random.default_rng(4)
+  draw_one = lambda *shape: (
+    rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if dtype == np.complex64 else 0)
+  )
+  geometry, once = getattr(dpo, name), getattr(dpo, normalizer)
+  assert once.of_difference
+  q = tuple(jnp.asarray(np.eye(d) + 0.2 * np.triu(draw_one(d, d), 1), dtype) for d in (4, 3))
+  if name != "eq":
+    q = tuple(jnp.conj(x.T) @ x for x in q)
+  q = (*q, jnp.asarray([0.5, 2.0], np.float32))
+  v, h = (jnp.asarray(draw_one(4, 3, 2), dtype) for _ in range(2))
+  given = q, tuple(geometry.factor_of_p(x) for x in q), jnp.zeros(3), v, h
+  new, lip = fit_factors(*given, geometry=geometry, normalizer=once, step_size=0.2)
+  expected, twice = fit_factors(*given, geometry=geometry, normalizer=once._replace(of_difference=False), step_size=0.2)
+  for a, b in zip((*new, lip), (*expected, twice), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
