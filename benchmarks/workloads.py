@@ -4,7 +4,7 @@
 mlp        784-512-512-10, batch 256            charlm    4 decoder blocks of width 128, 16 x 128 characters
 lenet5     5 layers on 28 x 28, batch 64        resnet8   8 layers with batch norm on 32 x 32 x 3, batch 64
 deep       kernels of 100 layers 64 x 64        gpt2      12 decoder blocks of width 768, 8 x 1024 tokens: for a GPU
-layers     lenet5 as `nn.Conv` and `nn.Dense`: what `capture` and `bnp` cost on an unchanged model
+layers     lenet5 as `nn.Conv` and `nn.Dense`: `capture` and `bnp` on an unchanged model, convolutions in a `lax.cond`
 
 Each call is a whole step, or `update` alone, that goes on from its own result; its state is donated, as in training.
 """

@@ -53,8 +53,8 @@ def map_by_shape(of_leaf: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
 def all_finite(tree: Any) -> jax.Array:
   """True if no leaf holds a NaN or an infinity. Scalar bool.
 
-  By the sum of x − x, which is 0 or NaN: a third of the time of ``jnp.all(jnp.isfinite(x))`` to compile and to run on a
-  CPU. A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
+  By the sum of x − x, which is 0 or NaN, and on a CPU faster than ``jnp.all(jnp.isfinite(x))`` to compile and to run.
+  A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x)]
   parts, small = stacks([x for x in leaves if jnp.size(x) >= SMALL]), {}

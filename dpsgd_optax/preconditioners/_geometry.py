@@ -71,7 +71,7 @@ class Geometry(NamedTuple):
   Attributes:
     lift: (q, p, v, h, precision) -> (a, b); b is None where v is.
     project: the part of a dense E that lies in the group's Lie algebra.
-    move: (q, E, μ) -> q for a dense factor, and c q for c q: it is as far in every unit.
+    move: (q, E, μ) -> q for a dense factor, homogeneous of degree one in q: the unit of q does not matter.
     move_diagonal: the same for a diagonal factor.
     samples: True if the geometry had better not integrate v out and wants a sample of it.
     expected: (q, shape) -> E ⟨b b*⟩_i of each factor, v integrated out; a number stands for a multiple of I.
@@ -294,8 +294,8 @@ def fit_factors(
 
   Args:
     q: factors.
-    multiples: (k,), by which the factors are multiplied before the fit; None: by nothing. What a move needs of it is
-      one number for its result, and most geometries look at nothing else: a multiple of q is then never written down.
+    multiples: (k,), by which the factors are multiplied before the fit; None: by nothing. A move is homogeneous, so its
+      result is multiplied in place of q; where the geometry does not look at q, the multiple is never written down.
   """
   seen = q if multiples is None else scaled(q, multiples)
   found, mu, lip = steps(seen, *args, geometry=geometry, **options)

@@ -202,8 +202,8 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
 def noise(key: jax.Array, tree: Any) -> Any:
   """Random signs ξ like the leaves, ±1 each: E ξξᴴ = I, which is all that is asked of noise here.
 
-  32 of them come from one random word, so that they cost a twentieth of normal numbers; one draw serves all leaves,
-  because each draw costs a tenth of a second to compile.
+  32 of them come from one random word, where a normal number takes one; one draw serves all leaves, because a draw is
+  a loop to compile.
   """
   leaves, treedef = jax.tree.flatten(tree)
   ends = list(itertools.accumulate((-(-math.prod(jnp.shape(x)) // 32) for x in leaves), initial=0))
@@ -241,8 +241,8 @@ def unless_zero(x: jax.Array, fit: Callable[[Probe], Any], probe: Probe, old: An
   """``fit(probe)``, or ``old`` where x is zero throughout: nothing was seen, so nothing is learned, P cannot run away.
 
   A branch, or in a batch of matrices a choice. What enters and leaves a branch is written to memory; fused into every
-  pass of the fit and of what reads the new state, the noise and the small sums would be made anew in each, which takes
-  two thirds of a step of ``xmat`` and a third of the instructions that ``kron`` has to compile.
+  pass of the fit and of what reads the new state, the noise and the small sums would be made anew in each: time for
+  ``xmat``, instructions to compile for ``kron``.
   """
   # of squares, which a library sums in one pass, no normal number so small that its square vanishes; a NaN is seen
   larger = x * (2 / math.sqrt(tiny(x)))
@@ -298,7 +298,7 @@ def _observing(group: Preconditioner, stacked: Stacked = None) -> Preconditioner
   def fit(state, probe, *, key, damping):
     if probe.vector is not None:
       return newton.fit(state, probe, key=key, damping=damping)
-    # folded, not split: what no group draws from is dropped, and each draw costs a tenth of a second to compile
+    # folded, not split: a key that no group draws from is dropped by the compiler
     observed = Probe(noise(key, probe.product), probe.product)
     return whitening.fit(state, observed, key=jax.random.fold_in(key, 0), damping=damping)
 

@@ -37,7 +37,7 @@ class DenseState(NamedTuple):
 def refit(
   state: DenseState, v: jax.Array, h: jax.Array, *, geometry: Geometry, step_size: Any, normalizer=trace, **options: Any
 ) -> DenseState:
-  """Q ← move(Q, μE), E of rank two."""
+  """Q ← move(Q, E, μ), E of rank two."""
   kept = (state.inverse,) if geometry.keeps_inverse else (state.q,) if geometry.fits_p else None
   (e,), mu, lip = steps(
     (state.q,), kept, state.lipschitz, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size, **options

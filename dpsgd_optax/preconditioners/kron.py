@@ -181,7 +181,7 @@ def group(
     return initial(layout(x.shape), x.dtype, 1.0 if init_scale is None else init_scale, geometry)
 
   def fit(state: KronState, probe: Probe, *, key: jax.Array) -> KronState:
-    """q_i ← move(q_i, step_size / L_i · (⟨a a*⟩_i − ⟨b b*⟩_i))."""
+    """q_i ← move(q_i, ⟨a a*⟩_i − ⟨b b*⟩_i, step_size / L_i)."""
     if geometry.samples:
       probe = sampled(probe, key)
     seen = layout(probe.product.shape)
