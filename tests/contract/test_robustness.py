@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
+from dpsgd_optax.preconditioners._lift import unless_zero
 from dpsgd_optax.transform import all_finite
 from tests.table import OPTIMIZERS, PARAMS, Fault, compiled
 
@@ -220,3 +221,15 @@ def test_what_is_not_finite_is_seen_wherever_it_is(shape, dtype, wrong):
   for row in (0, shape[0] // 2, -1):
     spoilt = fine.at[(row, *(0,) * (len(shape) - 1))].set(wrong)
     assert not finite({"a": spoilt, "b": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("entry", [1.0, 3e38, 1e-30, float(np.finfo(np.float32).tiny), np.inf, np.nan])
+def test_one_entry_that_is_not_zero_is_seen_however_small_or_large(entry, dtype):
+  """Only a product that is zero throughout leaves the factors as they were; a small batch of experiments alike."""
+  fitted = lambda x: unless_zero(x, lambda probe: jnp.ones(()), dpo.Probe(None, x), jnp.zeros(()))
+  for size in (7, 5000):  # a loop of its own, and a library's
+    x = jnp.zeros(size, dtype).at[size // 2].set(entry)
+    assert jax.jit(fitted)(x) == 1
+    assert jax.jit(fitted)(jnp.zeros_like(x)) == 0
+    np.testing.assert_array_equal(jax.jit(jax.vmap(fitted))(jnp.stack([x, 0 * jnp.ones_like(x)])), [1, 0])
