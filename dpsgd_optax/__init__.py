@@ -34,6 +34,7 @@ from dpsgd_optax.preconditioners._geometry import (
 from dpsgd_optax.preconditioners._lift import per_leaf, raveled
 from dpsgd_optax.preconditioners.affine import affine, scan, scaw
 from dpsgd_optax.preconditioners.batch_norm import batch_norm, expected_scale
+from dpsgd_optax.preconditioners.blocked import blocked
 from dpsgd_optax.preconditioners.damped_kron import additive, damped_kron, factored, recursive, two_tap, undamped
 from dpsgd_optax.preconditioners.dense import dense
 from dpsgd_optax.preconditioners.diagonal import diagonal
@@ -76,6 +77,7 @@ __all__ = [
   "affine",
   "annealed_probability",
   "batch_norm",
+  "blocked",
   "bnp",
   "by_cycles",
   "by_visits",
