@@ -43,6 +43,7 @@ TRANSFORMS = {
   "xmat": whitened(dpo.xmat),
   "dense": whitened(dpo.dense),
   "affine": whitened(functools.partial(dpo.affine, max_skew=jnp.inf)),
+  "blocked": whitened(lambda: dpo.blocked(dpo.kron(max_skew=jnp.inf), 2)),
   "second_moment": whitened(dpo.second_moment),
   "raveled": whitened(lambda: dpo.raveled(scaling())),
   "clipped_learning_rate": unkeyed(lambda: dpo.clipped_learning_rate(0.1)),

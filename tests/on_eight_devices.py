@@ -91,6 +91,13 @@ SLOW_ROWS = {
     ("value", "value_fn"),
     ("refresh", "judge"),
   ),
+  "blocks, FSDP": Row(
+    lambda: dpo.psgd(0.1, dpo.blocked(dpo.kron(max_skew=jnp.inf), WIDTH // 2), dpo.newton(), every=1),
+    {"data": 8},
+    specs(P("data"), P("data")),
+    ("hvp",),
+    ("refresh",),
+  ),
   "one vector, FSDP": Row(
     lambda: dpo.psgd(0.1, dpo.lra(rank=2), every=1), {"data": 8}, specs(P(None, "data"), P()), (), ("refresh",)
   ),

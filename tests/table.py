@@ -55,6 +55,7 @@ PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.additive),
   "damped_kron undamped": functools.partial(dpo.damped_kron, form=dpo.undamped, average=None, geometry=dpo.eq),
   "raveled": lambda **_: dpo.raveled(scaling()),
+  "blocked": lambda **options: dpo.blocked(dpo.kron(max_skew=jnp.inf, **options), 2),  # w in two blocks, 2 x 2, 1 x 2
   "second_moment": lambda **_: dpo.second_moment(),
   "diagonal_newton": lambda **_: dpo.diagonal_newton(),
 }

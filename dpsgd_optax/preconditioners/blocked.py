@@ -82,7 +82,7 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
 
   lift = lambda of_blocks: of_blocks and functools.partial(product, of_blocks)
   return preconditioner._replace(
-    init=lambda params: preconditioner.init(cut(params)),
+    init=lambda params: preconditioner.init(jax.eval_shape(cut, params)),
     fit=fit,
     apply=lift(preconditioner.apply),
     power=lift(preconditioner.power),

@@ -42,7 +42,7 @@ def curvature(name, signs=1.0):
   if name == "lra":
     return diagonal_plus_low_rank()
   diagonal = DIAGONAL_ONLY.get(name, (False, False, False))
-  sides = (B, ARROW @ ARROW.T if name == "scan" else LEFT, RIGHT)
+  sides = (B, {"scan": ARROW @ ARROW.T, "blocked": block_diag(LEFT[:2, :2], LEFT[2, 2])}.get(name, LEFT), RIGHT)
   b, left, right = (np.diag(np.diag(m)) if d else m for m, d in zip(sides, diagonal, strict=True))
   if signs != 1.0:
     b, left = b @ np.diag([1.0, -1.0]), left - 1.4 * np.eye(3)
