@@ -84,9 +84,9 @@ def test_legacy_updates_equal_psgd_torch(name, precision):
     assert error(lra.product(state, g), z[f"t{t}/Pg"]) <= TOLERANCE[precision]
 
 
-def first_order(e_a, e_b, t, s):
+def first_order(e_a, e_b, tt, ss):
   """The legacy normaliser "1st"."""
-  del t, s
+  del tt, ss
   return jnp.maximum(jnp.max(jnp.abs(e_a)), jnp.max(jnp.abs(e_b)))
 
 

@@ -4,7 +4,7 @@
 Notation
   x~       x reversed: x~_i = x_{n−1−i}; (Qx)_i = a_i x_i + b_i x~_i
   t        Qh
-  s        Q⁻ᵀv
+  s        Q⁻ᵀv; without v, E s² and E s s~ over all v
 
 Source: arXiv:2402.04553 (XMat); the update: psgd_torch.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, check
 from dpsgd_optax.preconditioners._geometry import tracked
-from dpsgd_optax.preconditioners._lift import raveled, sampled
+from dpsgd_optax.preconditioners._lift import raveled
 from dpsgd_optax.preconditioners._linalg import tiny
 from dpsgd_optax.preconditioners.kron import first_gain
 
@@ -33,25 +33,35 @@ class XMatState(NamedTuple):
   lipschitz: jax.Array
 
 
-def second_order(e_a: jax.Array, e_b: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
+def second_order(e_a: jax.Array, e_b: jax.Array, tt: jax.Array, ss: jax.Array) -> jax.Array:
   """max (t² + s²), half of a bound of the norm of the 2 × 2 blocks of ttᵀ + ssᵀ at least."""
   del e_a, e_b
-  return jnp.max(t * t + s * s)
+  return jnp.max(tt + ss)
 
 
 def refit(
-  state: XMatState, v: jax.Array, h: jax.Array, *, step_size: Any, measure=second_order, memory: float = 0.9
+  state: XMatState, v: jax.Array | None, h: jax.Array, *, step_size: Any, measure=second_order, memory: float = 0.9
 ) -> XMatState:
-  """a ← a − μ (E_a a + E_b b~), b ← b − μ (E_a b + E_b a~), with E_a = t² − s², E_b = t t~ − s s~."""
+  """a ← a − μ (E_a a + E_b b~), b ← b − μ (E_a b + E_b a~), with E_a = t² − s², E_b = t t~ − s s~.
+
+  Without v its mean over all v: s² is (a~² + b~²)/D² and s s~ is −(a~ b + a b~)/D², D = a a~ − b b~.
+  """
   a, b, lip = state
+  back_a, back_b = a[::-1], b[::-1]
   t = a * h + b * h[::-1]
-  s = (a[::-1] * v - b[::-1] * v[::-1]) / (a * a[::-1] - b * b[::-1])
-  e_a, e_b = t * t - s * s, t * t[::-1] - s * s[::-1]
+  over = 1 / (a * back_a - b * back_b)
+  if v is None:
+    over = over * over
+    tt, ss, across = t * t, (back_a * back_a + back_b * back_b) * over, -(back_a * b + a * back_b) * over
+  else:
+    s = (back_a * v - back_b * v[::-1]) * over
+    tt, ss, across = t * t, s * s, s * s[::-1]
+  e_a, e_b = tt - ss, t * t[::-1] - across
   if len(a) % 2:  # the middle is on both diagonals: it belongs to a
     e_b = jnp.where(jnp.arange(len(a)) == len(a) // 2, 0, e_b)
-  lip = tracked(lip, measure(e_a, e_b, t, s), memory)
+  lip = tracked(lip, measure(e_a, e_b, tt, ss), memory)
   mu = step_size / (lip + tiny(lip))
-  return XMatState(a - mu * (e_a * a + e_b * b[::-1]), b - mu * (e_a * b + e_b * a[::-1]), lip)
+  return XMatState(a - mu * (e_a * a + e_b * back_b), b - mu * (e_a * b + e_b * back_a), lip)
 
 
 def product(state: XMatState, x: jax.Array) -> jax.Array:
@@ -73,8 +83,7 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
   """P = QᵀQ with Q an X-shaped matrix over all parameters as one vector. Memory: two copies of the parameters.
 
   Each parameter is coupled with its mirror image in the raveled vector: P is 2 × 2 block diagonal over the pairs
-  (i, n − 1 − i), and on each pair the fit ends in |H|⁻¹ (Newton) or (E ggᵀ)^(−½) (whitening, v being sampled) if H is
-  X-shaped too.
+  (i, n − 1 − i), and on each pair the fit ends in |H|⁻¹ (Newton) or (E ggᵀ)^(−½) (whitening) if H is X-shaped too.
 
   Args:
     step_size: of the fit, in (0, 0.5]: the normaliser may be half of the norm it stands for.
@@ -86,7 +95,8 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
   Raises:
     ValueError: for a step size outside (0, 0.5] or a scale that is not positive.
 
-  Departure from psgd_torch: the normaliser remembers (0.9 of its last value at least), as in version 2.0 of the others.
+  Departures from psgd_torch: the normaliser remembers (0.9 of its last value at least), as in version 2.0 of the others;
+  when whitening, v is integrated out in place of drawn.
 
   Source: arXiv:2402.04553.
 
@@ -105,7 +115,7 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
     return XMatState(jnp.full(x.shape, scale, x.dtype), jnp.zeros(x.shape, x.dtype), jnp.zeros((), x.dtype))
 
   def fit(state: XMatState, probe: Probe, *, key: jax.Array) -> XMatState:
-    v, h = sampled(probe, key)
+    v, h = probe
     if init_scale is None:
       gain = first_gain(state.lipschitz, v, h)
       state = state._replace(a=state.a * gain, b=state.b * gain)

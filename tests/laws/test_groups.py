@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the groups are, against dense linear algebra: explicit matrices, determinants, equivariance. In float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,20 @@ def test_xmat_commutes_with_a_change_of_variables_in_its_group(rng, n):
   p = columns(lambda x: xmat.product(state, x), n)
   expected = np.linalg.inv(s) @ p @ np.linalg.inv(s).T
   np.testing.assert_allclose(columns(lambda x: xmat.product(other, x), n), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [6, 7])
+def test_xmat_without_v_moves_by_the_mean_over_all_v(rng, n):
+  """The mean over all 2ⁿ vectors of signs is that over any v with E vvᵀ = I, both being quadratic."""
+  a, b, h = rng.uniform(1, 2, n), 0.4 * rng.standard_normal(n), rng.standard_normal(n)
+  b[n // 2] *= 1 - n % 2
+  state = xmat.XMatState(jnp.asarray(a), jnp.asarray(b), jnp.zeros(()))
+  signs = np.array(list(itertools.product([-1.0, 1.0], repeat=n)))
+  options = {"step_size": 0.1, "measure": lambda *_: jnp.ones(())}
+  each = jax.vmap(lambda v: xmat.refit(state, v, h, **options))(signs)
+  found = xmat.refit(state, None, h, **options)
+  np.testing.assert_allclose(found.a, np.mean(each.a, 0), atol=1e-12)
+  np.testing.assert_allclose(found.b, np.mean(each.b, 0), atol=1e-12)
 
 
 # --- dense ----------------------------------------------------------------------------------------------------------
