@@ -194,8 +194,14 @@ def vector_curves(method, rank=0):
     if method == "lra":
       w = jax.random.normal(key, (2, n, rank))
       w = w * jnp.sqrt(0.1 / jnp.maximum(jnp.sum(w * w, (1, 2), keepdims=True), 1e-30))
-      state = lra.LRAState(jnp.concatenate([*w], 1), jnp.ones(n), jnp.zeros(3))
-      update = lambda s, v, h, size, coin: lra.refit(s, v, h, coin, step_size=size)
+      state = lra.joined(jnp.concatenate([*w], 1), jnp.ones(n), jnp.zeros(3))
+      keep = lambda s: s
+      balance = lra.balanced if rank else keep
+
+      def update(s, v, h, size, coin):
+        s = jax.lax.cond(coin % 0.1 < 0.1 / lra.BALANCED_EVERY, balance, keep, s)
+        return lra.refit(s, v, h, coin < 0.5, step_size=size)
+
       product = lra.product
     else:
       state = xmat.XMatState(jnp.ones(n), jnp.zeros(n), jnp.zeros(()))

@@ -35,10 +35,15 @@ def test_all_cases_are_here():
 def test_six_updates_of_lra_equal_psgd_torch(name, precision):
   """Rank 0, 1, 3; when whitening, psgd_torch takes the damping noise for v."""
   z, meta = case(f"lra_{precision}", name)
-  state = lra.LRAState(
+  state = lra.joined(
     columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype)
   )
-  update = jax.jit(functools.partial(lra.refit, step_size=meta["lr"]))
+
+  @jax.jit
+  def update(state, *probe):
+    first = lra.balanced(state) if state.w.size else state
+    return lra.refit(first, *probe, step_size=meta["lr"])
+
   for t in range(meta["steps"]):
     noise, *coin = draws(z, t)
     x = (z[f"t{t}/g"] if name.startswith("whiten") else z[f"t{t}/h"])[:, 0]
@@ -56,7 +61,7 @@ def test_six_updates_of_lra_equal_psgd_torch(name, precision):
 def test_legacy_updates_equal_psgd_torch(name, precision):
   """The legacy code: other normalisers, no memory, and a coin for balancing by ρ = √(‖U‖/‖V‖)."""
   z, meta = case(f"legacy_{precision}", name)
-  state = lra.LRAState(
+  state = lra.joined(
     columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype)
   )
   for t in range(meta["steps"]):
@@ -65,8 +70,8 @@ def test_legacy_updates_equal_psgd_torch(name, precision):
     if balance < 0.01:
       u, w = jnp.split(state.w, 2, 1)
       rho = jnp.sqrt(jnp.linalg.norm(u) / jnp.linalg.norm(w))
-      state = state._replace(w=columns(u / rho, w * rho))
-    seen, of_u = lra.look(state, v, h, balance=lra.identity_mix), bool(coin < 0.5)
+      state = lra.joined(columns(u / rho, w * rho), *state[2:])
+    seen, of_u = lra.look(state, v, h), bool(coin < 0.5)
     ph, pv = state.d * seen.e, seen.f / state.d
     other = jnp.split(state.w, 2, 1)[1 if of_u else 0]
     back = lambda x, other=other: other @ (other.T @ x)

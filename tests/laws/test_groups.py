@@ -19,7 +19,7 @@ N, R = 6, 2
 
 
 def lra_state(rng, n=N, rank=R):
-  return lra.LRAState(
+  return lra.joined(
     jnp.asarray(0.5 * rng.standard_normal((n, 2 * rank))), jnp.asarray(rng.uniform(0.5, 2, n)), jnp.zeros(3)
   )
 
@@ -49,32 +49,32 @@ def test_lra_is_the_explicit_product(rng):
 
 
 def test_lra_solves_by_the_identity_of_woodbury(rng):
-  """(I + UVᵀ)⁻¹ = I − U K⁻¹ Vᵀ: what the fit uses for Q⁻ᵀv and P⁻¹v, without and with balancing."""
+  """(I + UVᵀ)⁻¹ = I − U K⁻¹ Vᵀ: what the fit uses for Q⁻ᵀv and P⁻¹v."""
   state, (v, h) = lra_state(rng), rng.standard_normal((2, N))
-  q = lra_matrix(state)
-  for balance, close in ((lra.identity_mix, 1e-10), (lra.balancing, 2e-3)):  # balancing changes UVᵀ by O(ε⁴)
-    seen = lra.look(state, v, h, balance=balance)
-    np.testing.assert_allclose(seen.a, q @ h, atol=close, rtol=close)
-    np.testing.assert_allclose(seen.b, np.linalg.solve(q.T, v), atol=close, rtol=close)
-    np.testing.assert_allclose(seen.e * state.d, q.T @ q @ h, atol=close, rtol=close)
-    np.testing.assert_allclose(seen.f / state.d, np.linalg.solve(q.T @ q, v), atol=close, rtol=close)
+  q, close = lra_matrix(state), {"atol": 1e-10, "rtol": 1e-10}
+  seen = lra.look(state, v, h)
+  np.testing.assert_allclose(seen.a, q @ h, **close)
+  np.testing.assert_allclose(seen.b, np.linalg.solve(q.T, v), **close)
+  np.testing.assert_allclose(seen.e * state.d, q.T @ q @ h, **close)
+  np.testing.assert_allclose(seen.f / state.d, np.linalg.solve(q.T @ q, v), **close)
 
 
 def test_the_determinant_of_lra_is_that_of_a_small_matrix(rng):
   """det Q = Π d · det K, K = I + VᵀU of r rows."""
   state = lra_state(rng)
-  k = lra.look(state, *rng.standard_normal((2, N)), balance=lra.identity_mix).k
+  k = lra.look(state, *rng.standard_normal((2, N))).k
   np.testing.assert_allclose(np.linalg.det(lra_matrix(state)), np.prod(state.d) * np.linalg.det(k), rtol=1e-10)
 
 
 def test_balancing_of_lra_draws_both_factors_together_and_keeps_their_product(rng):
-  """tr UᵀU = tr VᵀV afterwards up to O(ε²); UVᵀ moves by O(ε⁴)."""
+  """tr UᵀU = tr VᵀV afterwards up to O(ε²); UVᵀ moves by O(ε⁴); the inner products are those of the new factors."""
   state = lra_state(rng)
-  u, v = np.split(np.asarray(state.w) * np.repeat([10.0, 0.1], R), 2, 1)
-  mix = np.asarray(lra.balancing(jnp.asarray(u.T @ u), jnp.asarray(v.T @ v)))
-  new_u, new_v = u @ mix[0], v @ mix[1]
+  state = lra.joined(state.w * np.repeat([10.0, 0.1], R), *state[2:])
+  new = lra.balanced(state)
+  (u, v), (new_u, new_v) = (np.split(np.asarray(x.w), 2, 1) for x in (state, new))
   assert abs(np.log(np.trace(new_u.T @ new_u) / np.trace(new_v.T @ new_v))) < 0.1
   np.testing.assert_allclose(new_u @ new_v.T, u @ v.T, atol=1e-3 * np.abs(u @ v.T).max())
+  np.testing.assert_allclose(new.gram, new.w.T @ new.w, atol=1e-12)
 
 
 @pytest.mark.parametrize("of_u", [True, False])
@@ -93,7 +93,7 @@ def test_lra_commutes_with_a_diagonal_change_of_variables(rng, of_u):
 def test_lra_of_rank_0_is_the_diagonal_of_its_own_rule(rng):
   """d ← d − μ (h Ph − v P⁻¹v) d, μ by max |h Ph| + max |v P⁻¹v|."""
   (d, v, h), size = np.abs(rng.standard_normal((3, N))), 0.3
-  state = lra.LRAState(jnp.zeros((N, 0)), jnp.asarray(d), jnp.zeros(3))
+  state = lra.joined(jnp.zeros((N, 0)), jnp.asarray(d), jnp.zeros(3))
   a, b = (h * d) ** 2, (v / d) ** 2
   expected = d - size / (a.max() + b.max()) * (a - b) * d
   np.testing.assert_allclose(lra.refit(state, v, h, jnp.array(True), step_size=size).d, expected, rtol=1e-12)
