@@ -21,14 +21,16 @@ from dpsgd_optax.fitted import Fitted
 
 SMALL = 4096  # for the sum of fewer numbers XLA makes a kernel on a CPU, slow to compile; of more, it calls a library
 FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
+LARGE = 2**16  # numbers in a leaf whose copy takes longer, over a training, than its kernels take to compile
 
 
 def by_shape(leaves: list[jax.Array]) -> list[list[int]]:
-  """The indices of the leaves, those that had better be stacked together: more than FEW of one shape and dtype."""
+  """The indices of the leaves, those that had better be stacked together: more than FEW of one shape, not LARGE."""
   found: dict[Any, list[int]] = {}
   for i, x in enumerate(leaves):
     found.setdefault((jnp.shape(x), jnp.result_type(x)), []).append(i)
-  apart = lambda members: [members] if len(members) > FEW else [[i] for i in members]
+  together = lambda members: len(members) > FEW and math.prod(jnp.shape(leaves[members[0]])) < LARGE
+  apart = lambda members: [members] if together(members) else [[i] for i in members]
   return [group for members in found.values() for group in apart(members)]
 
 

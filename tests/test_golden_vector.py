@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parity of `lra` and `xmat` with psgd_torch 2.0 and its legacy code (tests/golden/psgd)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,9 +33,7 @@ def test_all_cases_are_here():
 def test_six_updates_of_lra_equal_psgd_torch(name, precision):
   """Rank 0, 1, 3; when whitening, psgd_torch takes the damping noise for v."""
   z, meta = case(f"lra_{precision}", name)
-  state = lra.joined(
-    columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype)
-  )
+  state = lra.joined(columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype))
 
   @jax.jit
   def update(state, *probe):
@@ -61,9 +57,7 @@ def test_six_updates_of_lra_equal_psgd_torch(name, precision):
 def test_legacy_updates_equal_psgd_torch(name, precision):
   """The legacy code: other normalisers, no memory, and a coin for balancing by ρ = √(‖U‖/‖V‖)."""
   z, meta = case(f"legacy_{precision}", name)
-  state = lra.joined(
-    columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype)
-  )
+  state = lra.joined(columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype))
   for t in range(meta["steps"]):
     v, h, g = (z[f"t{t}/{k}"][:, 0] for k in "vhg")
     balance, coin = draws(z, t)

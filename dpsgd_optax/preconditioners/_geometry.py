@@ -27,6 +27,7 @@ from dpsgd_optax.preconditioners._linalg import (
   cross_gram,
   gram,
   hermitian,
+  hermitian_outer,
   largest_diagonal,
   largest_entry,
   multiply,
@@ -217,7 +218,7 @@ lipschitz = Normalizer(_second_order, 0.9, largest_entry)
 """L tracks ‖T1 + T2‖, an estimate of the gradient's Lipschitz constant, with memory 0.9: psgd_torch 2.0."""
 
 spectral = Normalizer(_first_order, 0.0, largest_diagonal, of_difference=True)
-"""L = ‖E‖, by its lower bound, without memory: DPSGD's rule (`specnorm`), step size 0.1."""
+"""L = ‖E‖, by its lower bound, of a vector's E exactly, without memory: DPSGD's rule (`specnorm`), step size 0.1."""
 
 max_abs = Normalizer(lambda t1, t2, e, norm: largest_entry(e), 0.0, largest_entry, of_difference=True)
 """L = max |E_ij| without memory: Li's rule of 2018, step size 0.01; much slower than the others."""
@@ -269,11 +270,16 @@ def steps(
   expected = geometry.expected(q, a.shape) if b is None else None
   bound_of = norm_bound if geometry.project is triu else normal_norm_bound
   by_difference = normalizer.of_difference and b is not None and not low_rank and geometry.moment is _as_it_is
+  two_terms = norms is None and geometry.project is _keep and normalizer is spectral
   for i, factor in enumerate(q):
     dense, norm = factor.ndim == 2, bound_of if norms is None else norms[i]
     if by_difference and dense and isinstance(factor, jax.Array):
       t1 = t2 = None
-      e = hermitian(cross_gram(a - b, a + b, i, precision))  # of (a − b)(a + b)ᴴ = a aᴴ − b bᴴ + a bᴴ − b aᴴ
+      # the Hermitian part of (a − b)(a + b)ᴴ = a aᴴ − b bᴴ + a bᴴ − b aᴴ; of vectors never written down
+      if a.size == len(factor) and two_terms:
+        e = hermitian_outer((a - b).reshape(-1), (a + b).reshape(-1))
+      else:
+        e = hermitian(cross_gram(a - b, a + b, i, precision))
     else:
       of = outer if low_rank else lambda x, i=i, factor=factor: gram(x, i, factor, precision)
       second = expected[i] if b is None else of(b)

@@ -134,6 +134,8 @@ class LowRank:
   s: jax.Array
   upper: bool = False
 
+  ndim = 2  # of the matrix it stands for
+
   def __sub__(self, other: "LowRank") -> "LowRank":
     return LowRank(jnp.concatenate([self.x, other.x]), jnp.concatenate([self.s, -other.s]))
 
@@ -160,6 +162,13 @@ class LowRank:
   def trace(self) -> jax.Array:
     return jnp.sum(self.s * jnp.sum(jnp.abs(self.x) ** 2, 1))
 
+  def norm(self) -> jax.Array:
+    """Its spectral norm, of two terms: the larger root of the characteristic polynomial of the 2 × 2 matrix XᴴX S."""
+    inner = jnp.conj(self.x) @ self.x.T * self.s
+    trace = jnp.real(jnp.trace(inner))
+    det = jnp.real(inner[0, 0] * inner[1, 1] - inner[0, 1] * inner[1, 0])
+    return (jnp.abs(trace) + jnp.sqrt(jnp.maximum(trace * trace - 4 * det, 0))) / 2
+
   def divide_by_one_minus(self, q: jax.Array) -> jax.Array:
     """q (I − E)⁻¹, by the identity of Woodbury: one system of r equations."""
     small = jnp.eye(len(self.s), dtype=self.x.dtype) - (jnp.conj(self.x) @ self.x.T) * self.s
@@ -169,6 +178,18 @@ class LowRank:
 def outer(x: jax.Array) -> LowRank:
   """x xᴴ of a vector."""
   return LowRank(x[None], jnp.ones(1, jnp.finfo(x.dtype).dtype))
+
+
+def hermitian_outer(x: jax.Array, y: jax.Array) -> LowRank:
+  """The Hermitian part of x yᴴ of two vectors, (x yᴴ + y xᴴ) / 2.
+
+  It is ¼ (x + y)(x + y)ᴴ − ¼ (x − y)(x − y)ᴴ. With cx and y/c of equal length neither term is larger than four times
+  the norm of the difference, so that nothing cancels.
+  """
+  a, b = (jnp.linalg.norm(z) for z in (x, y))
+  c = jnp.sqrt((b + tiny(b)) / (a + tiny(a)))
+  x, y = x * c, y / c
+  return LowRank(jnp.stack([x + y, x - y]), jnp.array([0.25, -0.25], a.dtype))
 
 
 def triu(e: Any) -> Any:
@@ -190,7 +211,7 @@ def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
   (a tie: the row). Deterministic; two products of a matrix with a vector; 0 for a = 0.
 
   Args:
-    a: (d, d); an arrow-head has its largest entry for a norm.
+    a: (d, d); an arrow-head has its largest entry for a norm, and one of two terms its exact norm.
     normal: True promises a aᴴ = aᴴ a (Hermitian, skew): each row is as long as its column, so that rows will do, which
       halves what there is to compile.
 
@@ -198,6 +219,8 @@ def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
   """
   if isinstance(a, Arrow):
     return _arrow.largest(a)
+  if isinstance(a, LowRank):
+    return a.norm()
   size = jnp.max(jnp.abs(a))
   scale = 1 / (size + tiny(size))
   # scaled as they are read: a copy of the matrix would cost more than all the rest; a tie goes to the row

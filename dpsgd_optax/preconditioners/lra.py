@@ -27,7 +27,6 @@ from dpsgd_optax.preconditioners._lift import raveled, sampled
 from dpsgd_optax.preconditioners._linalg import tiny
 from dpsgd_optax.preconditioners.kron import first_gain
 
-
 BALANCED_EVERY = 10  # fits
 
 

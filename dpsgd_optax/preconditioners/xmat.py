@@ -95,8 +95,8 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
   Raises:
     ValueError: for a step size outside (0, 0.5] or a scale that is not positive.
 
-  Departures from psgd_torch: the normaliser remembers (0.9 of its last value at least), as in version 2.0 of the others;
-  when whitening, v is integrated out in place of drawn.
+  Departures from psgd_torch: the normaliser remembers (0.9 of its last value at least), as in version 2.0 of the
+  others; when whitening, v is integrated out in place of drawn.
 
   Source: arXiv:2402.04553.
 

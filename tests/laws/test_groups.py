@@ -10,7 +10,7 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax.preconditioners import lra, xmat
-from dpsgd_optax.preconditioners._geometry import fit_factors, lipschitz
+from dpsgd_optax.preconditioners._geometry import fit_factors, lipschitz, spectral
 from dpsgd_optax.preconditioners.dense import DenseState, refit
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -223,3 +223,25 @@ def test_qeq_and_quad4p_give_the_same_p(rng):
       )
   for a, b in zip(states["qeq"], states["quad4p"], strict=True):
     np.testing.assert_allclose(a.T @ a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+@pytest.mark.parametrize("name", ["quad", "qeq", "pro", "quad4p"])
+def test_a_vector_moves_its_dense_factor_as_the_matrix_of_two_terms_does(rng, name, dtype):
+  """DPSGD's E of a vector is sym((a − b)(a + b)ᴴ): the same move as by E written down, divided by its exact norm."""
+  draw = lambda *shape: jnp.asarray(
+    rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if dtype is complex else 0)
+  )
+  root, v, h = draw(N, N), draw(N, 1), draw(N, 1)
+  positive = jnp.conj(root.T) @ root + jnp.eye(N)
+  q = (positive, jnp.ones(1))
+  options = {"geometry": GEOMETRIES[name], "normalizer": spectral, "step_size": 0.3}
+  p = q if name == "quad4p" else None
+  exact = lambda e: jnp.linalg.norm(e, 2)
+  fitted = jnp.linalg.solve(positive if name == "quad4p" else positive @ positive, v)
+  for product in (h, fitted * (1 + 1e-6)):  # the second: Ph is nearly v, and nothing may cancel
+    found = fit_factors(q, p, jnp.zeros(2), v, product, **options)
+    wanted = fit_factors(q, p, jnp.zeros(2), v, product, norms=(exact, exact), **options)
+    assert not np.allclose(found[0][0], q[0], rtol=1e-3)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
