@@ -287,7 +287,7 @@ def scale_by_preconditioner(
     usable = sound
     if finite_check:
       usable = sound & all_finite(applied)
-      applied = jax.tree.map(lambda x: jnp.where(usable, x, jnp.zeros_like(x)), applied)
+      applied = map_by_shape(lambda x: jnp.where(usable, x, jnp.zeros_like(x)), applied)
       moved, done = where(usable, (moved, done), (state.momentum, state.after))
     applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, updates)
     return applied, ScaleByPreconditionerState(

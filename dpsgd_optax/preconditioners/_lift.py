@@ -203,20 +203,22 @@ def noise(key: jax.Array, tree: Any) -> Any:
   """Random signs ξ like the leaves, ±1 each: E ξξᴴ = I, which is all that is asked of noise here.
 
   32 of them come from one random word, where a normal number takes one; one draw serves all leaves, because a draw is
-  a loop to compile.
+  a loop to compile, and those of equal shape are made side by side, as they will be used.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  ends = list(itertools.accumulate((-(-math.prod(jnp.shape(x)) // 32) for x in leaves), initial=0))
+  groups: dict[Any, list[int]] = {}
+  for i, x in enumerate(leaves):
+    groups.setdefault((jnp.shape(x), working_dtype(jnp.result_type(x))), []).append(i)
+  words_of = lambda shape: -(-math.prod(shape) // 32)
+  ends = list(itertools.accumulate((len(own) * words_of(shape) for (shape, _), own in groups.items()), initial=0))
   words = jax.random.bits(key, (ends[-1],), jnp.uint32)
-
-  def signs(x, own):
-    bits = (own[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    dtype = working_dtype(jnp.result_type(x))
-    return (2 * bits.reshape(-1)[: math.prod(jnp.shape(x))].astype(dtype) - 1).reshape(jnp.shape(x))
-
-  parts = [everywhere(words[start:end]) for start, end in itertools.pairwise(ends)]
-  drawn = [signs(x, own) for x, own in zip(leaves, parts, strict=True)]
-  return jax.tree.unflatten(treedef, drawn)
+  for ((shape, dtype), members), start, end in zip(groups.items(), ends, ends[1:], strict=False):
+    own = everywhere(words[start:end]).reshape(len(members), words_of(shape), 1)
+    bits = ((own >> jnp.arange(32, dtype=jnp.uint32)) & 1).reshape(len(members), -1)[:, : math.prod(shape)]
+    signs = (2 * bits.astype(dtype) - 1).reshape(len(members), *shape)
+    for row, i in enumerate(members):
+      leaves[i] = jax.lax.index_in_dim(signs, row, keepdims=False)
+  return jax.tree.unflatten(treedef, leaves)
 
 
 def damp(probe: Probe, xi: jax.Array | None, damping) -> Probe:
