@@ -21,8 +21,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dpsgd_optax._split import Path, Split, dividing
 from dpsgd_optax.preconditioners._lift import LiftState
-from dpsgd_optax.preconditioners._split import Path, Split, dividing
 
 REPLICATED = PartitionSpec()
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax._split import on_mesh, spec_of
 from dpsgd_optax.base import (
   Curvature,
   Preconditioner,
@@ -24,25 +25,32 @@ FEW = 8  # so many kernels of equal shape compile sooner than the copy into one 
 LARGE = 2**16  # numbers in a leaf whose copy takes longer, over a training, than its kernels take to compile
 
 
-def by_shape(leaves: list[jax.Array]) -> list[list[int]]:
-  """The indices of the leaves, those that had better be stacked together: more than FEW of one shape, not LARGE."""
+def by_shape(tree: Any) -> list[list[int]]:
+  """The indices of the leaves of each shape and dtype; on a mesh also of each sharding: to stack others is to send."""
   found: dict[Any, list[int]] = {}
-  for i, x in enumerate(leaves):
-    found.setdefault((jnp.shape(x), jnp.result_type(x)), []).append(i)
-  together = lambda members: len(members) > FEW and math.prod(jnp.shape(leaves[members[0]])) < LARGE
-  apart = lambda members: [members] if together(members) else [[i] for i in members]
-  return [group for members in found.values() for group in apart(members)]
+  for i, (path, x) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
+    found.setdefault((jnp.shape(x), jnp.result_type(x), spec_of(path)), []).append(i)
+  return list(found.values())
 
 
 def stacks(leaves: list[jax.Array]) -> list[jax.Array]:
-  """The leaves, many of equal shape stacked: then they are one kernel to compile."""
-  return [jnp.stack([leaves[i] for i in group]) if len(group) > 1 else leaves[group[0]] for group in by_shape(leaves)]
+  """The leaves, on one device many of equal shape, not LARGE, stacked: then they are one kernel to compile."""
+  found = []
+  for group in by_shape(leaves):
+    members = [leaves[i] for i in group]
+    together = len(members) > FEW and math.prod(jnp.shape(members[0])) < LARGE and not on_mesh()
+    found += [jnp.stack(members)] if together else members
+  return found
 
 
 def map_by_shape(of_leaf: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
-  """``jax.tree.map(of_leaf, tree)``, many leaves of equal shape at once under ``vmap``."""
+  """``jax.tree.map(of_leaf, tree)``, leaves of equal shape at once under ``vmap``.
+
+  For what a preconditioner returns: its leaves are slices of one stack, which no copy is needed to put together again;
+  one by one each slice would be a kernel of its own to compile, once in every such map.
+  """
   leaves, treedef = jax.tree.flatten(tree)
-  for group in by_shape(leaves):
+  for group in by_shape(tree):
     if len(group) == 1:
       leaves[group[0]] = of_leaf(leaves[group[0]])
       continue
@@ -59,12 +67,11 @@ def all_finite(tree: Any) -> jax.Array:
   A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x)]
-  parts, small = stacks([x for x in leaves if jnp.size(x) >= SMALL]), {}
-  for x in leaves:
-    if jnp.size(x) < SMALL:  # side by side, so that an axis which is divided among devices stays where it is
-      rows = jnp.shape(x)[0] if jnp.ndim(x) > 1 else 1
-      small.setdefault(rows, []).append(jnp.reshape(x, (rows, -1)))
-  sums = [jnp.sum(x - x) for x in parts + [jnp.concatenate(x, axis=1) for x in small.values()]]
+  little = [x for x in leaves if jnp.size(x) < SMALL and not on_mesh()]
+  parts = stacks(leaves if on_mesh() else [x for x in leaves if jnp.size(x) >= SMALL])
+  if little:
+    parts.append(jnp.concatenate([jnp.reshape(x, -1) for x in little]))
+  sums = [jnp.sum(x - x) for x in parts]
   return jnp.isfinite(sum(sums)) if sums else jnp.array(True)
 
 

@@ -211,6 +211,20 @@ def test_fully_sharded_updates_take_one_exchange_of_each_shape_in_each_direction
   assert exchanges(fit_and_apply(8, P("data")).as_text()) == {"all-to-all": 2 * 4}
 
 
+def test_clip_and_check_exchange_no_leaves_where_those_of_one_shape_lie_differently():
+  """As under tensor parallelism, where one kernel is cut by rows and the next by columns."""
+  lie = {f"layer{i}": P("data") if i % 2 else P(None, "data") for i in range(8)}
+  on, params = mesh(data=8), {name: np.ones((32, 32), np.float32) for name in lie}
+  alone = dpo.scale_by_preconditioner(dpo.kron(), dpo.whitening(), momentum=optax.ema(0.9), finite_check=False)
+  counts = []
+  for tx in (alone, dpo.psgd(0.1)):
+    tx, placed = dpo.sharded(tx, on, lie), place(on, params, lie)
+    update = jax.jit(lambda g, s, tx=tx: tx.update(g, s, g, refresh=True))
+    found = exchanges(update.lower(placed, jax.jit(tx.init)(placed)).compile().as_text())
+    counts.append(found["all-to-all"] + found["collective-permute"] + found["all-gather"])
+  assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize("spec", [P(), P("data")], ids=["data parallel", "FSDP"])
 def test_each_of_eight_devices_holds_and_does_an_eighth(spec):
   """Of the preconditioner's bytes and of the flops of fit and apply, as the compiled programs tell them."""

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax._split import as_leaves
 from dpsgd_optax.base import Preconditioner, working_dtype
 from dpsgd_optax.layers import LayerRecord, extended, extent, gradients_of, is_record, names, rows_of
 from dpsgd_optax.preconditioners._lift import LiftState, _match, make_buckets, over_matrices
-from dpsgd_optax.preconditioners._split import as_leaves
 
 BIAS_OF = {"kernel": "bias", "w": "b"}
 SPEC = "`layers=jax.eval_shape(forward, variables, x)[1]`, the shapes of what is recorded"

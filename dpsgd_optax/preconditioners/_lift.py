@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax._split import Path, as_leaves, divided, everywhere
 from dpsgd_optax.base import Preconditioner, Probe, working_dtype
 from dpsgd_optax.preconditioners._linalg import tiny
-from dpsgd_optax.preconditioners._split import Path, as_leaves, divided, everywhere
 
 
 class Bucket(NamedTuple):

@@ -78,6 +78,17 @@ def as_leaves(x: jax.Array, paths: Sequence[Path | None] = (None,)) -> jax.Array
   return jax.lax.with_sharding_constraint(x, NamedSharding(split.mesh, PartitionSpec(None, *spec)))
 
 
+def on_mesh() -> bool:
+  """Whether leaves may lie on many devices: to put any of them side by side may then be to send them."""
+  return _active.get() is not None
+
+
+def spec_of(path: Path) -> PartitionSpec | None:
+  """How the leaf at this path is sharded; None on one device."""
+  split = _active.get()
+  return None if split is None else split.specs.get(path, PartitionSpec())
+
+
 def everywhere(x: jax.Array) -> jax.Array:
   """x, whole, on every device: for what is cheaper to draw everywhere than to send in pieces."""
   split = _active.get()
