@@ -7,6 +7,7 @@ deep       kernels of 100 layers 64 x 64        gpt2      12 decoder blocks of w
 layers     lenet5 as `nn.Conv` and `nn.Dense`: `capture` and `bnp` on an unchanged model, convolutions in a `lax.cond`
 
 Each call is a whole step, or `update` alone, that goes on from its own result; its state is donated, as in training.
+`dense` is not among them: the square of the number of parameters of the smallest of these networks is 15 GB.
 """
 
 import itertools
@@ -34,6 +35,14 @@ RATE = 1e-5  # nothing may run away: a step is repeated some hundred times
 DENSE = dpo.kron(max_skew=100.0, geometry=dpo.qeq)
 QUICK = dpo.kron(geometry=dpo.quad)  # what `psgd` fits here
 DEPTH, WIDTH = 100, 64
+BLOCK = 256
+
+
+def compiled(call: Callable, *arguments: Any) -> tuple[jax.stages.Compiled, float]:
+  """The call traced and compiled, and the CPU seconds of it; nothing is remembered from an earlier time."""
+  start = time.process_time()
+  anew = jax.jit(lambda *arguments: call(*arguments), donate_argnums=0)
+  return anew.lower(*arguments).compile(), time.process_time() - start
 
 
 class Step:
@@ -42,10 +51,8 @@ class Step:
   def __init__(self, call: Callable[..., tuple[Any, Any]], carry: Any, *arguments: Any):
     self.carry = jax.tree.map(jnp.copy, carry)  # no two donated arrays may be one buffer
     self.arguments = arguments
-    jitted = jax.jit(call, donate_argnums=0)
-    before, start = process_types(self.carry), time.process_time()
-    self.compiled = jitted.lower(self.carry, *arguments).compile()
-    self.compile_seconds = time.process_time() - start
+    before = process_types(self.carry)
+    self.compiled, self.compile_seconds = compiled(call, self.carry, *arguments)
     self()
     self.recompiled = int(process_types(self.carry) != before)
 
@@ -176,6 +183,10 @@ def updates(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     found |= {
       "psgd lra of rank 10, fit": alone(whitening(dpo.lra(rank=10)), refresh=True),
       "psgd xmat, fit": alone(whitening(dpo.xmat()), refresh=True),
+      "psgd affine, fit": alone(whitening(dpo.affine(max_skew=100.0)), refresh=True),
+      "psgd scan, fit": alone(whitening(dpo.scan()), refresh=True),
+      "psgd diagonal, fit": alone(whitening(dpo.diagonal()), refresh=True),
+      f"psgd dense in blocks of {BLOCK}, fit": alone(whitening(dpo.blocked(DENSE, BLOCK)), refresh=True),
       "a fit taken": _fit(params, grads, True),
       "a fit not taken": _fit(params, grads, False),
     }
@@ -186,8 +197,10 @@ def updates(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     if name != "deep":  # it takes minutes to compile there
       found["psgd-jax kron, no fit"] = theirs(1e-9)
     if name == "mlp":
+      every = {"b1": 0.9, "preconditioner_update_probability": 1.0}
       lra = peers.psgd_jax("low_rank_approximation").low_rank_approximation
-      found["psgd-jax lra of rank 10, fit"] = alone(lra(RATE, b1=0.9, preconditioner_update_probability=1.0))
+      found["psgd-jax lra of rank 10, fit"] = alone(lra(RATE, **every))
+      found["psgd-jax xmat, fit"] = alone(peers.psgd_jax("xmat").xmat(RATE, **every))
   return {f"update: {label}": call for label, call in found.items()}
 
 
@@ -232,7 +245,8 @@ def steps(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
         (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         quarter = jax.tree.map(lambda x: x[: len(x) // 4], batch)
         given = {"hvp": dpo.hvp(loss_of(statistics, quarter), params, has_aux=True)} if fit == "quarter" else {}
-      given |= {"value": value, "obj_fn": lambda p: loss(p)[0]}
+      ahead = lambda p: loss(p)[0]
+      given |= {"value": value, "value_fn": ahead, "obj_fn": ahead}
       new, state = tx.update(grads, state, params, **given, **extra)
       return (optax.apply_updates(params, new), statistics, state), value
 
@@ -267,9 +281,9 @@ def steps(work: Workload, name: str) -> dict[str, tuple[Any, ...]]:
     "psgd newton, fit on a quarter of the batch": step(newton, "quarter", refresh=True),
     "dpsgd, no fit": step(dpsgd, refresh=False, judge=False),
     "dpsgd, fit": step(dpsgd, "batch", refresh=True, judge=False),
+    "levenberg_marquardt": step(dpo.levenberg_marquardt(optax.sgd(RATE))),
+    "sophia": step(optax.contrib.sophia(RATE)),
   }
-  if name == "mlp":
-    found["sophia"] = step(optax.contrib.sophia(RATE))
   if name == "resnet8":
     found["sgd_ph"] = step(dpo.sgd_ph(RATE, training.is_norm_param), "leaves", refresh=True)
   if name in ("mlp", "lenet5", "layers") and peers.installed():
@@ -296,19 +310,21 @@ def layered(work: Workload) -> dict[str, tuple[Any, ...]]:
     moments = lambda record: None if record is None else dpo.second_moments(record, ())
     return carry, jax.tree.map(moments, inputs, is_leaf=is_record)
 
-  tx = dpo.bnp(RATE, layers=inputs)
+  def step(tx: optax.GradientTransformationExtraArgs) -> tuple[Any, ...]:
+    def run(carry: Any, batch: Any) -> tuple[Any, Any]:
+      params, state = carry
+      (value, _), grads, records = captured()(params, batch)
+      new, state = tx.update(grads, state, params, layer_inputs=records)
+      return (optax.apply_updates(params, new), state), value
 
-  def bnp(carry: Any, batch: Any) -> tuple[Any, Any]:
-    params, state = carry
-    (value, _), grads, records = captured()(params, batch)
-    new, state = tx.update(grads, state, params, layer_inputs=records)
-    return (optax.apply_updates(params, new), state), value
+    return run, (params, tx.init(params)), batch
 
   return {
     "gradient and inputs": of_gradient(None),
     "gradient and second moments": of_gradient(dpo.second_moments),
     "second moments of the inputs": (products, jnp.zeros(()), inputs),
-    "bnp": (bnp, (params, tx.init(params)), batch),
+    "bnp": step(dpo.bnp(RATE, layers=inputs)),
+    "gls": step(dpo.gls(RATE, layers=inputs, fallback=optax.sgd(RATE))),
   }
 
 
