@@ -42,9 +42,9 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
   An axis of length d is cut into ⌈d / block_size⌉ parts whose lengths differ by one at most, and each block of the
   parameter has a P of its own, which leaves out the curvature between them. For a vocabulary or a wide layer, where a
   dense factor would be too large and a diagonal one too weak: ``blocked(kron(max_skew=jnp.inf), 1024)`` of 50257 × 768
-  has 50 blocks of 1005 or 1006 × 768. Blocks of equal shape are fitted and applied together, and divided among devices as other
-  buckets are. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the flops of a fit are
-  O(d² · block_size) in place of O(d³).
+  has 50 blocks of 1005 or 1006 × 768. Blocks of equal shape are fitted and applied together, and divided among devices
+  as other buckets are. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the flops of a fit
+  are O(d² · block_size) in place of O(d³).
 
   Args:
     preconditioner: of any pytree, fitted on gradients or Hessian-vector products: ``kron()``, ``affine()``,
