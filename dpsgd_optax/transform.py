@@ -26,7 +26,7 @@ LARGE = 2**16  # numbers in a leaf whose copy takes longer, over a training, tha
 
 
 def by_shape(tree: Any) -> list[list[int]]:
-  """The indices of the leaves of each shape and dtype; on a mesh also of each sharding: to stack others is to send."""
+  """The indices of the leaves of each shape and dtype; on a mesh also of each sharding, not to send them."""
   found: dict[Any, list[int]] = {}
   for i, (path, x) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
     found.setdefault((jnp.shape(x), jnp.result_type(x), spec_of(path)), []).append(i)
@@ -67,10 +67,10 @@ def all_finite(tree: Any) -> jax.Array:
   A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x)]
-  little = [x for x in leaves if jnp.size(x) < SMALL and not on_mesh()]
-  parts = stacks(leaves if on_mesh() else [x for x in leaves if jnp.size(x) >= SMALL])
-  if little:
-    parts.append(jnp.concatenate([jnp.reshape(x, -1) for x in little]))
+  little = lambda x: jnp.size(x) < SMALL and not on_mesh()
+  parts = stacks([x for x in leaves if not little(x)])
+  if side_by_side := [jnp.reshape(x, -1) for x in leaves if little(x)]:
+    parts.append(jnp.concatenate(side_by_side))
   sums = [jnp.sum(x - x) for x in parts]
   return jnp.isfinite(sum(sums)) if sums else jnp.array(True)
 

@@ -212,7 +212,7 @@ def noise(key: jax.Array, tree: Any) -> Any:
   words_of = lambda shape: -(-math.prod(shape) // 32)
   ends = list(itertools.accumulate((len(own) * words_of(shape) for (shape, _), own in groups.items()), initial=0))
   words = jax.random.bits(key, (ends[-1],), jnp.uint32)
-  for ((shape, dtype), members), start, end in zip(groups.items(), ends, ends[1:], strict=False):
+  for ((shape, dtype), members), (start, end) in zip(groups.items(), itertools.pairwise(ends), strict=True):
     own = everywhere(words[start:end]).reshape(len(members), words_of(shape), 1)
     bits = ((own >> jnp.arange(32, dtype=jnp.uint32)) & 1).reshape(len(members), -1)[:, : math.prod(shape)]
     signs = (2 * bits.astype(dtype) - 1).reshape(len(members), *shape)

@@ -183,7 +183,7 @@ def outer(x: jax.Array) -> LowRank:
 def hermitian_outer(x: jax.Array, y: jax.Array) -> LowRank:
   """The Hermitian part of x yᴴ of two vectors, (x yᴴ + y xᴴ) / 2.
 
-  It is ¼ (x + y)(x + y)ᴴ − ¼ (x − y)(x − y)ᴴ. With cx and y/c of equal length neither term is larger than four times
+  It is ¼ (x + y)(x + y)ᴴ − ¼ (x − y)(x − y)ᴴ. With cx and y/c of equal length neither term is larger than twice
   the norm of the difference, so that nothing cancels.
   """
   a, b = (jnp.linalg.norm(z) for z in (x, y))
