@@ -8,6 +8,7 @@ Flax helpers live in ``dpsgd_optax.training``, which is not imported here.
 from dpsgd_optax.base import Curvature, Preconditioner, Probe
 from dpsgd_optax.capture import capture
 from dpsgd_optax.checkpoint import STATE_VERSION, check_state_layout, state_layout
+from dpsgd_optax.clipping import clip_spikes
 from dpsgd_optax.curvature import hessian_diagonal, layer_inputs, newton, whitening
 from dpsgd_optax.damping import adapt_damping, half_slope, levenberg_marquardt, newton_model, quadratic_model
 from dpsgd_optax.diagonal_probes import exact, ones, rademacher
@@ -17,6 +18,7 @@ from dpsgd_optax.layer_steps import clip_output_change, match_layers, match_tota
 from dpsgd_optax.layers import LayerRecord, channel_moments, second_moments
 from dpsgd_optax.off_diagonal import Diagonality, diagonality
 from dpsgd_optax.optimizers import bnp, dpsgd, gls, psgd
+from dpsgd_optax.parallel import data_parallel
 from dpsgd_optax.partial_hessian import sgd_ph
 from dpsgd_optax.preconditioners._geometry import (
   eq,
@@ -85,8 +87,10 @@ __all__ = [
   "channel_moments",
   "check_state_layout",
   "clip_output_change",
+  "clip_spikes",
   "clipped_learning_rate",
   "damped_kron",
+  "data_parallel",
   "dense",
   "diagonal",
   "diagonal_newton",

@@ -6,14 +6,17 @@ FIT       Preconditioner  (state, observation, *, key, damping) -> state      ho
 APPLY     Preconditioner  (state, updates) -> P @ updates                     how it is used
 
 Nothing else is asked of a preconditioner: not its inverse, not its eigenvalues. Three optional fields say how P^½ is
-had; only `regularization` asks for it, and optimization works without them.
+had, which only `regularization` asks for, and one what the clipping of `psgd` takes for a matrix; optimization works
+without them.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 Curvature = Callable[..., Any]
 """(key, updates, params, **extra) -> observation. Ignores the extra arguments it does not know."""
@@ -33,6 +36,8 @@ class Preconditioner(NamedTuple):
     power: ``(state, updates, exponent) -> P^exponent @ updates``, symmetric, for any real exponent; or None.
     root: ``(state, updates, inverse) -> R @ updates``, or R⁻¹ @ updates if ``inverse`` (a bool), for some R with
       R Rᵀ = P, not necessarily symmetric; or None. A preconditioner that has ``power`` needs none: R = P^½.
+    matrices: ``(updates) -> (parts, join)``, the matrices that have a P of their own, such as each layer of a stack or
+      each block: parts is a list of arrays (count, *shape), and ``join(parts)`` is the tree again; None: the leaves.
 
   Example:
     A preconditioner of one number, ‖v‖ / ‖Hv‖:
@@ -58,6 +63,7 @@ class Preconditioner(NamedTuple):
   diagonal: bool = False
   power: Callable[..., Any] | None = None
   root: Callable[..., Any] | None = None
+  matrices: Callable[..., Any] | None = None
 
 
 class Probe(NamedTuple):
@@ -121,6 +127,43 @@ def check_fraction(value: Any, name: str) -> None:
     "in [0, 1)",
     "It is the weight kept of the old value; 1 would never take anything new in. Try 0.9, or None to switch it off.",
   )
+
+
+def check_automatic(tree: Any) -> None:
+  """Raises for leaves that are sharded over explicit mesh axes, whose operations JAX leaves to the user to lay out."""
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    if not isinstance(x, jax.Array):
+      continue
+    spec = getattr(jax.typeof(x).sharding, "spec", ())
+    if any(axis is not None for axis in spec):
+      raise ValueError(
+        f"a preconditioner mixes all entries of a leaf, but {jax.tree_util.keystr(path) or 'the params'} is sharded "
+        f"over explicit mesh axes, {spec}. Make the mesh with `axis_types=(jax.sharding.AxisType.Auto,) * n`, and "
+        "divide the work by `dpsgd_optax.sharded(tx, mesh, param_specs)`."
+      )
+
+
+def forward_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
+  """``tx``, given the extra arguments that its ``update`` takes, whatever type it has.
+
+  The transform of ``optax.MultiSteps`` is a plain ``GradientTransformation`` that takes them all the same, and
+  ``optax.with_extra_args_support`` drops them: here the signature of ``update`` decides.
+  """
+  parameters = inspect.signature(tx.update).parameters.values()
+  if any(p.kind == p.VAR_KEYWORD for p in parameters):
+    return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+  names = {p.name for p in parameters if p.kind != p.POSITIONAL_ONLY} - {"updates", "state", "params"}
+
+  def update(updates, state, params=None, **extra):
+    return tx.update(updates, state, params, **{k: v for k, v in extra.items() if k in names})
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def leaves_apart(tree: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+  """Every leaf as one matrix."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return [x[None] for x in leaves], lambda parts: treedef.unflatten([x[0] for x in parts])
 
 
 def same_structure(tree: Any, other: Any, what: str, of: str) -> None:

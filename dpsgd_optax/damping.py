@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax.base import check, check_not_negative, check_period, is_static
+from dpsgd_optax.base import check, check_not_negative, check_period, forward_extra_args, is_static
+from dpsgd_optax.injection import injected, static_arguments
+from dpsgd_optax.products import has_holes, stepped
 from dpsgd_optax.products import hvp as hessian_product
-from dpsgd_optax.transform import choose, scalar_dtype, where
+from dpsgd_optax.transform import both, check_choice, choose, scalar_dtype, separate, where
 
 
 def _dot(a: Any, b: Any) -> jax.Array:
@@ -127,10 +129,10 @@ class LevenbergMarquardtState(NamedTuple):
   """Attributes:
   count: (), int32, calls of ``update``.
   damping: (), float32 (here and below; float64 for such params), λ of the next step.
-  ratio: (), float32, actual / predicted of the last judged step; NaN before the first.
+  ratio: (), float32, actual / predicted of the last judged step; 0 before the first.
   actual: (), float32, reduction of the loss on the last judged step.
-  predicted: (), float32, what the model said.
-  previous: (), float32, the loss at the last step to be judged by looking back; NaN if none is waiting.
+  predicted: (), float32, what the model said; 0 before the first.
+  previous: (), float32, the loss at the last step to be judged by looking back; infinite if none is waiting.
   rejected: (), int32, steps zeroed: the loss was not finite, or it rose and ``reject`` is set.
   inner: state of the wrapped transform.
   """
@@ -145,11 +147,32 @@ class LevenbergMarquardtState(NamedTuple):
   inner: Any
 
 
+class InjectedLevenbergMarquardtState(NamedTuple):
+  """The same, for a ``damping`` that ``optax.inject_hyperparams`` holds: that one bears the name in the state.
+
+  Attributes:
+  current_damping: (), float32, λ of the next step.
+  """
+
+  count: jax.Array
+  current_damping: jax.Array
+  ratio: jax.Array
+  actual: jax.Array
+  predicted: jax.Array
+  previous: jax.Array
+  rejected: jax.Array
+  inner: Any
+
+
+ROUNDING = 10  # reductions of so many units in the last place of the loss say nothing
+
+
 def _rate(state: Any) -> Any:
   found = optax.tree.get_all_with_path(state, "rate")
   return found[0][1] if len(found) == 1 else None
 
 
+@static_arguments("inner", "every", "model", unless_given=("damping",))
 def levenberg_marquardt(
   inner: optax.GradientTransformation,
   *,
@@ -170,12 +193,19 @@ def levenberg_marquardt(
   batch. ``value`` saves the loss at θ. *Look-back* (only ``value`` given): the step is judged on the next call, by
   that call's ``value``; free, but the batch differs. Either way step t uses a λ known before it.
 
+  A step whose predicted and actual reductions are both below the rounding of the loss is not judged, as happens at a
+  minimum and with a λ that is much too large. λ then draws back to its initial value if it was above, so that it cannot
+  lock itself there.
+
+  Inside ``optax.partition`` or ``optax.masked`` the loss takes more parameters than the transform is shown: they are
+  those at which ``hvp=dpo.hvp(loss, params)`` was taken. With a product of your own and ``value`` it looks back.
+
   Which way is safe depends on what λ damps. Of the *curvature* (every group: fit on Hv + λv), more λ is a shorter
   step. Of the *factors* (``damped_kron``), more λ is a longer, more gradient-like step; ``dpsgd`` therefore bounds λ
   by its initial value and turns it down on a rejected step.
 
   Args:
-    inner: any optax transform; one that ignores ``damping`` is judged all the same.
+    inner: any optax transform, ``optax.MultiSteps`` included; one that ignores ``damping`` is judged all the same.
     damping: the initial λ.
     factor: ω > 0, per judged step. Above 1 it turns the rule round (λ grows after a good step), which is the safe
       way where more λ is a longer step.
@@ -188,12 +218,15 @@ def levenberg_marquardt(
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. ``update`` also takes ``judge``: True or False
-    chooses at trace time whether the step is judged, in place of the count. λ, ratio, actual and predicted are fields
-    of the state: ``optax.tree.get(opt_state, "ratio")``.
+    chooses at trace time whether the step is judged, in place of the count; and ``accumulating``, as
+    :func:`dpsgd_optax.scale_by_preconditioner` does. λ, ratio, actual and predicted are fields of the state:
+    ``optax.tree.get(opt_state, "ratio")``. λ is ``damping``, or ``current_damping`` where ``damping`` itself is
+    injected by ``optax.inject_hyperparams``.
 
   Raises:
-    ValueError: at construction for a factor outside (0, 1), bad thresholds or bounds, ``every`` below 1; at trace time
-      if neither ``value`` nor ``value_fn`` came, or ``params`` is missing for ``value_fn``.
+    ValueError: at construction for a factor that is not positive, bad thresholds or bounds, ``every`` below 1; at trace
+      time if neither ``value`` nor ``value_fn`` came, ``params`` is missing for ``value_fn``, or has holes and nothing
+      tells the parameters that stand there.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
@@ -210,65 +243,107 @@ def levenberg_marquardt(
     if all(map(is_static, pair)) and not pair[0] <= pair[1]:
       raise ValueError(f"`{name}` must be (low, high) with low ≤ high, got {pair}. Try {example}.")
   rule = {"factor": factor, "thresholds": thresholds, "bounds": bounds}
-  inner = optax.with_extra_args_support(inner)
+  inner = forward_extra_args(inner)
+  State = InjectedLevenbergMarquardtState if injected() and not is_static(damping) else LevenbergMarquardtState
+  initial = damping
 
   def init(params):
     dtype = scalar_dtype(params)
-    nan, zero, count = jnp.full((), jnp.nan, dtype), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-    return LevenbergMarquardtState(count, jnp.asarray(damping, dtype), nan, zero, zero, nan, count, inner.init(params))
+    zero = lambda dtype: jnp.zeros((), dtype)
+    # λ is copied, for the number may be an array of the caller's
+    scalars = (jnp.array(initial, dtype), *(zero(dtype) for _ in range(3)), jnp.full((), jnp.inf, dtype))
+    return separate(State(zero(jnp.int32), *scalars, zero(jnp.int32), inner.init(params)), params)
 
-  def verdict(state, actual, predicted):
+  def verdict(record, before, actual, predicted):
     """λ, ratio, actual and predicted after one judged step; a step of length zero says nothing."""
-    judged = predicted != 0
+    least = ROUNDING * float(jnp.finfo(actual.dtype).eps) * jnp.abs(before).astype(actual.dtype)
+    lost_in_rounding = (jnp.abs(actual) <= least) & (jnp.abs(predicted) <= least)
+    known = predicted != 0
+    judged = known & ~lost_in_rounding
     ratio = actual / jnp.where(judged, predicted, 1)
-    adapted = adapt_damping(state.damping, actual, predicted, **rule).astype(state.damping.dtype)
-    new = (adapted, ratio, actual, predicted)
-    return where(judged, new, (state.damping, state.ratio, state.actual, state.predicted))
+    old = record[0]
+    adapted = adapt_damping(old, actual, predicted, **rule).astype(old.dtype)
+    shrunk = (old * jnp.minimum(factor, 1 / jnp.asarray(factor, old.dtype))).astype(old.dtype)
+    back = jnp.where(old > initial, jnp.maximum(shrunk, jnp.asarray(initial, old.dtype)), old)
+    unjudged = (jnp.where(known, back, old), *record[1:])
+    return where(judged, (adapted, ratio, actual, predicted), unjudged)
 
-  def update(updates, state, params=None, *, value=None, value_fn=None, hvp=None, judge=None, damping=None, **extra):
+  def loss_at(value_fn, params, hvp, value):
+    """step ↦ loss(θ + step), with θ in full; None if only looking back is left."""
+    if not has_holes(params):
+      return lambda step: value_fn(params if step is None else stepped(params, step))
+    whole = getattr(hvp, "params", None)
+    if whole is not None:
+      return lambda step: value_fn(whole if step is None else stepped(whole, step))
+    if value is None:
+      raise ValueError(
+        "`value_fn` takes all parameters, but here, inside `optax.partition` or `optax.masked`, `params` has holes. "
+        "Pass `hvp=dpo.hvp(loss, params)`, made of the whole params, or put `levenberg_marquardt` (for `dpsgd`: "
+        "`dpsgd(…, damping=None)` inside it) around the partition, or pass `value=loss_value` alone."
+      )
+    return None
+
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    value=None,
+    value_fn=None,
+    hvp=None,
+    judge=None,
+    accumulating=False,
+    damping=None,
+    **extra,
+  ):
     del damping  # this wrapper's to choose
+    _check_state(state)
+    check_choice(judge, "judge")
     if value is None and value_fn is None:
       raise ValueError(
         "`levenberg_marquardt` judges steps by the loss, but `update` received neither `value` nor `value_fn`. "
         "Pass `value=loss_value, value_fn=loss` (loss: params ↦ scalar), or only `value=loss_value` to judge a step by "
-        "the loss of the next."
+        "the loss of the next. Flax's own TrainState drops them: use `dpsgd_optax.training.TrainState`, with "
+        "`apply_gradients(grads=grads, extra_args=dict(value=…, value_fn=…))`."
       )
     if value_fn is not None and params is None:
       raise ValueError("`value_fn` is evaluated at `params`, got None. Pass `params` to `update`.")
     due = (state.count + 1) % every == 0 if judge is None else judge
+    due = both(due, not accumulating if isinstance(accumulating, bool) else ~accumulating)
     finite = jnp.array(True) if value is None else jnp.all(jnp.isfinite(value))
+    loss = None if value_fn is None else loss_at(value_fn, params, hvp, value)
     product = hvp
-    if product is None and value_fn is not None:
+    if product is None and loss is not None:
       product = hessian_product(value_fn, params)
 
-    dtype = state.damping.dtype
-    record = (state.damping, state.ratio, state.actual, state.predicted)
-    if value_fn is None:  # look back at the step that waits for its verdict
+    record = state[1:5]
+    dtype = record[0].dtype
+    if loss is None:  # look back at the step that waits for its verdict
       waiting = jnp.isfinite(state.previous) & finite
-      judged = verdict(state, (state.previous - value).astype(dtype), state.predicted)
+      judged = verdict(record, state.previous, (state.previous - value).astype(dtype), state.predicted)
       record = where(waiting, judged, record)
-      state = state._replace(damping=record[0])
 
     passed = {k: v for k, v in {"value": value, "value_fn": value_fn, "hvp": hvp}.items() if v is not None}
-    step, moved = inner.update(updates, state.inner, params, damping=state.damping, **passed, **extra)
+    passed |= {} if accumulating is False else {"accumulating": accumulating}
+    step, moved = inner.update(updates, state.inner, params, damping=record[0], **passed, **extra)
     predict = lambda: jnp.asarray(model(updates, step, product, rate=_rate(moved)), dtype)
 
     previous, stop = state.previous, jnp.array(False)
-    if value_fn is None:
-      nan = jnp.full((), jnp.nan, dtype)
+    if loss is None:
+      none = jnp.full((), jnp.inf, dtype)
       look = lambda: (jnp.asarray(value, dtype), predict())
-      previous, predicted = choose(due, look, lambda: (nan, record[3]))
+      previous, predicted = choose(due, look, lambda: (none, record[3]))
       record = (*record[:3], predicted)
     else:
 
       def look():
-        before = jnp.asarray(value_fn(params) if value is None else value, dtype)
-        after = jnp.asarray(value_fn(optax.apply_updates(params, step)), dtype)
+        before = jnp.asarray(loss(None) if value is None else value, dtype)
+        after = jnp.asarray(loss(step), dtype)
         actual = before - after
         lost = ~jnp.isfinite(after) | ((actual < 0) if reject else False)
         back = 1 / factor if reject_factor is None else reject_factor
-        turned = jnp.clip(state.damping * back, *bounds).astype(dtype)
-        new = verdict(state, actual, predict())
+        turned = jnp.clip(record[0] * back, *bounds).astype(dtype)
+        new = verdict(record, before, actual, predict())
         new = (jnp.where(lost & reject, turned, new[0]), *new[1:])
         return where(jnp.isfinite(before), new, record), lost  # a loss that was lost before the step says nothing of it
 
@@ -278,15 +353,15 @@ def levenberg_marquardt(
     moved = where(finite, moved, state.inner)
     taken = finite & ~stop
     step = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), step)
-    return step, LevenbergMarquardtState(
-      count=optax.safe_increment(state.count),
-      damping=record[0],
-      ratio=record[1],
-      actual=record[2],
-      predicted=record[3],
-      previous=previous,
-      rejected=state.rejected + (~taken).astype(jnp.int32),
-      inner=moved,
-    )
+    rejected = state.rejected + (~taken).astype(jnp.int32)
+    return step, type(state)(optax.safe_increment(state.count), *record, previous, rejected, moved)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_state(state: Any) -> None:
+  if not isinstance(state, LevenbergMarquardtState | InjectedLevenbergMarquardtState):
+    raise ValueError(
+      f"`update` needs the state that `init` of the same transform returned, a LevenbergMarquardtState, got "
+      f"{type(state).__name__}. Inside a wrapper (`optax.MultiSteps`, `optax.chain`) call `update` of the wrapper."
+    )

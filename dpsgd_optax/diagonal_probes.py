@@ -64,7 +64,8 @@ def exact(key: jax.Array, product: Product, active: Any, alone: bool) -> Probe:
   ]
 
   def unit(j):
-    return treedef.unflatten([x * (place == j).reshape(x.shape) for x, place in zip(leaves, places, strict=True)])
+    at = lambda x, place: (place == j).reshape(x.shape).astype(x.dtype)
+    return treedef.unflatten([x * at(x, place) for x, place in zip(leaves, places, strict=True)])
 
   def column(j):
     e = unit(j)
@@ -108,5 +109,5 @@ def turn(tree: Any, cycle: Cycle, fits: Any) -> Any:
     ends = itertools.accumulate(_counts(leaves), initial=0)
     for i, numbers in enumerate(itertools.starmap(np.arange, itertools.pairwise(ends))):
       shape = active[i].shape[:-1] + (1,) * (active[i].ndim > 0)
-      active[i] = active[i] * (numbers.reshape(shape) == current)
+      active[i] = active[i] * (numbers.reshape(shape) == current).astype(active[i].dtype)
   return treedef.unflatten(active)

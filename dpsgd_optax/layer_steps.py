@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax._replicas import mean_over_replicas
 from dpsgd_optax.base import check_not_negative
 from dpsgd_optax.layers import LayerRecord, extended, extent, gram, rows_of
 from dpsgd_optax.preconditioners._layers import Layer, as_matrix, find_layers, from_matrix, matched
@@ -67,8 +68,8 @@ def _output_square(layer: Layer, record: LayerRecord, x: jax.Array) -> jax.Array
     parts = [rows_of(record, a, layer.stack) for a in record.inputs]
     rows = jnp.concatenate(parts, axis=1)
     out = jnp.matmul(rows if layer.bias is None else extended(rows), x)
-    return jnp.mean(out**2, axis=(1, 2))
-  s = gram(record, layer.stack)
+    return mean_over_replicas(jnp.mean(out**2, axis=(1, 2)))
+  s = mean_over_replicas(gram(record, layer.stack))
   s = s if layer.bias is not None else s[:, :-1, :-1]
   return jnp.maximum(jnp.einsum("mik,mij,mjk->m", x, s.astype(x.dtype), x, precision="highest"), 0) / x.shape[-1]
 

@@ -80,7 +80,8 @@ def _blocks(product: Callable, x: jax.Array) -> jax.Array:
 
 def _measured(block: jax.Array) -> Diagonality:
   d = jnp.diagonal(block, axis1=-2, axis2=-1)
-  off = block - d[..., None] * jnp.eye(d.shape[-1], dtype=d.dtype)
+  eye = jnp.expand_dims(jnp.eye(d.shape[-1], dtype=d.dtype), tuple(range(d.ndim - 1)))
+  off = block - d[..., None] * eye
 
   def ratio(a, b):
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.where(a > 0, jnp.inf, 0))

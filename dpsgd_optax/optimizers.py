@@ -5,19 +5,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dpsgd_optax.base import (
   Curvature,
   Preconditioner,
+  check,
   check_fraction,
   check_learning_rate,
   check_not_negative,
   check_period,
+  forward_extra_args,
 )
+from dpsgd_optax.clipping import clip_matrices, clip_spikes
 from dpsgd_optax.curvature import layer_inputs, newton, whitening
 from dpsgd_optax.damping import levenberg_marquardt, newton_model
+from dpsgd_optax.injection import static_arguments
 from dpsgd_optax.layer_steps import Match, clip_output_change, matched_length
 from dpsgd_optax.preconditioners._geometry import Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._layers import from_outputs as through_outputs
@@ -30,26 +33,13 @@ from dpsgd_optax.preconditioners.least_squares import group as least_squares_gro
 from dpsgd_optax.transform import (
   annealed_probability,
   clipped_learning_rate,
-  map_by_shape,
+  keep_dtype,
   plain,
   scale_by_preconditioner,
 )
 
 
-def _squarable(x: jax.Array) -> jax.Array:
-  """x, no entry above 1e12: the mean of squares cannot overflow, and clipping by it silently turn x into zeros."""
-  if x.size == 0 or float(jnp.finfo(x.dtype).max) < 1e12:
-    return x
-  size = jnp.abs(x)
-  return jnp.where(size > 1e12, x * (1e12 / size).astype(x.dtype), x)
-
-
-def _clipped(x: jax.Array) -> Any:
-  """One leaf, its root mean square at most 2."""
-  clip = optax.clip_by_block_rms(2.0)
-  return clip.update(_squarable(x), clip.init(x))[0]
-
-
+@static_arguments("preconditioner", "curvature", "every", "key", "mask")
 def psgd(
   learning_rate: optax.ScalarOrSchedule,
   preconditioner: Preconditioner | None = None,
@@ -61,13 +51,15 @@ def psgd(
   damping: Any = 1e-9,
   key: int | jax.Array = 0,
   mask: Any = None,
+  clip: float | optax.GradientTransformation | None = 2.0,
+  max_jump: float | None = 4.0,
 ) -> optax.GradientTransformationExtraArgs:
   """Preconditioned SGD: any group, any criterion. With the defaults a drop-in for Adam that needs no extra argument.
 
   updates = −learning_rate · (clip(P m) + weight_decay · θ), m the gradient or its running mean, P fitted to gradients.
 
   The preconditioned gradient has entries of the order of 1, as Adam's has, so Adam's learning rate, or a third of it,
-  is where to start. With ``newton()`` it is a Newton step, with rates of 0.02 to 0.1; each block is clipped to a root
+  is where to start. With ``newton()`` it is a Newton step, with rates of 0.02 to 0.1; each matrix is clipped to a root
   mean square of 2, which at 0.1 may still move every weight of a young ReLU network by 0.2 and stop it for good, as on
   LeNet-5 (benchmarks/results/lenet-trial.json).
 
@@ -82,14 +74,21 @@ def psgd(
       None: no momentum, and none in the state.
     weight_decay: decoupled, as in AdamW; None: none.
     damping: λ ≥ 0 of the curvature: P ≤ 1/λ.
-    key: int or PRNG key of the probes.
-    mask: which leaves decay, as for ``optax.add_decayed_weights``.
+    key: int or PRNG key of the probes. Static.
+    mask: which leaves decay, as for ``optax.add_decayed_weights``. Static.
+    clip: the largest root mean square of a preconditioned matrix (of each layer of a stack, of each block, if the
+      preconditioner has such), whose entries are cut to 10 times that before; or an optax transform in its place, such
+      as ``optax.clip_by_global_norm(1.0)``; None: no clipping.
+    max_jump: a gradient longer than so many times the running mean of the lengths is shortened before momentum and fit
+      see it (:func:`dpsgd_optax.clip_spikes`); None: never.
 
   Returns:
-    The corresponding :class:`optax.GradientTransformationExtraArgs`.
+    The corresponding :class:`optax.GradientTransformationExtraArgs`. Every number may be a schedule or set while
+    training by ``optax.inject_hyperparams(dpsgd_optax.psgd)(…)``.
 
   Raises:
-    ValueError: for a negative learning rate, damping or weight decay, or ``b1`` outside [0, 1).
+    ValueError: for a negative learning rate, damping or weight decay, ``b1`` outside [0, 1), a ``clip`` that is not
+      positive, or a ``max_jump`` of 1 or below.
 
   Source: arXiv:2402.04553, arXiv:2402.11858. The paper's own PSGD, as it is compared with DPSGD, is
   ``dpsgd(…, damping=None, average=None)``.
@@ -112,22 +111,43 @@ def psgd(
   check_learning_rate(learning_rate)
   check_not_negative(weight_decay, "weight_decay", "Try 1e-4, or None.")
   check_fraction(b1, "b1")
+  check(
+    lambda x: x > 0, clip, "clip", "positive, an optax transform, or None", "The default is 2.0; None: no clipping."
+  )
+  p = kron() if preconditioner is None else preconditioner
   parts = [
     scale_by_preconditioner(
-      kron() if preconditioner is None else preconditioner,
+      p,
       whitening() if curvature is None else curvature,
       every=annealed_probability() if every is None else every,
       damping=damping,
+      before=None if max_jump is None else clip_spikes(max_jump, matrices=p.matrices),
       momentum=None if b1 is None else optax.ema(b1),
       key=key,
-    ),
-    optax.stateless(lambda updates, params: map_by_shape(_clipped, updates)),
+    )
   ]
+  if clip is not None:
+    parts.append(forward_extra_args(clip) if hasattr(clip, "init") else clip_matrices(clip, p.matrices))
   if weight_decay is not None:
-    parts.append(optax.add_decayed_weights(weight_decay, mask))
-  return optax.with_extra_args_support(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+    parts.append(keep_dtype(optax.add_decayed_weights(weight_decay, mask)))
+  return optax.with_extra_args_support(optax.chain(*parts, keep_dtype(optax.scale_by_learning_rate(learning_rate))))
 
 
+@static_arguments(
+  "every",
+  "key",
+  "judge_every",
+  "form",
+  "geometry",
+  "normalizer",
+  "repeats",
+  "curvature",
+  "model",
+  "max_size",
+  "max_vector_size",
+  "stacked",
+  unless_given=("damping",),
+)
 def dpsgd(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -263,6 +283,7 @@ def dpsgd(
   )
 
 
+@static_arguments("q2", "every", "fallback", "axis_name", "layers")
 def bnp(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -343,13 +364,14 @@ def bnp(
   )
   parts = [scale_by_preconditioner(p, layer_inputs(), every=every, damping=damping)]
   if b1 is not None:
-    parts.append(optax.trace(b1))
+    parts.append(keep_dtype(optax.trace(b1)))
   if weight_decay is not None:
-    parts.append(optax.add_decayed_weights(weight_decay))
-  tx = optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    parts.append(keep_dtype(optax.add_decayed_weights(weight_decay)))
+  tx = optax.chain(*parts, keep_dtype(optax.scale_by_learning_rate(learning_rate)))
   return with_fallback(tx, fallback, layers, vectors=False)
 
 
+@static_arguments("match", "every", "fallback", "max_size", "axis_name", "layers")
 def gls(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -459,8 +481,8 @@ def gls(
     )
   ]
   if weight_decay is not None:
-    parts.append(optax.add_decayed_weights(weight_decay))
-  parts.append(optax.scale_by_learning_rate(learning_rate))
+    parts.append(keep_dtype(optax.add_decayed_weights(weight_decay)))
+  parts.append(keep_dtype(optax.scale_by_learning_rate(learning_rate)))
   if max_output_change is not None:
     parts.append(clip_output_change(max_output_change, layers=layers))
   core = optax.chain(*parts)

@@ -17,10 +17,11 @@ import optax
 from dpsgd_optax.base import check, check_fraction, check_learning_rate, check_not_negative, working_dtype
 from dpsgd_optax.curvature import hessian_diagonal
 from dpsgd_optax.diagonal_probes import Cycle, DiagonalProbe, rademacher
+from dpsgd_optax.injection import static_arguments
 from dpsgd_optax.preconditioners._selected import selected
 from dpsgd_optax.preconditioners.diagonal_newton import Terms, by_visits, diagonal_newton
 from dpsgd_optax.selection import Where, selection
-from dpsgd_optax.transform import scale_by_preconditioner
+from dpsgd_optax.transform import keep_dtype, scale_by_preconditioner
 
 
 def _heavy_ball(b1: Any) -> optax.GradientTransformation:
@@ -43,6 +44,7 @@ def _slice_depth(path: Any, leaf: jax.Array) -> int:
   return max(jnp.ndim(leaf) - 1, 0)
 
 
+@static_arguments("where", "probe", "cycle", "signed", "bias_correction", "every", "key")
 def sgd_ph(
   learning_rate: optax.ScalarOrSchedule,
   where: Where,
@@ -173,4 +175,4 @@ def sgd_ph(
     after=after,
     key=key,
   )
-  return optax.with_extra_args_support(optax.chain(tx, optax.scale_by_learning_rate(learning_rate)))
+  return optax.with_extra_args_support(optax.chain(tx, keep_dtype(optax.scale_by_learning_rate(learning_rate))))

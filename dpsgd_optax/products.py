@@ -45,7 +45,22 @@ import optax
 
 from dpsgd_optax.selection import Where, punched, selection
 
-Product = Callable[[Any], Any]  # v ↦ C v, at fixed parameters
+
+class Product:
+  """v ↦ C v at fixed parameters: a function, that also knows where it was taken.
+
+  Inside ``optax.partition`` a transform is shown params with holes. Whoever needs the others there, to evaluate the
+  loss, finds them here.
+
+  Attributes:
+    params: θ, in full; None if it is not known.
+  """
+
+  def __init__(self, product: Callable[[Any], Any], params: Any = None):
+    self._product, self.params = product, params
+
+  def __call__(self, vector: Any) -> Any:
+    return self._product(vector)
 
 
 def hvp(loss: Callable[..., Any], params: optax.Params, has_aux: bool = False) -> Product:
@@ -82,7 +97,7 @@ def hvp(loss: Callable[..., Any], params: optax.Params, has_aux: bool = False) -
     _, hv = jax.jvp(_gradient(loss, block.join, has_aux), (block.theta,), (block.vector,))
     return block.restore(hv)
 
-  return product
+  return Product(product, params)
 
 
 def hvp_finite_difference(
@@ -149,7 +164,7 @@ def hvp_finite_difference(
     moved = gradient([x + delta.astype(x.dtype) * u for x, u in zip(theta, v, strict=True)])
     return restore([(b - a) / delta.astype(a.dtype) for a, b in zip(gradient(theta), moved, strict=True)])
 
-  return product
+  return Product(product, params)
 
 
 def ggnvp(
@@ -196,7 +211,7 @@ def ggnvp(
     (gv,) = jax.vjp(f, block.theta)[1](hjv)  # XLA merges this forward pass with the one of the jvp
     return block.restore(_ascent(gv))
 
-  return product
+  return Product(product, params)
 
 
 def value_and_grad_and_hvp(loss: Callable[..., Any], has_aux: bool = False) -> Callable[[optax.Params, Any], tuple]:
@@ -302,9 +317,27 @@ def value_and_grad_then_hvp(
       _, hv = push(tangents)
       return part.restore(part.take(hv))
 
-    return ((value, aux) if has_aux else value), grads, product
+    return ((value, aux) if has_aux else value), grads, Product(product, params)
 
   return linearized
+
+
+def has_holes(tree: Any) -> bool:
+  """Whether the tree is a part of a larger one, as ``optax.masked`` and ``optax.partition`` show it."""
+  hole = lambda x: isinstance(x, optax.MaskedNode)
+  return any(map(hole, jax.tree.leaves(tree, is_leaf=hole)))
+
+
+def stepped(params: Any, step: Any) -> Any:
+  """params + step in the dtypes of the params; where the step has a hole the params stay as they are.
+
+  As ``optax.apply_updates``, for params that hold more than the step speaks of: the rest of a partition, or the
+  functions and other static fields of a model that is a pytree.
+  """
+  slots, treedef = jax.tree.flatten(step, is_leaf=_is_hole)
+  parts = treedef.flatten_up_to(params)
+  moved = [p if _is_hole(s) else jnp.asarray(p + s, jnp.result_type(p)) for p, s in zip(parts, slots, strict=True)]
+  return treedef.unflatten(moved)
 
 
 class _Block(NamedTuple):

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax.damping import LevenbergMarquardtState
+from dpsgd_optax.clipping import ClipSpikesState
+from dpsgd_optax.damping import InjectedLevenbergMarquardtState, LevenbergMarquardtState
 from dpsgd_optax.preconditioners._arrow import Arrow
 from dpsgd_optax.preconditioners._lift import LiftState
 from dpsgd_optax.preconditioners.damped_kron import DampedKronState
@@ -33,10 +34,11 @@ Scalars = dict[str, jax.Array]
 def report(opt_state: Any, updates: Any = None, grads: Any = None) -> Scalars:
   """Every number worth logging, from a state of any depth: ``chain``, ``partition``, ``MultiSteps``, and so on.
 
-  From ``scale_by_preconditioner``: ``steps``, ``fits``, ``skipped``, and of P ``p_smallest``, ``p_largest`` (extreme
-  entries of its diagonal) and their quotient ``p_condition``, a lower bound of its condition number. From
-  ``levenberg_marquardt``: ``damping``, ``ratio``, ``actual``, ``predicted``, ``rejected``. From
-  ``clipped_learning_rate``: ``rate``. From the arguments: ``update_norm``, ``grad_norm``, ``cosine``.
+  From ``scale_by_preconditioner``: ``steps``, ``fits``, ``skipped``, ``dropped``, and of P ``p_smallest``,
+  ``p_largest`` (extreme entries of its diagonal) and their quotient ``p_condition``, a lower bound of its condition
+  number. From ``levenberg_marquardt``: ``damping``, ``ratio``, ``actual``, ``predicted``, ``rejected``. From
+  ``clip_spikes``: ``clipped``; from ``clipped_learning_rate``: ``rate``. From the arguments: ``update_norm``,
+  ``grad_norm``, ``cosine``.
 
   Two parts of one kind, as under ``optax.partition``, are told apart by where they stand: ``kernel/fits``.
 
@@ -57,7 +59,8 @@ def report(opt_state: Any, updates: Any = None, grads: Any = None) -> Scalars:
     >>> updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     >>> found = dpo.report(state, updates, grads)
     >>> sorted(found)
-    ['cosine', 'fits', 'grad_norm', 'p_condition', 'p_largest', 'p_smallest', 'skipped', 'steps', 'update_norm']
+    ['clipped', 'cosine', 'dropped', 'fits', 'grad_norm', 'p_condition', 'p_largest', 'p_smallest', 'skipped', 'steps',
+    'update_norm']
     >>> int(found["fits"]), round(float(found["cosine"]), 2)
     (1, 1.0)
   """
@@ -138,7 +141,7 @@ ENDS: dict[type, Callable[[Any], tuple[jax.Array, jax.Array]]] = {
 
 
 def _preconditioner(state: ScaleByPreconditionerState) -> Scalars:
-  numbers = {"steps": state.count, "fits": state.fits, "skipped": state.skipped}
+  numbers = {"steps": state.count, "fits": state.fits, "skipped": state.skipped, "dropped": state.dropped}
   lifted = state.preconditioner
   buckets = lifted.buckets.values() if isinstance(lifted, LiftState) and isinstance(lifted.buckets, dict) else ()
   ends = [jax.vmap(ENDS[type(bucket)])(bucket) for bucket in buckets if type(bucket) in ENDS]
@@ -155,6 +158,8 @@ def _fields(*names: str) -> Callable[[Any], Scalars]:
 
 READERS: dict[type, Callable[[Any], Scalars]] = {
   LevenbergMarquardtState: _fields("damping", "ratio", "actual", "predicted", "rejected"),
+  InjectedLevenbergMarquardtState: _fields("current_damping", "ratio", "actual", "predicted", "rejected"),
+  ClipSpikesState: _fields("clipped"),
   ClippedLearningRateState: _fields("rate"),
   ScaleByPreconditionerState: _preconditioner,
 }

@@ -22,6 +22,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpsgd_optax._split import Path, Split, dividing
+from dpsgd_optax.base import forward_extra_args
 from dpsgd_optax.preconditioners._lift import LiftState
 
 REPLICATED = PartitionSpec()
@@ -192,7 +193,7 @@ def sharded(
       f"`mesh` must have axes of type Auto, got {mesh.axis_types}. Make it with "
       "`jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))`."
     )
-  inner = optax.with_extra_args_support(tx)
+  inner = forward_extra_args(tx)
 
   def lay(tree: Any, specs: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, s)), tree, specs)

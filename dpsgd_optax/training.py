@@ -29,6 +29,7 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
+from dpsgd_optax.base import forward_extra_args
 from dpsgd_optax.layers import LayerRecord, Window, merged
 from dpsgd_optax.selection import is_norm_param as is_norm_param
 
@@ -69,13 +70,15 @@ class TrainState(train_state.TrainState):
     Args:
       grads: gradients with the structure of `params`.
       extra_args: keyword arguments of the transform's `update`: `value`, `value_fn`, `hvp`, `refresh`, ... A transform
-        that takes none ignores them.
+        that takes none ignores them. `optax.MultiSteps(tx, k)` hands them on; add
+        `accumulating=state.opt_state.mini_step < k - 1`, so that the k - 1 calls whose result it throws away compute no
+        product and no fit.
       **kwargs: attributes of the state to be replaced, as in Flax.
 
     Returns:
       The state after the step, `step` incremented by one.
     """
-    tx = optax.with_extra_args_support(self.tx)
+    tx = forward_extra_args(self.tx)
 
     def update(updates, state, params=None):
       return tx.update(updates, state, params, **(extra_args or {}))
@@ -454,6 +457,6 @@ class WeightNorm(nnx.Module):
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     v = self.layer.kernel[...]
     graphdef, state = nnx.split(self.layer)
-    kernel = v * (self.length.scale[...] / self._norm(v))
+    kernel = v * jnp.expand_dims(self.length.scale[...] / self._norm(v), tuple(range(v.ndim - 1)))
     state["kernel"] = jax.tree.map(lambda _: kernel, state["kernel"])
     return nnx.merge(graphdef, state)(*args, **kwargs)

@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where observe, fit and apply meet: the one optax transformation behind every optimizer here."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpsgd_optax._split import on_mesh, spec_of
 from dpsgd_optax.base import (
   Curvature,
   Preconditioner,
+  check_automatic,
   check_learning_rate,
   check_not_negative,
   check_period,
+  forward_extra_args,
   same_structure,
 )
 from dpsgd_optax.fitted import Fitted
+from dpsgd_optax.injection import static_arguments
 
 SMALL = 4096  # for the sum of fewer numbers XLA makes a kernel on a CPU, slow to compile; of more, it calls a library
 FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
@@ -43,21 +48,23 @@ def stacks(leaves: list[jax.Array]) -> list[jax.Array]:
   return found
 
 
-def map_by_shape(of_leaf: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
-  """``jax.tree.map(of_leaf, tree)``, leaves of equal shape at once under ``vmap``.
+def map_by_shape(of_leaf: Callable[..., jax.Array], tree: Any, *rest: Any) -> Any:
+  """``jax.tree.map(of_leaf, tree, *rest)``, leaves of equal shape at once under ``vmap``.
 
   For what a preconditioner returns: its leaves are slices of one stack, which no copy is needed to put together again;
   one by one each slice would be a kernel of its own to compile, once in every such map.
   """
   leaves, treedef = jax.tree.flatten(tree)
+  columns = [leaves, *(treedef.flatten_up_to(other) for other in rest)]
+  found = list(leaves)
   for group in by_shape(tree):
     if len(group) == 1:
-      leaves[group[0]] = of_leaf(leaves[group[0]])
+      found[group[0]] = of_leaf(*(column[group[0]] for column in columns))
       continue
-    done = jax.vmap(of_leaf)(jnp.stack([leaves[i] for i in group]))
+    done = jax.vmap(of_leaf)(*(jnp.stack([column[i] for i in group]) for column in columns))
     for i, x in zip(group, done, strict=True):
-      leaves[i] = x
-  return jax.tree.unflatten(treedef, leaves)
+      found[i] = x
+  return jax.tree.unflatten(treedef, found)
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -133,13 +140,15 @@ def annealed_probability(
 class ScaleByPreconditionerState(NamedTuple):
   """Attributes:
   count: (), int32, calls of ``update``.
-  key: a typed PRNG key, split on every step.
+  key: (2,), uint32 (more words for other generators), the raw data of a PRNG key, which is split on every step.
   debt: (), float32 in [0, 1), what the fit schedule has summed up since the last fit; 0 if ``every`` is an int.
   fits: (), int32, fits done.
-  skipped: (), int32, steps skipped because something in gradient, observation or factors was not finite.
+  skipped: (), int32, steps skipped because the gradient, the preconditioned gradient or λ was not finite.
   momentum: state of the momentum.
   preconditioner: state of the preconditioner.
   after: state of the transform after P.
+  dropped: (), int32, fits dropped because what was observed, or what it made of P, was not finite: the old P stays.
+  before: state of the transform before the fit.
   """
 
   count: jax.Array
@@ -150,19 +159,97 @@ class ScaleByPreconditionerState(NamedTuple):
   momentum: Any
   preconditioner: Any
   after: Any = optax.EmptyState()
+  dropped: jax.Array | None = None
+  before: Any = optax.EmptyState()
 
 
-def make_key(key: int | jax.Array) -> jax.Array:
-  """A typed key from an int, or from a key of either kind."""
-  if isinstance(key, int):
-    return jax.random.key(key)
-  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    return key
-  if key.ndim == 0:
-    return jax.random.key(key)
-  return jax.random.wrap_key_data(key)
+def _is_typed(key: Any) -> bool:
+  return hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
+def make_key(key: int | jax.Array) -> tuple[Callable[[], jax.Array], Any]:
+  """How to make the raw data of a key from an int, or from a key of either kind, and the name of its generator.
+
+  The state holds raw data: a typed key cannot be cast, ravelled, saved by every library, or multiplied by zero, as the
+  wrappers of Optax do with the leaves of a state. Each call makes arrays of its own, so that they may be donated.
+  """
+  if _is_typed(key):
+    return lambda: jnp.array(jax.random.key_data(key)), jax.random.key_impl(key)
+  if isinstance(key, int) or jnp.ndim(key) == 0:
+    return lambda: jax.random.key_data(jax.random.key(key)), None
+  return lambda: jnp.array(key), None
+
+
+def separate(tree: Any, *others: Any) -> Any:
+  """``tree``, no two of whose leaves share a buffer, nor any with ``others``: a buffer can be donated only once."""
+  seen = {id(x) for x in jax.tree.leaves(others)}
+
+  def own(x):
+    if id(x) in seen and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+      x = jnp.copy(x)
+    seen.add(id(x))
+    return x
+
+  return jax.tree.map(own, tree)
+
+
+def compiled_once(function: Callable) -> Callable:
+  """``function`` for a loop that is not jitted: compiled at the first call, not anew (as its branches would) at each.
+
+  Inside ``jit``, ``vmap`` and the like it is the function itself.
+  """
+  jitted = jax.jit(function)
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    leaves = jax.tree.leaves((args, kwargs))
+    known = all(isinstance(x, jax.Array | np.ndarray | np.generic | int | float) for x in leaves)
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    return (jitted if known and not traced and not on_mesh() else function)(*args, **kwargs)
+
+  return call
+
+
+def keep_dtype(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """``tx``, its updates in the dtypes in which they came: a learning rate of float32 does not make float32 of bf16."""
+  inner = forward_extra_args(tx)
+
+  def update(updates, state, params=None, **extra):
+    done, state = inner.update(updates, state, params, **extra)
+    return jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), done, updates), state
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def both(a: Any, b: Any) -> Any:
+  """a and b: a Python bool if both are, an array otherwise."""
+  return a and b if isinstance(a, bool) and isinstance(b, bool) else jnp.logical_and(a, b)
+
+
+def check_choice(value: Any, name: str) -> None:
+  """Raises unless ``value`` is None, a bool, or a scalar array of bools."""
+  if value is None or isinstance(value, bool | np.bool_):
+    return
+  if getattr(value, "dtype", None) != jnp.bool_ or jnp.shape(value) != ():
+    what = type(value).__name__ if not hasattr(value, "dtype") else f"{value.dtype}{list(jnp.shape(value))}"
+    raise ValueError(
+      f"`{name}` must be True, False, or a scalar array of bools, got {what}. Inside `optax.MultiSteps(tx, k)` type "
+      f"`{name}=opt_state.mini_step == k - 1`."
+    )
+
+
+def _today(state: Any) -> ScaleByPreconditionerState:
+  """A state of layout 1, with a typed key and no ``dropped``, as one of today's."""
+  if not isinstance(state, ScaleByPreconditionerState):
+    raise ValueError(
+      f"`update` needs the state that `init` of the same transform returned, a ScaleByPreconditionerState, got "
+      f"{type(state).__name__}. Inside a wrapper (`optax.MultiSteps`, `optax.chain`) call `update` of the wrapper."
+    )
+  key = jax.random.key_data(state.key) if _is_typed(state.key) else jnp.asarray(state.key, jnp.uint32)
+  return state._replace(key=key, dropped=jnp.zeros((), jnp.int32) if state.dropped is None else state.dropped)
+
+
+@static_arguments("preconditioner", "curvature", "every", "momentum", "direction", "after", "before", "key")
 def scale_by_preconditioner(
   preconditioner: Preconditioner,
   curvature: Curvature,
@@ -172,13 +259,15 @@ def scale_by_preconditioner(
   momentum: optax.GradientTransformation | None = None,
   direction: Callable = plain,
   after: optax.GradientTransformation | None = None,
+  before: optax.GradientTransformation | None = None,
   key: int | jax.Array = 0,
   finite_check: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
   """Observe → fit → apply: updates ← P @ updates, with P fitted to the curvature as training goes.
 
-  One step: P is fitted on the gradient; ``momentum``, P (by way of ``direction``) and ``after`` then act in this order.
-  The last three see P: ``momentum`` and ``after`` as the extra argument ``fitted``, a :class:`dpsgd_optax.Fitted`.
+  One step: ``before`` acts on the gradient, P is fitted on what it returns; ``momentum``, P (by way of ``direction``)
+  and ``after`` then act in this order. The last three see P: ``momentum`` and ``after`` as the extra argument
+  ``fitted``, a :class:`dpsgd_optax.Fitted`. A step that is skipped leaves the states of all of them as they were.
 
   Fitting comes before applying, so that a step already profits from what it observed. Every extra argument of
   ``update`` is handed to the curvature, with ``damping`` and ``fits``, the number of fits so far; those it does not
@@ -198,13 +287,18 @@ def scale_by_preconditioner(
       those of ``update``, ``fitted`` and ``count``, the number of the step. Static.
     after: an optax transform after P, for what must see both P and the step: penalties in preconditioned variables,
       and the learning rate where they are proximal (see :func:`dpsgd_optax.proximal_l1`). None: none.
+    before: an optax transform of the gradient that everything else sees, such as :func:`dpsgd_optax.clip_spikes`. None:
+      none.
     key: int or PRNG key of the probes; lives in the state. Same key, same run.
-    finite_check: skip and count a step on which anything is not finite. False saves a pass over the updates.
+    finite_check: drop and count a fit of which anything is not finite, and skip and count a step whose gradient or
+      preconditioned gradient is not. False saves a pass over the updates.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. ``update`` also takes ``refresh``: True or False
     chooses at trace time whether to fit, in place of the count, so that nothing runs under ``lax.cond`` (a
-    convolution there is 5 to 20 times slower on the CPU); a traced bool serves as the predicate.
+    convolution there is 5 to 20 times slower on the CPU); a traced bool serves as the predicate. And it takes
+    ``accumulating``: True says that what this call returns will be thrown away, as ``optax.MultiSteps(tx, k)`` does on
+    all steps but the k-th, so that nothing is observed or fitted: type ``accumulating=opt_state.mini_step < k - 1``.
 
   Raises:
     ValueError: at construction for ``every`` below 1 or a negative ``damping``; at trace time for missing extra
@@ -231,36 +325,50 @@ def scale_by_preconditioner(
   if not callable(every):
     check_period(every, "every")
   check_not_negative(damping, "damping", "It is λ ≥ 0. Try 0.")
-  momentum = optax.identity() if momentum is None else momentum
-  momentum = optax.with_extra_args_support(momentum)
-  after = optax.with_extra_args_support(optax.identity() if after is None else after)
+  momentum = forward_extra_args(optax.identity() if momentum is None else momentum)
+  after = forward_extra_args(optax.identity() if after is None else after)
+  before = forward_extra_args(optax.identity() if before is None else before)
+  fit, advance = compiled_once(preconditioner.fit), preconditioner.advance and compiled_once(preconditioner.advance)
+  shown = preconditioner._replace(apply=compiled_once(preconditioner.apply))
+  key_data, generator = make_key(key)
 
   def init(params):
-    zero = jnp.zeros((), jnp.int32)
-    return ScaleByPreconditionerState(
-      zero,
-      make_key(key),
-      jnp.zeros((), jnp.float32),
-      zero,
-      zero,
-      momentum.init(params),
-      preconditioner.init(params),
-      after.init(params),
+    check_automatic(params)
+    zero = lambda dtype: jnp.zeros((), dtype)
+    state = ScaleByPreconditionerState(
+      count=zero(jnp.int32),
+      key=key_data(),
+      debt=zero(jnp.float32),
+      fits=zero(jnp.int32),
+      skipped=zero(jnp.int32),
+      momentum=momentum.init(params),
+      preconditioner=preconditioner.init(params),
+      after=after.init(params),
+      dropped=zero(jnp.int32),
+      before=before.init(params),
     )
+    return separate(state, params)
 
   def schedule(state):
     if callable(every):
       debt = state.debt + jnp.asarray(every(state.count), jnp.float32)
       due = debt >= 1
-      return due, debt - due
+      return due, debt - due.astype(jnp.float32)
     return state.count % every == 0, state.debt
 
-  def update(updates, state, params=None, *, refresh=None, damping=damping, **extra):
+  def update(updates, state, params=None, *, refresh=None, accumulating=False, damping=damping, **extra):
+    state = _today(state)
+    check_automatic(updates)
+    check_choice(refresh, "refresh")
     strength = damping(state.count) if callable(damping) else damping
-    next_key, probe_key, fit_key = jax.random.split(state.key, 3)
+    next_key, probe_key, fit_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=generator), 3)
     due, debt = schedule(state)
     due = due if refresh is None else refresh
+    due = both(due, not accumulating if isinstance(accumulating, bool) else ~accumulating)
     old = state.preconditioner
+    came = updates
+    updates, prepared = before.update(updates, state.before, params, **extra)
+    same_structure(updates, came, "what `before` returns", "the updates")
 
     def checked(new, *parts):
       """The new state, or the old where one of the parts is not finite; in the branch that makes it, not in every step.
@@ -276,36 +384,40 @@ def scale_by_preconditioner(
 
     def refit():
       observation = curvature(probe_key, updates, params, **{**extra, "damping": strength, "fits": state.fits})
-      new = preconditioner.fit(old, observation, key=fit_key, damping=strength)
+      new = fit(old, observation, key=fit_key, damping=strength)
       return checked(new, new)
 
     def keep():
-      if preconditioner.advance is None:
-        return old, all_finite(strength) if finite_check else jnp.array(True)
-      return checked(preconditioner.advance(old, damping=strength))  # made of the old state and of the damping alone
+      if advance is None:
+        return old, jnp.array(True)
+      return checked(advance(old, damping=strength))  # made of the old state and of the damping alone
 
     new, sound = choose(due, refit, keep)
-    fitted = Fitted(preconditioner, new, updates)
+    fitted = Fitted(shown, new, updates)
     seen = {**extra, "fitted": fitted}
     averaged, moved = momentum.update(updates, state.momentum, params, **seen)
     applied = direction(fitted.apply, averaged, params, **{**seen, "count": state.count})
     same_structure(applied, updates, "what the direction returns", "the updates")
     applied, done = after.update(applied, state.after, params, **seen)
-    usable = sound
+    usable = jnp.array(True)
     if finite_check:
-      usable = sound & all_finite(applied)
+      # of a gradient that is not finite P g is neither; a fit that was dropped says nothing against the step
+      usable = all_finite((strength, applied))
       applied = map_by_shape(lambda x: jnp.where(usable, x, jnp.zeros_like(x)), applied)
-      moved, done = where(usable, (moved, done), (state.momentum, state.after))
-    applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, updates)
+      moved, done, prepared = where(usable, (moved, done, prepared), (state.momentum, state.after, state.before))
+    applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, came)
+    due = jnp.asarray(due)
     return applied, ScaleByPreconditionerState(
-      optax.safe_increment(state.count),
-      next_key,
-      debt,
-      state.fits + (jnp.asarray(due) & sound).astype(jnp.int32),
-      state.skipped + (~usable).astype(jnp.int32),
-      moved,
-      new,
-      done,
+      count=optax.safe_increment(state.count),
+      key=jax.random.key_data(next_key),
+      debt=debt,
+      fits=state.fits + (due & sound).astype(jnp.int32),
+      skipped=state.skipped + (~usable).astype(jnp.int32),
+      momentum=moved,
+      preconditioner=new,
+      after=done,
+      dropped=state.dropped + (due & ~sound).astype(jnp.int32),
+      before=prepared,
     )
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -8,14 +8,19 @@ its reason, and its error is part of the table: the test asserts that it comes, 
 ``python -m benchmarks conformance`` prints the table.
 """
 
+import contextlib
 import dataclasses
 import functools
+import inspect
+import io
 import itertools
+import logging
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.core
+import flax.serialization
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -363,6 +368,185 @@ def odd_tree(kind: str) -> Callable[[str], None]:
   return lambda name: keeps(transform(name), ROWS[name].extras, ODD_TREES[kind])
 
 
+def copied(tree: Any) -> Any:
+  return jax.tree.map(jnp.copy, tree)
+
+
+def shared_buffers(*trees: Any) -> list[str]:
+  """The leaves whose buffer is that of another leaf."""
+  arrays = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(trees) if isinstance(x, jax.Array) and x.size]
+  at = [x.unsafe_buffer_pointer() for _, x in arrays]
+  return [jax.tree_util.keystr(path) for (path, _), pointer in zip(arrays, at, strict=True) if at.count(pointer) > 1]
+
+
+def donation(name: str) -> None:
+  """Params and state are eaten by the first step, and what it returns by the second."""
+  tx, params = transform(name), copied(PARAMS)
+  state = tx.init(params)
+  assert not shared_buffers(params, state)
+  whole = one_step(tx, ROWS[name].extras)
+  step = jax.jit(lambda *carry: whole(*carry)[:2], donate_argnums=(0, 1))
+  for _ in range(2):
+    params, state = step(params, state)
+    assert not shared_buffers(params, state)
+
+
+def filled(state: Any) -> Any:
+  """A state of the same shapes and dtypes, as if it had seen much."""
+  rng = np.random.default_rng(0)
+
+  def leaf(x):
+    values = rng.standard_normal(x.shape) * 100
+    if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
+      return jnp.asarray(rng.integers(0, 2**32, x.shape), x.dtype)
+    return jnp.asarray(values, x.dtype)
+
+  return jax.tree.map(leaf, state)
+
+
+def identical(a: Any, b: Any) -> None:
+  """Bit for bit, with dtypes."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (a, b)), strict=True):
+    assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+
+def flax_serialization(name: str) -> None:
+  fresh = transform(name).init(PARAMS)
+  state = filled(fresh)
+  identical(flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state)), state)
+
+
+def numpy_serialization(name: str) -> None:
+  """Each leaf by `np.save(np.asarray(leaf))`, as `eqx.tree_serialise_leaves` writes and reads them."""
+
+  def again(x):
+    file = io.BytesIO()
+    np.save(file, np.asarray(x))
+    file.seek(0)
+    return jnp.asarray(np.load(file, allow_pickle=False))
+
+  state = filled(transform(name).init(PARAMS))
+  identical(jax.tree.map(again, state), state)
+
+
+def debug_nans(name: str) -> None:
+  """Not even in passing: without `jit` every intermediate value is looked at."""
+  tx = transform(name)
+  step = one_step(tx, ROWS[name].extras, loss)
+  with jax.debug_nans(True):
+    for run in (step, jax.jit(step)):
+      params, state = PARAMS, tx.init(PARAMS)
+      for _ in range(2):
+        params, state, _ = run(params, state)
+
+
+def strictly(context: Callable[[Any], Any], setting: Any) -> Callable[[str], None]:
+  """A promise that `init` and a step are traced under a setting of JAX by which it refuses what it otherwise mends."""
+
+  def promise(name: str) -> None:
+    tx = ROWS[name].make()
+    with context(setting):
+      keeps(tx, ROWS[name].extras, loss=loss)
+      tx.init(PARAMS)
+
+  return promise
+
+
+@contextlib.contextmanager
+def compilations():
+  """A list of what JAX compiles inside: `jax.log_compiles`, as messages."""
+  found: list[str] = []
+
+  class Listener(logging.Handler):
+    def emit(self, record):
+      if "Finished XLA compilation" in record.getMessage():
+        found.append(record.getMessage())
+
+  logger, listener = logging.getLogger("jax"), Listener()
+  logger.addHandler(listener)
+  try:
+    with jax.log_compiles():
+      yield found
+  finally:
+    logger.removeHandler(listener)
+
+
+def unjitted_loop(name: str) -> None:
+  """After two steps, which warm the loss too, nothing is compiled any more, and so nothing is kept."""
+  tx = transform(name)
+  step, params, state = one_step(tx, ROWS[name].extras, loss), PARAMS, tx.init(PARAMS)
+  for _ in range(2):
+    params, state, _ = step(params, state)
+  with compilations() as found:
+    for _ in range(2):
+      params, state, _ = step(params, state)
+  assert not found, found
+
+
+PLAIN_FORMS = {
+  "levenberg_marquardt": functools.partial(dpo.levenberg_marquardt, optax.sgd(0.1)),
+  "chain": functools.partial(dpo.scale_by_preconditioner, dpo.diagonal(), dpo.newton(), momentum=optax.ema(0.9)),
+  "gradient penalty": functools.partial(dpo.add_gradient_norm_penalty, 0.01),
+  "clipped_learning_rate": functools.partial(dpo.clipped_learning_rate, 0.1),
+  "add_gradient_norm_penalty": functools.partial(dpo.add_gradient_norm_penalty, 0.1),
+  "sharpness_aware": functools.partial(dpo.sharpness_aware, 0.1),
+  "add_l1_penalty": functools.partial(dpo.add_l1_penalty, 0.1),
+  "proximal_l1": functools.partial(dpo.proximal_l1, 0.1, 0.1),
+  "proximal_l2": functools.partial(dpo.proximal_l2, 0.1, 0.1),
+  "clip_output_change": functools.partial(dpo.clip_output_change, 0.1),
+}
+"""Constructors with their arguments, of the rows that are not made by one themselves."""
+
+
+def plain_form(name: str) -> functools.partial:
+  made = PLAIN_FORMS.get(name, ROWS[name].make)
+  given = functools.partial(dpo.scale_by_preconditioner, dpo.dense(), dpo.whitening())
+  return made if isinstance(made, functools.partial) else given
+
+
+def inject_plainly(name: str) -> None:
+  """`optax.inject_hyperparams(constructor)(…)` with the arguments of the plain run and no `static_args`: the same run."""
+  make = plain_form(name)
+  injected = optax.inject_hyperparams(make.func)(*make.args, **make.keywords)
+  runs = []
+  for tx in (make(), injected):
+    step, params, state = jax.jit(one_step(tx, ROWS[name].extras, loss)), PARAMS, tx.init(PARAMS)
+    for _ in range(3):
+      params, state, _ = step(params, state)
+    runs.append(params)
+  assert set(state.hyperparams) >= {"learning_rate"} & set(inspect.signature(make.func).parameters)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *runs)
+
+
+def explicit_axes(name: str) -> None:
+  """Params that lie on a mesh of explicit axes, `jax.make_mesh`'s own: a step, or an error that says what to type."""
+  mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+  put = lambda spec: jax.device_put(PARAMS, jax.sharding.NamedSharding(mesh, spec))
+  tx = ROWS[name].make()
+  extras = ROWS[name].extras
+  with jax.set_mesh(mesh):
+    keeps(tx, extras, put(jax.sharding.PartitionSpec()))
+    params = put(jax.sharding.PartitionSpec("x"))
+    try:
+      jax.eval_shape(one_step(tx, extras), params, jax.eval_shape(tx.init, params))
+    except ValueError as error:
+      assert re.search(r"AxisType\.Auto.*sharded", str(error)), error
+
+
+def wide_numbers(name: str) -> None:
+  """bf16 in, bf16 out, though each number is a float32 array, as a schedule's value or an injected one is."""
+  array = lambda x: jnp.float32(x) if isinstance(x, float) else x
+  make = plain_form(name)
+  numbers = make.keywords | (INJECTED[name].numbers if name in INJECTED and INJECTED[name].make == make.func else {})
+  first = next(iter(inspect.signature(make.func).parameters))
+  args = () if first in numbers else make.args
+  tx = make.func(*map(array, args), **{k: array(v) for k, v in numbers.items()})
+  params = optax.tree.cast(PARAMS, jnp.bfloat16)
+  *_, updates = jax.eval_shape(one_step(tx, ROWS[name].extras), params, jax.eval_shape(tx.init, params))
+  assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def rosenbrock(params):
   (x, y) = params["b"]
   return (1 - x) ** 2 + 100 * (y - x**2) ** 2
@@ -459,6 +643,16 @@ PROMISES: dict[str, Callable[[str], None]] = {
   "numpy arrays": numpy_inputs,
   **{kind: container(kind) for kind in CONTAINERS},
   "init from shapes": init_from_shapes,
+  "donation of a fresh state": donation,
+  "flax serialization": flax_serialization,
+  "serialization of each leaf by numpy": numpy_serialization,
+  "jax_debug_nans": debug_nans,
+  "rank promotion raise": strictly(jax.numpy_rank_promotion, "raise"),
+  "strict dtype promotion": strictly(jax.numpy_dtype_promotion, "strict"),
+  "a loop that is not jitted compiles once": unjitted_loop,
+  "inject_hyperparams, plain form": inject_plainly,
+  "explicit mesh axes": explicit_axes,
+  "bfloat16 updates from float32 numbers": wide_numbers,
   "weakly typed scalars": weak_scalars,
   **{kind: odd_tree(kind) for kind in ODD_TREES},
   **{f"converges: {problem}": converges(problem) for problem in PROBLEMS},

@@ -54,10 +54,15 @@ class Arrow:
     column = self.diagonal * other.column + self.column * other.diagonal[-1]
     return Arrow(self.diagonal * other.diagonal, column)
 
+  @staticmethod
+  def _last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """The vector along the last axis of x."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+
   def multiply(self, x: jax.Array, axis: int) -> jax.Array:
     """Q or P along an axis."""
     x = jnp.moveaxis(x, axis, -1)
-    y = x * self.diagonal + x[..., -1:] * self.column
+    y = x * self._last(self.diagonal, x) + x[..., -1:] * self._last(self.column, x)
     if self.symmetric:
       y = y.at[..., -1].add(x @ self.column)
     return jnp.moveaxis(y, -1, axis)
@@ -65,7 +70,7 @@ class Arrow:
   def solve_adjoint(self, x: jax.Array, axis: int) -> jax.Array:
     """Q⁻ᵀ along an axis."""
     x = jnp.moveaxis(x, axis, -1)
-    y = x / self.diagonal
+    y = x / self._last(self.diagonal, x)
     last = y[..., -1] - (y @ self.column) / self.diagonal[-1]
     return jnp.moveaxis(y.at[..., -1].set(last), -1, axis)
 

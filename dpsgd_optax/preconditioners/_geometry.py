@@ -14,13 +14,15 @@ Every fit is q_i ← move(q_i, project(T1 − T2), step_size / L). A geometry sa
 Sources: arXiv:1512.04202 (EQ), arXiv:2402.11858 and psgd_torch 2.0 (the inverse-free ones); arXiv:1803.09383 (Kron).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax.preconditioners._arrow import Arrow
 from dpsgd_optax.preconditioners._linalg import (
   LowRank,
   balancing,
@@ -46,14 +48,48 @@ from dpsgd_optax.preconditioners._linalg import (
 Factors = tuple[jax.Array, ...]
 
 
-def _expected_of_v(q: Factors, shape: tuple[int, ...]) -> list:
-  """E ⟨v v*⟩_i = (N/d_i) I, kept as the number."""
-  return [jnp.asarray(math.prod(shape) / d, jnp.finfo(x.dtype).dtype) for x, d in zip(q, shape, strict=True)]
+Seen = list[jax.Array]  # (d_i,) bool for each axis: which of its slices are not zero throughout
 
 
-def _expected_of_inverse(q: Factors, shape: tuple[int, ...]) -> list:
+def seen_slices(h: jax.Array) -> Seen:
+  """The slices of h along each axis that are not zero throughout, such as the rows of an embedding that a batch used.
+
+  What was not seen is not learned: the fit is that of the part of the tensor that was. Otherwise P of a row without
+  gradient grows with every fit until it is 1/λ, and the first gradient of that row takes the whole step.
+  """
+  return [jnp.any(h != 0, axis=[j for j in range(h.ndim) if j != i]) for i in range(h.ndim)]
+
+
+def only_seen(x: jax.Array, seen: Seen) -> jax.Array:
+  """x, zero in the slices that were not seen."""
+  for i, s in enumerate(seen):
+    x = jnp.where(jnp.expand_dims(s, [j for j in range(x.ndim) if j != i]), x, 0)
+  return x
+
+
+def block_of(e: Any, s: jax.Array) -> Any:
+  """A moment, zero outside of the rows and columns that were seen."""
+  if isinstance(e, LowRank):
+    return dataclasses.replace(e, x=jnp.where(s[None], e.x, 0))
+  if isinstance(e, Arrow):
+    return dataclasses.replace(
+      e, diagonal=jnp.where(s, e.diagonal, 0), column=jnp.where(jnp.logical_and(s, s[-1]), e.column, 0)
+    )
+  return jnp.where(s if e.ndim == 1 else s[:, None] & s[None], e, 0)
+
+
+def _expected_of_v(q: Factors, shape: tuple[int, ...], seen: Seen | None = None) -> list:
+  """E ⟨v v*⟩_i = (N/d_i) I of the N numbers that were seen, kept as the number."""
+  if seen is None:
+    return [jnp.asarray(math.prod(shape) / d, jnp.finfo(x.dtype).dtype) for x, d in zip(q, shape, strict=True)]
+  counts = [jnp.sum(s, dtype=jnp.finfo(x.dtype).dtype) for x, s in zip(q, seen, strict=True)]
+  return [jnp.asarray(math.prod(counts[:i] + counts[i + 1 :]), x.dtype) for i, x in enumerate(counts)]
+
+
+def _expected_of_inverse(q: Factors, shape: tuple[int, ...], seen: Seen | None = None) -> list:
   """E ⟨b b*⟩_i = s_i Π_{j≠i} tr s_j with b = Q⁻ᴴv and s = q⁻ᴴq⁻¹."""
-  ones = [jnp.ones_like(x) if x.ndim == 1 else jnp.eye(d, dtype=x.dtype) for x, d in zip(q, shape, strict=True)]
+  seen = [jnp.ones(d, bool) for d in shape] if seen is None else seen
+  ones = [s.astype(x.dtype) if x.ndim == 1 else jnp.diag(s.astype(x.dtype)) for x, s in zip(q, seen, strict=True)]
   inverses = [solve_adjoint(one, x, 0) for one, x in zip(ones, q, strict=True)]
   traces = [jnp.sum(jnp.abs(x) ** 2) for x in inverses]
   others = [math.prod(traces[:i] + traces[i + 1 :]) for i in range(len(q))]
@@ -75,7 +111,8 @@ class Geometry(NamedTuple):
     move: (q, E, μ) -> q for a dense factor, homogeneous of degree one in q: the unit of q does not matter.
     move_diagonal: the same for a diagonal factor.
     samples: True if the geometry had better not integrate v out and wants a sample of it.
-    expected: (q, shape) -> E ⟨b b*⟩_i of each factor, v integrated out; a number stands for a multiple of I.
+    expected: (q, shape, seen) -> E ⟨b b*⟩_i of each factor, v integrated out, of the slices that were seen (None: all);
+      a number stands for a multiple of I.
     moment: (q, T, precision) -> T as the factor sees it; T is a matrix, a diagonal, or a number that stands for a
       multiple of the identity.
     fits_p: True if what is moved is P itself: its factors are then Hermitian positive and P = q.
@@ -265,9 +302,11 @@ def steps(
   Returns:
     E of each factor, μ (k,) and the new L (k,): the first two are what a geometry's ``move`` takes.
   """
-  a, b = geometry.lift(q, p, v, h, precision)
+  seen = seen_slices(h)
+  a, b = (x if x is None else only_seen(x, seen) for x in geometry.lift(q, p, v, h, precision))
   found, measured = [], []
-  expected = geometry.expected(q, a.shape) if b is None else None
+  expected = geometry.expected(q, a.shape, seen) if b is None else None
+  masked = b is None or geometry.moment is not _as_it_is  # otherwise a and b are enough
   bound_of = norm_bound if geometry.project is triu else normal_norm_bound
   by_difference = normalizer.of_difference and b is not None and not low_rank and geometry.moment is _as_it_is
   two_terms = norms is None and geometry.project is _keep and normalizer is spectral
@@ -285,6 +324,7 @@ def steps(
       second = expected[i] if b is None else of(b)
       t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)
       e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
+    e = block_of(e, seen[i]) if masked else e
     e = geometry.project(e) if dense else e
     measured.append(normalizer.measure(t1, t2, e, norm).astype(lip.dtype))
     found.append(e)

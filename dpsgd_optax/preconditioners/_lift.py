@@ -192,10 +192,27 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     # a group may keep nothing for some shapes, and vmap refuses a tree without arrays
     return over_buckets(state, lambda i, name, old: jax.vmap(one)(old) if jax.tree.leaves(old) else old)
 
+  def matrices(updates):
+    leaves, treedef = jax.tree.flatten(updates)
+    members = {i: (count, bucket.shape) for bucket in make_buckets(updates, stacked) for i, count in bucket.members}
+    parts = [jnp.reshape(x, (members[i][0], *members[i][1])) for i, x in enumerate(leaves) if i in members]
+
+    def join(parts):
+      found = iter(parts)
+      return treedef.unflatten([next(found).reshape(jnp.shape(x)) if i in members else x for i, x in enumerate(leaves)])
+
+    return parts, join
+
   lift = lambda of_one: of_one and functools.partial(product, of_one)
-  advance_or_none = advance if group.advance else None
   return Preconditioner(
-    init, fit, lift(group.apply), advance_or_none, group.diagonal, lift(group.power), lift(group.root)
+    init=init,
+    fit=fit,
+    apply=lift(group.apply),
+    advance=advance if group.advance else None,
+    diagonal=group.diagonal,
+    power=lift(group.power),
+    root=lift(group.root),
+    matrices=None if stacked is None else matrices,
   )
 
 
@@ -214,7 +231,7 @@ def noise(key: jax.Array, tree: Any) -> Any:
   words = jax.random.bits(key, (ends[-1],), jnp.uint32)
   for ((shape, dtype), members), (start, end) in zip(groups.items(), itertools.pairwise(ends), strict=True):
     own = everywhere(words[start:end]).reshape(len(members), words_of(shape), 1)
-    bits = ((own >> jnp.arange(32, dtype=jnp.uint32)) & 1).reshape(len(members), -1)[:, : math.prod(shape)]
+    bits = ((own >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1).reshape(len(members), -1)[:, : math.prod(shape)]
     signs = (2 * bits.astype(dtype) - 1).reshape(len(members), *shape)
     for row, i in enumerate(members):
       leaves[i] = jax.lax.index_in_dim(signs, row, keepdims=False)
@@ -226,12 +243,15 @@ def damp(probe: Probe, xi: jax.Array | None, damping) -> Probe:
 
   Newton: h ← h + λ v, that is H + λI.
   Whitening: h ← h + (λ + ε|h|) ξ with ε the machine epsilon: E hhᴴ grows by at least λ² I, so P ≤ I/λ.
+
+  Where h is exactly zero it stays so, that a fit can tell what was not seen (see ``seen_slices``).
   """
+  h = probe.product
   if probe.vector is not None:
-    return Probe(probe.vector, probe.product + jnp.asarray(damping, probe.product.dtype) * probe.vector)
-  size = jnp.abs(probe.product)
-  eps = jnp.finfo(probe.product.dtype).eps
-  return Probe(None, probe.product + (jnp.asarray(damping, size.dtype) + eps * size) * xi)
+    return Probe(probe.vector, jnp.where(h != 0, h + jnp.asarray(damping, h.dtype) * probe.vector, h))
+  size = jnp.abs(h)
+  eps = jnp.finfo(h.dtype).eps
+  return Probe(None, jnp.where(h != 0, h + (jnp.asarray(damping, size.dtype) + eps * size) * xi, h))
 
 
 def sampled(probe: Probe, key: jax.Array) -> Probe:

@@ -25,12 +25,17 @@ def tiny(x: jax.Array) -> float:
   return float(jnp.finfo(x.dtype).tiny)
 
 
+def along(q: jax.Array, axis: int, ndim: int) -> jax.Array:
+  """The vector q as a tensor of ``ndim`` axes that lies along ``axis``."""
+  return q.reshape((1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
+
+
 def multiply(x: jax.Array, q: jax.Array, axis: int, precision=None) -> jax.Array:
   """x ×_axis q."""
   if isinstance(q, Arrow):
     return q.multiply(x, axis)
   if q.ndim == 1:
-    return x * q.reshape((-1,) + (1,) * (x.ndim - axis - 1))
+    return x * along(q, axis, x.ndim)
   letters = "abcdefghijkl"[: x.ndim]
   moved = letters.replace(letters[axis], "z")
   return jnp.einsum(f"{letters},z{letters[axis]}->{moved}", x, q, precision=precision)
@@ -41,7 +46,7 @@ def solve_adjoint(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
   if isinstance(q, Arrow):
     return q.solve_adjoint(x, axis)
   if q.ndim == 1:
-    return x / jnp.conj(q).reshape((-1,) + (1,) * (x.ndim - axis - 1))
+    return x / along(jnp.conj(q), axis, x.ndim)
   moved = jnp.moveaxis(x, axis, 0)
   solved = jax.lax.linalg.triangular_solve(
     q, moved.reshape(q.shape[0], -1), left_side=True, lower=False, transpose_a=True, conjugate_a=True
@@ -149,11 +154,11 @@ class LowRank:
     if not self.upper:
       return (self.x * self.s[:, None]).T @ (jnp.conj(self.x) @ q)
     # triu(x xᴴ) q = x ⊙ (sums from below of conj(x) ⊙ q)
-    below = jax.lax.cumsum(jnp.conj(self.x)[:, :, None] * q, axis=1, reverse=True)
+    below = jax.lax.cumsum(jnp.conj(self.x)[:, :, None] * q[None], axis=1, reverse=True)
     return jnp.einsum("kn,knm->nm", self.x * self.s[:, None], below)
 
   def __rmatmul__(self, q: jax.Array) -> jax.Array:
-    return ((q @ self.x.T) * self.s) @ jnp.conj(self.x)
+    return ((q @ self.x.T) * self.s[None]) @ jnp.conj(self.x)
 
   def through(self, q: jax.Array) -> "LowRank":
     """q E qᴴ."""
@@ -164,15 +169,15 @@ class LowRank:
 
   def norm(self) -> jax.Array:
     """Its spectral norm, of two terms: the larger root of the characteristic polynomial of the 2 × 2 matrix XᴴX S."""
-    inner = jnp.conj(self.x) @ self.x.T * self.s
+    inner = jnp.conj(self.x) @ self.x.T * self.s[None]
     trace = jnp.real(jnp.trace(inner))
     det = jnp.real(inner[0, 0] * inner[1, 1] - inner[0, 1] * inner[1, 0])
     return (jnp.abs(trace) + jnp.sqrt(jnp.maximum(trace * trace - 4 * det, 0))) / 2
 
   def divide_by_one_minus(self, q: jax.Array) -> jax.Array:
     """q (I − E)⁻¹, by the identity of Woodbury: one system of r equations."""
-    small = jnp.eye(len(self.s), dtype=self.x.dtype) - (jnp.conj(self.x) @ self.x.T) * self.s
-    return q + ((q @ self.x.T) * self.s) @ jnp.linalg.solve(small, jnp.conj(self.x))
+    small = jnp.eye(len(self.s), dtype=self.x.dtype) - (jnp.conj(self.x) @ self.x.T) * self.s[None]
+    return q + ((q @ self.x.T) * self.s[None]) @ jnp.linalg.solve(small, jnp.conj(self.x))
 
 
 def outer(x: jax.Array) -> LowRank:
@@ -256,7 +261,7 @@ def norm_estimate(a: jax.Array, block: jax.Array, *, skew: bool = False) -> jax.
   size = size + tiny(size)
   a = a / size
   longest = a[jnp.argmax(jnp.sum(jnp.real(a * jnp.conj(a)), 1))]
-  block = longest + jnp.sign(jnp.conj(block) @ longest)[:, None] * block
+  block = longest[None] + jnp.sign(jnp.conj(block) @ longest)[:, None] * block
   for _ in range(2):
     block = block @ a
     block = block / (jnp.linalg.norm(block, axis=1, keepdims=True) + tiny(size))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.preconditioners._linalg import multiply
+from dpsgd_optax.preconditioners._linalg import along, multiply
 
 
 def eigen(factor: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -29,7 +29,7 @@ def kron_power(p: tuple[Any, ...], x: jax.Array, exponent: Any, shift: Any = 0.0
   parts = [eigen(factor, x.dtype) for factor in p]
   spectrum = jnp.ones((), parts[0][0].dtype)
   for i, (values, vectors) in enumerate(parts):
-    spectrum = spectrum[..., None] * values
+    spectrum = spectrum[..., None] * along(values, i, i + 1)
     if vectors is not None:
       x = multiply(x, jnp.conj(vectors.T), i, precision)
   x = x * ((spectrum + shift) ** exponent).astype(spectrum.dtype)

@@ -28,4 +28,5 @@ def selected(preconditioner: Preconditioner, where: Where) -> Preconditioner:
     apply=lift(preconditioner.apply),
     power=lift(preconditioner.power),
     root=lift(preconditioner.root),
+    matrices=None,
   )

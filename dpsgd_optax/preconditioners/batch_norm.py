@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax._replicas import replica_axis
 from dpsgd_optax.base import Preconditioner, check_fraction, check_not_negative
 from dpsgd_optax.layers import LayerRecord, extent, feature_moments
 from dpsgd_optax.preconditioners._layers import Group, Layer, per_layer, running_weight
@@ -32,14 +33,14 @@ class BatchNormState(NamedTuple):
   mean: (d,), μ, in units of the inputs.
   variance: (d,), σ², in their squares; of a layer without bias the mean square E[h²].
   scale: (), q².
-  damping: (), ε₂.
+  added: (), ε₂.
   """
 
   count: jax.Array
   mean: jax.Array
   variance: jax.Array
   scale: jax.Array
-  damping: jax.Array
+  added: jax.Array
 
 
 class BatchStatistics(NamedTuple):
@@ -135,8 +136,8 @@ def batch_norm(
     mean, variance = feature_moments(record, layer.stack)
     if layer.bias is None:
       variance = variance + mean**2
-    if axis_name is not None:
-      mean, variance = _over_devices(mean, variance, axis_name, centred=layer.bias is not None)
+    if (axis := replica_axis(axis_name)) is not None:
+      mean, variance = _over_devices(mean, variance, axis, centred=layer.bias is not None)
     q = q2(layer.width, size.examples, size.positions) if callable(q2) else q2
     scale = jnp.broadcast_to(jnp.asarray(q, layer.dtype), layer.matrices)
     return BatchStatistics(mean.astype(layer.dtype), variance.astype(layer.dtype), scale)
@@ -152,7 +153,7 @@ def batch_norm(
     )
 
   def apply(layer: Layer, state: BatchNormState, x: jax.Array) -> jax.Array:
-    variance = state.variance + relative_damping * jnp.max(state.variance) + state.damping
+    variance = state.variance + relative_damping * jnp.max(state.variance) + state.added
     divisor = (state.scale * _positive(variance)).astype(x.dtype)[:, None]
     if layer.bias is None:
       done = x / divisor

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpsgd_optax.base import Preconditioner, Probe, check
+from dpsgd_optax.base import Preconditioner, Probe, check, leaves_apart
 
 
 def _ends(d: int, block_size: int) -> tuple[int, ...]:
@@ -80,6 +80,12 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
     done = of_blocks(state, cut(updates), *more)
     return jax.tree.map(lambda x, blocks: _join(blocks, jnp.shape(x), block_size), updates, done)
 
+  def matrices(updates):
+    blocks = cut(updates)
+    parts, join = (preconditioner.matrices or leaves_apart)(blocks)
+    back = lambda parts: jax.tree.map(lambda x, done: _join(done, jnp.shape(x), block_size), updates, join(parts))
+    return parts, back
+
   lift = lambda of_blocks: of_blocks and functools.partial(product, of_blocks)
   return preconditioner._replace(
     init=lambda params: preconditioner.init(jax.eval_shape(cut, params)),
@@ -87,4 +93,5 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
     apply=lift(preconditioner.apply),
     power=lift(preconditioner.power),
     root=lift(preconditioner.root),
+    matrices=matrices,
   )

@@ -56,9 +56,9 @@ def diagonal(step_size: float = 0.1, init_scale: float = 1.0, *, stacked: Stacke
     return DiagonalState(jnp.full(x.shape, init_scale, jnp.finfo(x.dtype).dtype))
 
   def fit(state: DiagonalState, probe: Probe, *, key: jax.Array) -> DiagonalState:
-    """q ← q (1 − μ (|a|² − |b|²)),  μ = step_size / max(|a|² + |b|²)."""
+    """q ← q (1 − μ (|a|² − |b|²)),  μ = step_size / max(|a|² + |b|²), where h is not zero."""
     v, h = sampled(probe, key)
-    a, b = jnp.abs(state.q * h) ** 2, jnp.abs(v / state.q) ** 2
+    a, b = jnp.abs(state.q * h) ** 2, jnp.where(h != 0, jnp.abs(v / state.q) ** 2, 0)
     mu = step_size / jnp.max(a + b)
     return DiagonalState(state.q * (1 - mu * (a - b)))
 

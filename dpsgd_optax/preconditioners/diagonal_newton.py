@@ -26,13 +26,13 @@ class DiagonalNewtonState(NamedTuple):
   fits: (), int32, t.
   visits: (), int32, n.
   curvature: shape of the parameter, h, in loss / parameter².
-  damping: (), λ of the last step, in the same unit.
+  added: (), λ of the last step, in the same unit.
   """
 
   fits: jax.Array
   visits: jax.Array
   curvature: jax.Array
-  damping: jax.Array
+  added: jax.Array
 
 
 Terms = Callable[[jax.Array, jax.Array], jax.Array]  # (n, t) -> k
@@ -112,18 +112,18 @@ def diagonal_newton(
     mean = decay * state.curvature + (1 - decay) * (s if signed else jnp.abs(s))
     return DiagonalNewtonState(
       state.fits + 1,
-      state.visits + visited,
+      state.visits + jnp.asarray(visited, jnp.int32),
       jnp.where(visited, mean, state.curvature).astype(dtype),
       jnp.asarray(damping, dtype),
     )
 
   def advance(state: DiagonalNewtonState, *, damping) -> DiagonalNewtonState:
-    return state._replace(damping=jnp.asarray(damping, state.damping.dtype))
+    return state._replace(added=jnp.asarray(damping, state.added.dtype))
 
   def apply(state: DiagonalNewtonState, x: jax.Array) -> jax.Array:
     dtype = state.curvature.dtype
-    c = 1 - jnp.asarray(decay, dtype) ** bias_correction(state.visits, state.fits)
-    curvature = jnp.abs(state.curvature) + state.damping
+    c = 1 - jnp.asarray(decay, dtype) ** jnp.asarray(bias_correction(state.visits, state.fits), dtype)
+    curvature = jnp.abs(state.curvature) + state.added
     # without damping an entry of no curvature keeps τ c: the step stays finite, and a NaN stays a NaN
     newton = scale * c / jnp.where(curvature == 0, 1, curvature)
     return x * jnp.where(state.fits > 0, newton, 1).astype(dtype)

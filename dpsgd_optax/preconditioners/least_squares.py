@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax._replicas import replica_axis
 from dpsgd_optax.base import Preconditioner, check, check_fraction, check_not_negative
 from dpsgd_optax.layers import (
   LayerRecord,
@@ -42,7 +43,7 @@ class LeastSquaresState(NamedTuple):
   moment: S, (d, d), or its diagonal (d,) where the layer is too wide; None in the dual form.
   rows: Ã/√n, (R, d), in the dual form; otherwise None.
   inverse: (S + λI)⁻¹, (d, d), or (ÃÃᵀ/n + λI)⁻¹, (R, R); of a diagonal S its diagonal, (d,). Before the first fit I.
-  damping: (), λ, in squared units of the inputs; before the first fit 1.
+  added: (), λ, in squared units of the inputs; before the first fit 1.
   outputs: C, (k, k), or None.
   output_inverse: (1 + ρ) (C + ρI)⁻¹, (k, k), or None.
   """
@@ -51,7 +52,7 @@ class LeastSquaresState(NamedTuple):
   moment: jax.Array | None
   rows: jax.Array | None
   inverse: jax.Array
-  damping: jax.Array
+  added: jax.Array
   outputs: jax.Array | None
   output_inverse: jax.Array | None
 
@@ -146,7 +147,9 @@ def group(
     return layer.kind == "embed" or layer.matrix[0] > max_size
 
   def dual(layer: Layer) -> bool:
-    return decay is None and axis_name is None and not diagonal(layer) and 0 < layer.rows < layer.matrix[0]
+    return (
+      decay is None and replica_axis(axis_name) is None and not diagonal(layer) and 0 < layer.rows < layer.matrix[0]
+    )
 
   def word(layer: Layer) -> str:
     return "diagonal" if diagonal(layer) else f"{layer.rows}rows" if dual(layer) else ""
@@ -167,8 +170,8 @@ def group(
       return LayerMoments(_batch_rows(layer, record) / size.examples**0.5, outputs)
     inputs = _diagonal(layer, record) if diagonal(layer) else _second_moment(layer, record)
     inputs = inputs * (size.rows / size.examples)
-    if axis_name is not None:
-      inputs, outputs = jax.lax.pmean((inputs, outputs), axis_name)
+    if (axis := replica_axis(axis_name)) is not None:
+      inputs, outputs = jax.lax.pmean((inputs, outputs), axis)
     return LayerMoments(inputs.astype(layer.dtype), outputs)
 
   def fit(layer: Layer, state: LeastSquaresState, seen: LayerMoments, *, damping) -> LeastSquaresState:
@@ -197,7 +200,7 @@ def group(
     if diagonal(layer):
       done = x * state.inverse[:, None]
     elif state.rows is not None:
-      done = (x - state.rows.T @ (state.inverse @ (state.rows @ x))) / state.damping
+      done = (x - state.rows.T @ (state.inverse @ (state.rows @ x))) / state.added
     else:
       done = state.inverse @ x
     return done if state.output_inverse is None else done @ state.output_inverse

@@ -128,14 +128,15 @@ def moved(
     of_u: whether U moves, scalar.
     precision: of wᵀw.
   """
-  d = state.d - d_step * (h * seen.e * state.d - v * seen.f / state.d) * state.d
+  d = state.d - d_step * jnp.where(h != 0, h * seen.e * state.d - v * seen.f / state.d, 0) * state.d
   va, vb = seen.k @ seen.t, seen.k @ seen.z
   zero = jnp.zeros_like(va)
   by_u = jnp.stack([jnp.concatenate([seen.k.T @ va, zero]), jnp.concatenate([-(seen.k.T @ vb), zero])])
   by_v = jnp.stack([jnp.concatenate([zero, seen.s]), jnp.concatenate([zero, -seen.c])])
   first, second = (step * jnp.where(of_u, by_u[i], by_v[i]) for i in range(2))
-  left, right = jnp.where(of_u, seen.a, seen.e), jnp.where(of_u, seen.b, seen.y)
-  return joined(state.w - left[:, None] * first - right[:, None] * second, d, state.lipschitz, precision)
+  # what was not seen is not learned: where h is zero neither d nor the rows of U and V move
+  left, right = (jnp.where(h != 0, jnp.where(of_u, x, y), 0) for x, y in ((seen.a, seen.e), (seen.b, seen.y)))
+  return joined(state.w - left[:, None] * first[None] - right[:, None] * second[None], d, state.lipschitz, precision)
 
 
 def refit(
@@ -150,7 +151,7 @@ def refit(
 ) -> LRAState:
   """One fit: look, and move d and one of U and V; each step is divided by its L."""
   if state.w.size == 0:
-    hp, vp = h * (state.d**2 * h), v * (v / state.d**2)
+    hp, vp = h * (state.d**2 * h), jnp.where(h != 0, v * (v / state.d**2), 0)
     lip = tracked(state.lipschitz[0], jnp.max(jnp.abs(hp)) + jnp.max(jnp.abs(vp)), memory)
     d = state.d - step_size / (lip + tiny(lip)) * (hp - vp) * state.d
     return state._replace(d=d, lipschitz=state.lipschitz.at[0].set(lip))

@@ -81,7 +81,7 @@ def second_moment(
     return SecondMomentState(state.count + 1, moment.astype(state.moment.dtype))
 
   def apply(state: SecondMomentState, x: jax.Array) -> jax.Array:
-    weight = 1 - decay**state.count if debias and decay is not None else 1
+    weight = 1 - decay ** state.count.astype(state.moment.dtype) if debias and decay is not None else 1
     seen = state.count > 0
     d = jnp.sqrt(state.moment / jnp.where(seen, weight, 1)) + eps
     return x / jnp.where(seen, d, 1).astype(state.moment.dtype)

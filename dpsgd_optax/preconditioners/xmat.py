@@ -56,7 +56,9 @@ def refit(
   else:
     s = (back_a * v - back_b * v[::-1]) * over
     tt, ss, across = t * t, s * s, s * s[::-1]
-  e_a, e_b = tt - ss, t * t[::-1] - across
+  seen = h != 0  # what was not seen is not learned
+  tt, ss = (jnp.where(seen, x, 0) for x in (tt, ss))
+  e_a, e_b = tt - ss, jnp.where(seen & seen[::-1], t * t[::-1] - across, 0)
   if len(a) % 2:  # the middle is on both diagonals: it belongs to a
     e_b = jnp.where(jnp.arange(len(a)) == len(a) // 2, 0, e_b)
   lip = tracked(lip, measure(e_a, e_b, tt, ss), memory)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equal replicas under ``pmap`` and ``shard_map``, where JAX averages nothing by itself.
+
+Each replica sees its share of the batch. A gradient is averaged by hand there, and that is what everybody remembers; a
+Hessian-vector product, the loss that judges a step and the statistics of the layers are forgotten, and the replicas
+drift apart without a word. So all of them are averaged in one place.
+
+Under ``jit`` with sharded inputs there is nothing to do: see `dpsgd_optax.sharding`.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from dpsgd_optax._replicas import replicas
+from dpsgd_optax.base import forward_extra_args
+from dpsgd_optax.products import Product
+
+
+def _averaged_product(product: Callable, axis_name: Any) -> Product:
+  """v ↦ mean of H v."""
+  return Product(lambda vector: jax.lax.pmean(product(vector), axis_name), getattr(product, "params", None))
+
+
+def _averaged_loss(loss: Callable, axis_name: Any) -> Callable:
+  """The mean loss, whose gradient is the mean gradient: that of ``pmean(loss)`` alone is the local one."""
+
+  @jax.custom_vjp
+  def shared(params):
+    return params
+
+  shared.defvjp(lambda params: (params, None), lambda _, cotangent: (jax.lax.pmean(cotangent, axis_name),))
+
+  def mean(params, *args, **kwargs):
+    return jax.lax.pmean(loss(shared(params), *args, **kwargs), axis_name)
+
+  mean.__signature__ = inspect.signature(loss)  # line searches read which arguments a loss takes
+  return mean
+
+
+def _check_bound(axis_name: Any) -> None:
+  try:
+    jax.lax.axis_index(axis_name)
+  except NameError as error:
+    raise ValueError(
+      f"`data_parallel` averages over the axis {axis_name!r}, which is not bound where `update` is called. Call it "
+      f"inside `jax.pmap(step, axis_name={axis_name!r})` or `jax.shard_map(step, mesh=mesh, …)` with that axis; under "
+      "`jit` with sharded inputs leave `data_parallel` out."
+    ) from error
+
+
+def data_parallel(tx: optax.GradientTransformation, axis_name: Any) -> optax.GradientTransformationExtraArgs:
+  """The same optimizer on the replicas of ``pmap`` or ``shard_map``, which stay equal bit for bit.
+
+  Averaged over the axis: the gradients that enter, ``value``, ``value_fn`` and its derivatives, ``hvp``, and what
+  ``bnp`` and ``gls`` see of ``layer_inputs``. A gradient or loss that was averaged before stays what it is. Give the
+  loss of the local batch, and products of it: a ``pmean`` inside the loss does not average its Hessian-vector product.
+
+  Args:
+    tx: any optax transformation.
+    axis_name: of ``pmap`` or ``shard_map``; a tuple for several axes. ``init`` may be called outside.
+
+  Returns:
+    The corresponding :class:`optax.GradientTransformationExtraArgs`, with the state of ``tx``.
+
+  Raises:
+    ValueError: in ``update``, where the axis is not bound.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> tx = dpo.data_parallel(dpo.dpsgd(0.1), "batch")
+    >>> params, x = jnp.ones((3, 2)), jnp.ones((jax.device_count(), 4, 3))
+    >>> @jax.jit
+    ... def train_step(params, state, x):
+    ...   loss = lambda p: jnp.mean((x @ p - 1.0) ** 2)  # of this replica's share of the batch
+    ...   value, grads = jax.value_and_grad(loss)(params)
+    ...   updates, state = tx.update(grads, state, params, value=value, value_fn=loss, hvp=dpo.hvp(loss, params))
+    ...   return optax.apply_updates(params, updates), state
+    >>> step = jax.vmap(train_step, in_axes=(None, None, 0), out_axes=None, axis_name="batch")  # or pmap, shard_map
+    >>> params, state = step(params, tx.init(params), x)
+  """
+  inner = forward_extra_args(tx)
+
+  def init(params):
+    with replicas(axis_name):  # what is shaped by whether there is one replica or more
+      return inner.init(params)
+
+  def update(updates, state, params=None, *, value=None, value_fn=None, hvp=None, grad=None, **extra):
+    _check_bound(axis_name)
+    given = {"value": value, "grad": grad}
+    means = {name: jax.lax.pmean(x, axis_name) for name, x in given.items() if x is not None}
+    if value_fn is not None:
+      means["value_fn"] = _averaged_loss(value_fn, axis_name)
+    if hvp is not None:
+      means["hvp"] = _averaged_product(hvp, axis_name)
+    with replicas(axis_name):
+      return inner.update(jax.lax.pmean(updates, axis_name), state, params, **means, **extra)
+
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What real loops broke, one small input for each kind of fault. Each test was red before its fault was mended."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dpsgd_optax as dpo
+from tests.table import OPTIMIZERS, PARAMS, loss
+
+
+def bowl(params):
+  return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+
+def run(tx, params, steps, loss=loss, **extra):
+  """The params and the state after some steps with every extra argument."""
+
+  @jax.jit
+  def step(params, state):
+    value, grads = jax.value_and_grad(loss)(params)
+    offers = {"value": value, "value_fn": loss, "hvp": dpo.hvp(loss, params), **extra}
+    updates, state = tx.update(grads, state, params, **{k: v for k, v in offers.items() if v is not None})
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(steps):
+    params, state = step(params, state)
+  return params, state
+
+
+def rms(x):
+  return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+
+
+# -- A: crashes in loops that work with Adam ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [dpo.psgd, dpo.dpsgd, lambda lr: dpo.levenberg_marquardt(optax.sgd(lr))])
+def test_a1_a_fresh_state_can_be_donated(make):
+  tx, params = make(0.1), {"w": jnp.ones((4, 3))}
+  step = lambda p, s: tx.update(jax.grad(bowl)(p), s, p, value=bowl(p), value_fn=bowl)
+  updates, _ = jax.jit(step, donate_argnums=(0, 1))(params, tx.init(params))
+  assert np.all(np.isfinite(updates["w"]))
+
+
+def test_a1_a_key_of_the_caller_survives_the_donation_of_the_state():
+  key, params = jax.random.key_data(jax.random.key(3)), jnp.ones(3)
+  tx = dpo.psgd(0.1, key=key)
+  jax.jit(lambda p, s: tx.update(p, s, p), donate_argnums=1)(params, tx.init(params))
+  assert not key.is_deleted()
+
+
+def test_a2_a_mask_is_no_schedule():
+  """`inject_hyperparams` takes every function for a schedule; the step count would be masked, and nothing decay."""
+  mask = lambda params: jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
+  plain = dpo.psgd(0.1, weight_decay=0.5, mask=mask)
+  given = optax.inject_hyperparams(dpo.psgd)(learning_rate=0.1, weight_decay=0.5, mask=mask)
+  for a, b in zip(jax.tree.leaves(run(plain, PARAMS, 3)[0]), jax.tree.leaves(run(given, PARAMS, 3)[0]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [dpo.psgd, dpo.dpsgd, functools.partial(dpo.sgd_ph, where=dpo.is_vector), dpo.gls])
+def test_a2_an_injected_damping_has_its_name_for_itself(make):
+  params = {"w": PARAMS["w"].T, "b": jnp.ones(3)}
+  state = optax.inject_hyperparams(make)(learning_rate=0.1, damping=0.5).init(params)
+  assert float(optax.tree.get(state, "damping")) == 0.5
+  assert optax.tree.get(make(learning_rate=0.1, damping=0.5).init(params), "damping") in (None, 0.5)
+
+
+def test_a2_numbers_may_be_schedules():
+  """Of the step count, as in optax: momentum, damping, clip and jump alike."""
+  constant = lambda value: lambda count: value + 0.0 * count
+  numbers = {"learning_rate": 0.1, "b1": 0.8, "damping": 1e-3, "clip": 0.5, "max_jump": 3.0}
+  scheduled = optax.inject_hyperparams(dpo.psgd)(**{k: constant(v) for k, v in numbers.items()})
+  for a, b in zip(*(jax.tree.leaves(run(tx, PARAMS, 4)[0]) for tx in (dpo.psgd(**numbers), scheduled)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["psgd newton", "dpsgd"])
+def test_a3_levenberg_marquardt_hands_extra_arguments_to_multi_steps(name):
+  """Inside it and around it; the transform of `MultiSteps` takes them though its type does not say so."""
+  inner = OPTIMIZERS[name].make()
+  for tx in (
+    dpo.levenberg_marquardt(optax.MultiSteps(inner, 2)),
+    dpo.levenberg_marquardt(optax.MultiSteps(inner, 2).gradient_transformation()),
+    optax.MultiSteps(dpo.levenberg_marquardt(inner), 2),
+  ):
+    params, state = run(tx, PARAMS, 6)
+    assert loss(params) < loss(PARAMS)
+    fits = next(x for path, x in jax.tree_util.tree_leaves_with_path(state) if "fits" in jax.tree_util.keystr(path))
+    assert int(fits) == 3
+
+
+def test_a4_the_state_has_no_typed_key():
+  """It can be cast, raveled, turned into arrays of numpy."""
+  state = dpo.psgd(0.1).init(PARAMS)
+  assert not any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state))
+  jax.tree.map(np.asarray, state)
+  jax.flatten_util.ravel_pytree(state)
+  moved, _ = dpo.psgd(0.1).update(PARAMS, optax.tree.cast(state, jnp.bfloat16), PARAMS)
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(moved))
+
+
+def test_a4_sharpness_aware_minimization_of_optax_takes_us():
+  tx = optax.contrib.sam(dpo.psgd(0.05), optax.sgd(0.01), sync_period=2)
+  params, _ = run(tx, PARAMS, 10, value=None, value_fn=None, hvp=None)
+  assert loss(params) < loss(PARAMS)
+
+
+@pytest.mark.parametrize("key", [7, "typed", "raw"])
+def test_a4_every_kind_of_key_gives_the_same_run(key):
+  keys = {"typed": jax.random.key(7), "raw": jax.random.key_data(jax.random.key(7))}
+  make = lambda key: dpo.psgd(0.1, dpo.kron(), dpo.newton(), key=key)
+  expected, _ = run(make(7), PARAMS, 3)
+  found, _ = run(make(keys.get(key, key)), PARAMS, 3)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a4_another_generator_is_kept():
+  key = jax.random.key(7, impl="rbg")
+  state = dpo.psgd(0.1, dpo.kron(), dpo.newton(), key=key).init(PARAMS)
+  assert optax.tree.get(state, "key").shape == (4,)
+  params, _ = run(dpo.psgd(0.1, dpo.kron(), dpo.newton(), key=key), PARAMS, 3)
+  assert loss(params) < loss(PARAMS)
+
+
+def test_a4_a_state_of_the_old_layout_loads():
+  """With a typed key and without the count of dropped fits."""
+  tx = dpo.psgd(0.1, dpo.kron(), dpo.newton())
+  state = tx.init(PARAMS)
+  first = state[0]
+  old = (first._replace(key=jax.random.wrap_key_data(first.key), dropped=None), *state[1:])
+  update = jax.jit(lambda s: tx.update(PARAMS, s, PARAMS, hvp=dpo.hvp(loss, PARAMS)))
+  jax.tree.map(np.testing.assert_array_equal, update(old), update(state))
+
+
+LABELS = {"b": "theirs", "w": "ours"}
+PARTS = {
+  "partition": lambda tx: optax.partition({"ours": tx, "theirs": optax.sgd(0.05)}, LABELS),
+  "frozen": lambda tx: optax.partition({"ours": tx, "theirs": optax.set_to_zero()}, LABELS),
+  "masked": lambda tx: optax.chain(
+    optax.masked(tx, {"b": False, "w": True}), optax.masked(optax.sgd(0.05), {"b": True, "w": False})
+  ),
+  "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask={"b": True, "w": False}),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a5_dpsgd_judges_its_part_of_the_parameters(part):
+  """`hvp` was taken at all params, so the loss can be evaluated: only the part moves in the judged step."""
+  tx = PARTS[part](dpo.dpsgd(0.3, judge_every=1))
+  params, state = run(tx, PARAMS, 12)
+  assert loss(params) < loss(PARAMS)
+  assert float(optax.tree.get(state, "predicted")) != 0
+  if part in ("frozen", "selective_transform"):
+    np.testing.assert_array_equal(params["b"], PARAMS["b"])
+
+
+def test_a5_the_judged_step_in_a_part_is_the_step_of_the_others_held():
+  """The same verdict as without the partition, the other leaves being constants of the loss."""
+  whole = PARTS["frozen"](dpo.dpsgd(0.3, judge_every=1))
+  alone = dpo.dpsgd(0.3, judge_every=1)
+  _, state = run(whole, PARAMS, 4)
+  _, expected = run(alone, {"w": PARAMS["w"]}, 4, loss=lambda p: loss({**p, "b": PARAMS["b"]}))
+  for name in ("ratio", "actual", "predicted", "damping"):
+    np.testing.assert_allclose(optax.tree.get(state, name), optax.tree.get(expected, name), rtol=1e-3)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a5_with_value_fn_alone_the_error_says_what_to_type(part):
+  with pytest.raises(ValueError, match=r"hvp=(dpo\.)?hvp\(loss, params\)"):
+    run(PARTS[part](dpo.dpsgd(0.3)), PARAMS, 1, hvp=None, value=None)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a5_with_a_product_of_ones_own_the_step_is_judged_by_looking_back(part):
+  product = lambda v: dpo.hvp(loss, PARAMS)(v)
+  _, state = run(PARTS[part](dpo.dpsgd(0.3, judge_every=1)), PARAMS, 4, hvp=product)
+  assert float(optax.tree.get(state, "predicted")) > 0 and float(optax.tree.get(state, "ratio")) != 0
+
+
+def test_a8_a_line_search_behind_a_preconditioner():
+  """The product is made from `value_fn`; a loss that names `hvp` and ignores it lets a line search pass it by."""
+  tx = optax.chain(dpo.psgd(1.0, dpo.kron(), dpo.newton(), every=1), optax.scale_by_backtracking_linesearch(12))
+  passed_by = lambda p, hvp=None, layer_inputs=None: loss(p)
+  hvp = dpo.hvp(loss, PARAMS)
+  for extra in ({"value_fn": loss}, {"value_fn": passed_by, "hvp": hvp}):
+    value, grads = jax.value_and_grad(loss)(PARAMS)
+    updates, _ = jax.jit(lambda s: tx.update(grads, s, PARAMS, value=value, grad=grads, **extra))(tx.init(PARAMS))
+    assert loss(optax.apply_updates(PARAMS, updates)) < value
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rate", [np.float32(0.1), jnp.float32(0.1)])
+def test_a13_updates_have_the_dtype_of_the_gradients(name, rate):
+  make = OPTIMIZERS[name].make
+  if not isinstance(make, functools.partial):
+    pytest.skip("it has no learning rate of its own")
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+  tx = make.func(rate, *make.args[1:], **make.keywords)
+  extras = {"value": jnp.float32(1.0), "value_fn": lambda p: jnp.float32(1.0), "hvp": lambda v: v}
+  extras["layer_inputs"] = {"w": jnp.ones((4, 3))}
+  extras = {k: v for k, v in extras.items() if k in OPTIMIZERS[name].extras}
+  updates, _ = jax.eval_shape(lambda s: tx.update(params, s, params, **extras), jax.eval_shape(tx.init, params))
+  assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
+# -- B: wrong without a word -------------------------------------------------------------------------------------------
+
+
+def replicas(tx, name, count=2, steps=6):
+  """The params of each replica after some steps on its own share of the batch; `vmap` with an axis stands for pmap."""
+  inputs = jax.random.normal(jax.random.key(0), (count, 8, 3))
+  targets = jax.random.normal(jax.random.key(1), (count, 8, 2))
+
+  def replica(params, state, x, y):
+    local = lambda p: jnp.mean((jnp.tanh(x @ p["w"]) + p["b"] - y) ** 2)
+
+    def step(carry, _):
+      params, state = carry
+      value, grads = jax.value_and_grad(local)(params)
+      offers = {"value": value, "value_fn": local, "hvp": dpo.hvp(local, params), "layer_inputs": {"w": x}}
+      extras = {k: v for k, v in offers.items() if k in OPTIMIZERS[name].extras}
+      updates, state = tx.update(jax.lax.pmean(grads, "i"), state, params, **extras)
+      return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, state), length=steps)[0]
+
+  start = {"b": PARAMS["b"], "w": PARAMS["w"]}
+  return jax.jit(jax.vmap(replica, in_axes=(None, None, 0, 0), axis_name="i"))(start, tx.init(start), inputs, targets)
+
+
+@pytest.mark.parametrize("name", ["psgd whitening", "psgd newton", "dpsgd", "sgd_ph", "bnp", "gls"])
+def test_b1_replicas_stay_equal_bit_for_bit(name):
+  tx = OPTIMIZERS[name].make()
+  for x in jax.tree.leaves(replicas(dpo.data_parallel(tx, "i"), name)):
+    np.testing.assert_array_equal(x[0], x[1])
+
+
+def test_b1_replicas_make_the_step_of_the_whole_batch():
+  """A mean of equal shares: the gradient, the product and the loss are those of one device."""
+  name, make = "dpsgd", OPTIMIZERS["dpsgd"].make
+  many, _ = replicas(dpo.data_parallel(make(), "i"), name, count=4, steps=5)
+  x = jax.random.normal(jax.random.key(0), (4, 8, 3)).reshape(-1, 3)
+  y = jax.random.normal(jax.random.key(1), (4, 8, 2)).reshape(-1, 2)
+  one, _ = run(make(), PARAMS, 5, loss=lambda p: jnp.mean((jnp.tanh(x @ p["w"]) + p["b"] - y) ** 2))
+  for k, expected in one.items():
+    np.testing.assert_allclose(many[k][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_b1_the_derivatives_of_a_loss_are_averaged_even_where_it_is_all_that_was_given():
+  """`pmean` of a loss has the local gradient and the local product; only `value_fn` is given here."""
+  tx = dpo.data_parallel(optax.chain(dpo.sharpness_aware(0.1), dpo.psgd(0.1, dpo.kron(), dpo.newton())), "i")
+
+  def replica(x):
+    local = lambda p: jnp.mean(jax.lax.pmean((x @ p["w"] + p["b"]) ** 2, "i"))
+    return tx.update(jax.grad(local)(PARAMS), tx.init(PARAMS), PARAMS, value_fn=local)
+
+  for x in jax.tree.leaves(jax.jit(jax.vmap(replica, axis_name="i"))(jax.random.normal(jax.random.key(0), (2, 4, 3)))):
+    np.testing.assert_array_equal(x[0], x[1])
+
+
+def test_b1_an_axis_that_is_not_bound_is_named():
+  tx = dpo.data_parallel(dpo.psgd(0.1), "batch")
+  with pytest.raises(ValueError, match=r"'batch', which is not bound.*axis_name='batch'"):
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_b2_levenberg_marquardt_does_not_lock_at_a_minimum():
+  """There reductions are below the rounding of the loss, and no verdict. From a new place it goes on."""
+  tx = dpo.levenberg_marquardt(dpo.psgd(0.3, dpo.diagonal(), dpo.newton(), every=1))
+
+  def descend(x, state, at, steps):
+    f = lambda x: 1 + jnp.sum((x - at) ** 2)
+
+    def step(carry, _):
+      x, state = carry
+      updates, state = tx.update(jax.grad(f)(x), state, x, value_fn=f)
+      return (x + updates, state), None
+
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])((x, state))
+
+  x, state = descend(jnp.ones(3), tx.init(jnp.ones(3)), 0.0, 600)
+  assert float(state.damping) <= 1
+  x, state = descend(x, state, 3.0, 1000)
+  np.testing.assert_allclose(x, 3.0, atol=1e-2)
+  # a damping that was locked by an older version is let go
+  locked = state._replace(damping=jnp.float32(1e10))
+  x, state = descend(x, locked, -2.0, 1000)
+  np.testing.assert_allclose(x, -2.0, atol=1e-2)
+
+
+def test_b2_a_reduction_below_rounding_is_no_verdict():
+  f = lambda x: 1000.0 + 1e-9 * jnp.sum(x**2)
+  tx, x = dpo.levenberg_marquardt(optax.sgd(0.1), damping=0.5), jnp.ones(3)
+  _, state = tx.update(jax.grad(f)(x), tx.init(x), x, value_fn=f)
+  assert float(state.damping) == 0.5 and float(state.predicted) == 0
+
+
+@pytest.mark.parametrize("name", ["psgd newton", "dpsgd", "sgd_ph", "chain"])
+def test_b3_a_lasting_product_that_is_not_finite_does_not_freeze_training(name):
+  """|x|^1.5 has a finite gradient and an infinite second derivative at 0."""
+  f = lambda p: sum(jnp.sum(jnp.abs(x) ** 1.5 + (x - 1) ** 2) for x in jax.tree.leaves(p))
+  nothing = {"hvp": lambda v: jax.tree.map(lambda x: jnp.nan * x, v)}
+  params = jax.tree.map(jnp.zeros_like, PARAMS)
+  extra = {} if name == "dpsgd" else {"value": None, "value_fn": None}
+  found, state = run(OPTIMIZERS[name].make(), params, 50, loss=f, **nothing, **extra)
+  assert f(found) < f(params) - 0.1
+  assert int(optax.tree.get(state, "dropped")) == 50 and int(optax.tree.get(state, "skipped")) == 0
+
+
+ROWS, BUSY = 256, 32
+IDLE = {
+  "kron": dpo.kron,
+  "kron quad": functools.partial(dpo.kron, geometry=dpo.quad),
+  "kron eq": functools.partial(dpo.kron, geometry=dpo.eq),
+  "dense factors": functools.partial(dpo.kron, max_skew=jnp.inf),
+  "affine": dpo.affine,
+  "diagonal": dpo.diagonal,
+  "xmat": dpo.xmat,
+  "lra": functools.partial(dpo.lra, rank=2),
+  "blocks": lambda: dpo.blocked(dpo.kron(max_skew=jnp.inf), 64),
+}
+
+
+def embedding(make, criterion, tiny=0.0, steps=300):
+  """Updates of an embedding of which 32 rows are busy: before, and when a row wakes up that was never used."""
+  curvature = dpo.whitening() if criterion == "whitening" else dpo.newton()
+  tx, params = dpo.psgd(1e-2, make(), curvature, b1=0.9, every=1), {"e": jnp.zeros((ROWS, 8))}
+
+  @jax.jit
+  def step(state, key, awake):
+    noise = jax.random.normal(key, (ROWS, 8))
+    rows = jnp.arange(ROWS)
+    scale = jnp.where((rows < BUSY) | (awake & (rows == 100)), 1.0, tiny)[:, None]
+    hvp = lambda v: jax.tree.map(lambda x: scale * x, v)
+    updates, state = tx.update({"e": scale * noise}, state, params, hvp=hvp)
+    return updates["e"], state
+
+  state = tx.init(params)
+  for key in jax.random.split(jax.random.key(0), steps):
+    before, state = step(state, key, False)
+  woken, _ = step(state, jax.random.key(1), True)
+  return before, woken
+
+
+@pytest.mark.parametrize("criterion", ["whitening", "newton"])
+@pytest.mark.parametrize("name", IDLE)
+def test_b4_a_row_that_was_long_without_gradient_does_not_take_the_whole_step(name, criterion):
+  """P of what is not seen does not grow: the woken row moves like the others, and they go on as before."""
+  before, woken = embedding(IDLE[name], criterion)
+  assert rms(woken[100]) < 10 * rms(woken[:BUSY])
+  assert rms(woken[:BUSY]) > 0.5 * rms(before[:BUSY])
+
+
+def test_b4_a_row_of_tiny_gradients_does_not_take_the_whole_step_either():
+  """Its P may grow, as whitening wants; the entries of its step are cut."""
+  before, woken = embedding(dpo.kron, "whitening", tiny=1e-7)
+  assert np.max(np.abs(woken[100])) <= 1e-2 * 10 * 2 * 1.01
+  assert rms(woken[:BUSY]) > 0.2 * rms(before[:BUSY])
+
+
+@pytest.mark.parametrize("criterion", ["whitening", "newton"])
+@pytest.mark.parametrize("name", [name for name in IDLE if name != "lra"])  # lra starts with all entries coupled
+def test_b5_a_row_that_never_had_a_gradient_has_an_update_of_exactly_zero(name, criterion):
+  before, woken = embedding(IDLE[name], criterion, steps=120)
+  assert np.all(before[BUSY:] == 0) and np.all(woken[101:] == 0)
+
+
+@pytest.mark.parametrize("form", ["stack", "blocks"])
+def test_b6_a_matrix_is_clipped_by_itself(form):
+  """A spike in one layer of a stack, or in one block, leaves the others as they are."""
+  p = dpo.kron(stacked={"w": 1}) if form == "stack" else dpo.blocked(dpo.kron(max_skew=jnp.inf), 8)
+  shape = (3, 8, 8) if form == "stack" else (24, 8)
+  tx, params = dpo.psgd(0.1, p), {"w": jnp.zeros(shape)}
+  update = jax.jit(tx.update)
+  state = tx.init(params)
+  for t, key in enumerate(jax.random.split(jax.random.key(0), 40)):
+    g = jax.random.normal(key, (3, 8, 8))
+    g = g.at[2].multiply(1e4) if t == 39 else g
+    updates, state = update({"w": g.reshape(shape)}, state, params)
+  parts = updates["w"].reshape(3, 8, 8)
+  assert rms(parts[0]) > 0.05 and rms(parts[1]) > 0.05 and 0.1 < rms(parts[2]) < 0.201
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0])
+def test_b6_a_clip_that_is_not_positive_is_refused(clip):
+  with pytest.raises(ValueError, match=r"`clip` must be positive, an optax transform, or None, got"):
+    dpo.psgd(0.1, clip=clip)
+
+
+def test_b6_the_clip_is_an_argument():
+  spike = jax.tree.map(lambda x: 1e3 * jnp.ones_like(x), PARAMS)
+  size = lambda clip: rms(dpo.psgd(1.0, dpo.diagonal(), clip=clip).update(spike, tx(clip).init(PARAMS), PARAMS)[0]["w"])
+  tx = lambda clip: dpo.psgd(1.0, dpo.diagonal(), clip=clip)
+  assert size(0.5) == pytest.approx(0.5, rel=1e-3)
+  assert size(None) > 10
+  assert size(optax.clip(0.25)) == pytest.approx(0.25, rel=1e-3)
+
+
+def test_b7_nothing_is_fitted_whose_result_is_thrown_away():
+  """`accumulating` and `refresh` both say so to the transform inside `MultiSteps`: 4 products for 4 fits, not 16."""
+  for say in (lambda s: {"accumulating": s.mini_step < 3}, lambda s: {"refresh": s.mini_step == 3}):
+    calls = []
+    tx = optax.MultiSteps(dpo.psgd(0.1, dpo.kron(), dpo.newton(), every=1), 4)
+
+    @jax.jit
+    def step(params, state):
+      def product(v):
+        jax.debug.callback(lambda: calls.append(1))
+        return dpo.hvp(loss, params)(v)
+
+      updates, state = tx.update(jax.grad(loss)(params), state, params, hvp=product, **say(state))
+      return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(16):
+      params, state = step(params, state)
+    jax.effects_barrier()
+    assert len(calls) == 4 and int(state.inner_opt_state[0].fits) == 4
+
+
+@pytest.mark.parametrize("name", ["refresh", "judge"])
+def test_b7_a_state_in_place_of_a_choice_is_refused(name):
+  tx = optax.MultiSteps(dpo.dpsgd(0.1), 2)
+  state = tx.init(PARAMS)
+  with pytest.raises(ValueError, match=rf"`{name}` must be True, False.*MultiStepsState.*mini_step == k - 1"):
+    tx.update(PARAMS, state, PARAMS, value=1.0, value_fn=loss, **{name: state})
+
+
+@pytest.mark.parametrize("tx", [dpo.dpsgd(0.1), dpo.scale_by_preconditioner(dpo.kron(), dpo.newton())])
+def test_b7_the_state_of_a_wrapper_is_refused(tx):
+  state = optax.MultiSteps(tx, 2).init(PARAMS)
+  with pytest.raises(ValueError, match=r"needs the state that `init`.*got MultiStepsState.*`update` of the wrapper"):
+    tx.update(PARAMS, state, PARAMS, value=1.0, hvp=lambda v: v)
+
+
+@pytest.mark.parametrize("criterion", ["whitening", "newton"])
+@pytest.mark.parametrize(("spike", "steps"), [(1e3, 10), (1e18, 20)])
+def test_b8_a_spike_in_the_gradient_is_soon_forgotten(spike, steps, criterion):
+  """With momentum, beside a twin without the spike; disturbed: the update differs by more than its length."""
+  curvature = dpo.whitening() if criterion == "whitening" else dpo.newton()
+  tx, params = dpo.psgd(0.01, dpo.kron(), curvature, b1=0.9), jnp.ones((6, 4))
+  scale = jnp.linspace(0.5, 3, 6)[:, None]
+
+  @jax.jit
+  def updates(factor):
+    def step(state, inputs):
+      key, size = inputs
+      g = size * jax.random.normal(key, params.shape)
+      updates, state = tx.update(g, state, params, hvp=lambda v: scale * v)
+      return state, updates
+
+    sizes = jnp.ones(400).at[200].set(factor)
+    return jax.lax.scan(step, tx.init(params), (jax.random.split(jax.random.key(0), 400), sizes))[1]
+
+  calm, hurt = updates(1.0), updates(spike)
+  length = lambda x: np.linalg.norm(np.reshape(x, (400, -1)), axis=1)
+  disturbed = length(hurt - calm) > length(calm)
+  assert disturbed.sum() <= steps and not disturbed[:200].any()
+
+
+def test_b8_a_lasting_change_of_size_is_followed():
+  tx = dpo.clip_spikes()
+  state = tx.init(PARAMS)
+  for scale in [1.0] * 5 + [1000.0] * 30:
+    grads = jax.tree.map(lambda x: scale * jnp.ones_like(x), PARAMS)
+    clipped, state = tx.update(grads, state)
+  jax.tree.map(np.testing.assert_array_equal, clipped, grads)
+  assert int(state.clipped) < 25
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_b8_what_is_not_finite_passes_the_guard_to_be_skipped(bad):
+  tx = dpo.psgd(0.1)
+  state = tx.init(PARAMS)
+  _, state = tx.update(PARAMS, state, PARAMS)
+  spoilt = {**PARAMS, "w": PARAMS["w"].at[0, 0].set(bad)}
+  updates, after = tx.update(spoilt, state, PARAMS)
+  assert all(np.all(x == 0) for x in jax.tree.leaves(updates)) and int(optax.tree.get(after, "skipped")) == 1
+  np.testing.assert_array_equal(optax.tree.get(after, "sizes"), optax.tree.get(state, "sizes"))
