@@ -5,7 +5,7 @@ Statistics of a batch that do not come by way of the gradient, the loss or a pro
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,7 +15,7 @@ _active: ContextVar[Any] = ContextVar("replicas", default=None)
 
 
 @contextlib.contextmanager
-def replicas(axis_name: Any) -> Iterator[None]:
+def replicas(axis_name: Any) -> Generator[None]:
   """What is traced inside runs on one of several replicas."""
   token = _active.set(axis_name)
   try:

@@ -12,7 +12,7 @@ Notation
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ _active: ContextVar[Split | None] = ContextVar("split", default=None)
 
 
 @contextlib.contextmanager
-def dividing(split: Split) -> Iterator[None]:
+def dividing(split: Split) -> Generator[None]:
   """Buckets that are traced inside are divided."""
   token = _active.set(split)
   try:

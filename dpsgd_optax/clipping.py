@@ -124,7 +124,7 @@ def clip_matrices(max_rms: Any, matrices: Matrices | None = None) -> optax.Gradi
     size, largest = jnp.abs(x), LARGEST_ENTRY * max_rms
     x = jnp.where(size > largest, x * (largest / jnp.where(size > largest, size, 1)).astype(size.dtype), x)
     clip = optax.clip_by_block_rms(max_rms)
-    return clip.update(x, clip.init(x))[0].astype(x.dtype)
+    return jnp.asarray(clip.update(x, clip.init(x))[0], x.dtype)
 
   def update(updates, params):
     del params

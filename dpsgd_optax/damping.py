@@ -251,8 +251,10 @@ def levenberg_marquardt(
     dtype = scalar_dtype(params)
     zero = lambda dtype: jnp.zeros((), dtype)
     # λ is copied, for the number may be an array of the caller's
-    scalars = (jnp.array(initial, dtype), *(zero(dtype) for _ in range(3)), jnp.full((), jnp.inf, dtype))
-    return separate(State(zero(jnp.int32), *scalars, zero(jnp.int32), inner.init(params)), params)
+    start = jnp.array(initial, dtype)
+    ratio, actual, predicted, previous = zero(dtype), zero(dtype), zero(dtype), jnp.full((), jnp.inf, dtype)
+    count, rejected = zero(jnp.int32), zero(jnp.int32)
+    return separate(State(count, start, ratio, actual, predicted, previous, rejected, inner.init(params)), params)
 
   def verdict(record, before, actual, predicted):
     """λ, ratio, actual and predicted after one judged step; a step of length zero says nothing."""

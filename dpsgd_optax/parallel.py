@@ -8,7 +8,7 @@ drift apart without a word. So all of them are averaged in one place.
 Under ``jit`` with sharded inputs there is nothing to do: see `dpsgd_optax.sharding`.
 """
 
-import inspect
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +37,7 @@ def _averaged_loss(loss: Callable, axis_name: Any) -> Callable:
   def mean(params, *args, **kwargs):
     return jax.lax.pmean(loss(shared(params), *args, **kwargs), axis_name)
 
-  mean.__signature__ = inspect.signature(loss)  # line searches read which arguments a loss takes
-  return mean
+  return functools.wraps(loss)(mean)  # line searches read which arguments a loss takes
 
 
 def _check_bound(axis_name: Any) -> None:

@@ -141,7 +141,9 @@ ENDS: dict[type, Callable[[Any], tuple[jax.Array, jax.Array]]] = {
 
 
 def _preconditioner(state: ScaleByPreconditionerState) -> Scalars:
-  numbers = {"steps": state.count, "fits": state.fits, "skipped": state.skipped, "dropped": state.dropped}
+  numbers = {"steps": state.count, "fits": state.fits, "skipped": state.skipped}
+  if state.dropped is not None:
+    numbers["dropped"] = state.dropped
   lifted = state.preconditioner
   buckets = lifted.buckets.values() if isinstance(lifted, LiftState) and isinstance(lifted.buckets, dict) else ()
   ends = [jax.vmap(ENDS[type(bucket)])(bucket) for bucket in buckets if type(bucket) in ENDS]

@@ -303,7 +303,8 @@ def steps(
     E of each factor, μ (k,) and the new L (k,): the first two are what a geometry's ``move`` takes.
   """
   seen = seen_slices(h)
-  a, b = (x if x is None else only_seen(x, seen) for x in geometry.lift(q, p, v, h, precision))
+  a, b = geometry.lift(q, p, v, h, precision)
+  a, b = only_seen(a, seen), None if b is None else only_seen(b, seen)
   found, measured = [], []
   expected = geometry.expected(q, a.shape, seen) if b is None else None
   masked = b is None or geometry.moment is not _as_it_is  # otherwise a and b are enough
