@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from dpsgd_optax.layers import LayerRecord, Window, merged, names
@@ -130,10 +131,13 @@ def _conv(eqn: core.JaxprEqn, side: int, origin: Origin, x: Any) -> Call | None:
 def _rows_taken(eqn: core.JaxprEqn, side: int, origin: Origin, ids: Any) -> Call | None:
   """table[ids]: whole rows of the first axis."""
   numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], _shape(eqn.invars[0])
-  rows = tuple(numbers.start_index_map) == (0,) and tuple(numbers.collapsed_slice_dims) == (0,)
-  if side != 0 or not rows or tuple(sizes) != (1, *shape[1:]) or origin.layout != tuple(range(len(shape))):
+  first = tuple(numbers.start_index_map)
+  # a whole row begins at its first column, whatever the other indices say, if they are clipped
+  rows = first == (0,) or (0 in first and eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP)
+  whole = tuple(sizes) == (1, *shape[1:]) and tuple(numbers.collapsed_slice_dims) in ((), (0,))
+  if side != 0 or not rows or not whole or origin.layout != tuple(range(len(shape))):
     return None
-  return Call(origin.leaf, LayerRecord((ids[..., 0],), kind="embed", kernel_shape=shape), ())
+  return Call(origin.leaf, LayerRecord((ids[..., first.index(0)],), kind="embed", kernel_shape=shape), ())
 
 
 PRODUCTS = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _rows_taken}
@@ -229,7 +233,8 @@ class _Walk:
   def _is_bias(self, call: Call, leaf: Origin) -> bool:
     record, kernel = call.record, self.shapes[call.leaf]
     stack = kernel[: len(kernel) - len(record.kernel_shape)]
-    return self.shapes[leaf.leaf] == (*stack, *record.kernel_shape[record.input_axes :])
+    wide = lambda shape: [n for n in shape if n != 1]  # of a convolution with channels first a bias is (out, 1, 1)
+    return wide(self.shapes[leaf.leaf]) == wide((*stack, *record.kernel_shape[record.input_axes :]))
 
 
 def capture(
@@ -256,8 +261,9 @@ def capture(
   Returns:
     ``run(params, *args, **kwargs) -> (value, grads, layers)``; value is (loss, aux) if ``has_aux``. ``layers`` has the
     structure of the params, with a :class:`dpsgd_optax.LayerRecord` in the place of each kernel and None elsewhere.
-    ``jax.eval_shape(run, params, batch)[2]`` is what ``layers=`` of an optimizer needs, unless the params are named
-    kernel and bias, or w and b.
+    ``jax.eval_shape(lambda: run(params, batch))[2]`` is what ``layers=`` of an optimizer needs, unless the params are
+    named kernel and bias, or w and b. The params may be a whole Equinox model: the gradient of what is no array of
+    floating-point numbers (functions, integers, rates) is None.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
@@ -274,9 +280,15 @@ def capture(
 
   def run(params, *args, **kwargs):
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [leaf for _, leaf in paths]
+    free = _differentiable([leaf for _, leaf in paths])
+    leaves, held = [paths[i][1] for i in free], {i: leaf for i, (_, leaf) in enumerate(paths) if i not in free}
     shapes = [jnp.shape(leaf) for leaf in leaves]
-    flat = lambda leaves: loss(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
+
+    def like_params(leaves, held):
+      found = held | dict(zip(free, leaves, strict=True))
+      return jax.tree.unflatten(treedef, [found.get(i) for i in range(len(paths))])
+
+    flat = lambda leaves: loss(like_params(leaves, held), *args, **kwargs)
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(leaves)
     origins = [Origin(i, tuple(range(len(s)))) for i, s in enumerate(shapes)]
 
@@ -299,11 +311,19 @@ def capture(
       records = [_with_gradient(record, e) for record, e in zip(records, errors, strict=True)]
     else:
       (value, (aux, records)), grads = jax.value_and_grad(lambda p: traced(p, None), has_aux=True)(leaves)
-    layers = _by_leaf(records, last, [names(path) for path, _ in paths], shapes, reduce)
+    layers = _by_leaf(records, last, [names(paths[i][0]) for i in free], shapes, reduce)
     value = (value, aux) if has_aux else value
-    return value, jax.tree.unflatten(treedef, grads), jax.tree.unflatten(treedef, layers)
+    return value, like_params(grads, {}), like_params(layers, {})
 
   return run
+
+
+def _differentiable(leaves: list) -> list[int]:
+  """Which leaves are parameters. A model that is a pytree has functions, flags and rates among its leaves too."""
+  is_array = lambda x: isinstance(getattr(x, "dtype", None), np.dtype)
+  model = any(isinstance(x, bool) or not (is_array(x) or isinstance(x, int | float | complex)) for x in leaves)
+  inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact) if is_array(x) else isinstance(x, float | complex)
+  return [i for i, x in enumerate(leaves) if inexact(x) and (is_array(x) or not model)]
 
 
 def _with_gradient(record: LayerRecord, e: jax.Array | None) -> LayerRecord:

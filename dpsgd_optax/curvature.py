@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from dpsgd_optax.base import Curvature, Probe, working_dtype
 from dpsgd_optax.diagonal_probes import Cycle, DiagonalProbe, rademacher, turn
 from dpsgd_optax.layers import Observation
-from dpsgd_optax.products import Product
+from dpsgd_optax.products import Product, has_holes
 from dpsgd_optax.products import hvp as hessian_product
 from dpsgd_optax.selection import Where, punched, selection
 
@@ -69,16 +69,28 @@ def whitening() -> Curvature:
   return observe
 
 
-def _given_product(name: str, params: Any, hvp: Any, value_fn: Any, otherwise: str = "") -> Product:
+_TRAIN_STATE = (
+  "Flax's own TrainState drops extra arguments: use `dpsgd_optax.training.TrainState`, with "
+  "`apply_gradients(grads=grads, extra_args=dict({}))`"
+)
+
+
+def _given_product(name: str, params: Any, hvp: Any, value_fn: Any, value: Any, otherwise: str = "") -> Product:
   """v ↦ Hv from the extra arguments, its structure checked where it is used."""
   if hvp is None and value_fn is None:
+    came = "received `value`, but no `hvp`" if value is not None else "received no `hvp`"
     raise ValueError(
-      f"`{name}` fits on Hessian-vector products, but `update` received no `hvp`. "
-      f"Pass `hvp=hvp(loss, params)`{otherwise}."
+      f"`{name}` fits on Hessian-vector products, but `update` {came}. Pass `hvp=hvp(loss, params)`{otherwise}. "
+      f"{_TRAIN_STATE.format('hvp=…')}."
     )
   if hvp is None:
     if params is None:
       raise ValueError(f"`{name}` with `value_fn` differentiates at `params`, got None. Pass `params` to `update`.")
+    if has_holes(params):
+      raise ValueError(
+        f"`{name}` with `value_fn` differentiates at `params`, but here, inside `optax.partition` or `optax.masked`, "
+        "they have holes. Pass `hvp=dpo.hvp(loss, params)`, made outside, of the whole params."
+      )
     hvp = hessian_product(value_fn, params)
 
   def product(vector):
@@ -102,12 +114,15 @@ def newton() -> Curvature:
   ``hvp=hvp_finite_difference(...)``.
 
   Reads the extra argument ``hvp`` (v ↦ Hv, see :func:`dpsgd_optax.hvp`), or else ``value_fn`` (params ↦ loss),
-  from which it makes the product itself. Inside ``optax.masked`` or ``optax.partition`` only ``hvp`` works.
+  from which it makes the product itself. Inside ``optax.masked`` or ``optax.partition`` only ``hvp`` works. Under
+  ``pmap`` and ``shard_map`` the product is that of the local batch, and replicas drift apart: wrap the optimizer in
+  :func:`dpsgd_optax.data_parallel`.
 
   Source: arXiv:1512.04202; one fused pass: Pearlmutter (1994).
 
   Raises:
-    ValueError: at trace time, if neither argument is there, or the product has another structure than the params.
+    ValueError: at trace time, if neither argument is there, if ``params`` has holes and only ``value_fn`` came, or if
+      the product has another structure than the params.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
@@ -117,9 +132,13 @@ def newton() -> Curvature:
     True
   """
 
-  def observe(key, updates, params, *, hvp=None, value_fn=None, **extra):
+  def observe(key, updates, params, *, hvp=None, value_fn=None, value=None, **extra):
     del extra
-    hvp = _given_product("newton()", params, hvp, value_fn, ", or use `whitening()`, which needs no Hessian")
+    otherwise = (
+      ", or use `whitening()`, which needs no Hessian: `dpsgd(lr, curvature=whitening())` works in loops that pass only "
+      "`value`, `psgd(lr)` in all"
+    )
+    hvp = _given_product("newton()", params, hvp, value_fn, value, otherwise)
     vector = normal_like(key, updates)
     return Probe(vector, hvp(vector))
 
@@ -134,8 +153,8 @@ def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, 
   gradient; ``python -m benchmarks partial_hessian``). ``diagonal_newton`` averages and inverts what is observed.
 
   Reads ``hvp`` or ``value_fn``, as ``newton()``. ``hvp`` is given trees with holes (``optax.MaskedNode``), as the
-  products of this package take them; your own must return the same holes. Under ``shard_map`` with a local loss pass
-  ``hvp=lambda v: jax.lax.pmean(product(v), axis_name)``: the mean belongs before any absolute value.
+  products of this package take them; your own must return the same holes. Under ``pmap`` and ``shard_map`` the product
+  is that of the local batch: wrap the optimizer in :func:`dpsgd_optax.data_parallel`.
 
   Args:
     probe: ``rademacher`` (unbiased), ``ones`` (row sums, as the released code) or ``exact`` (a product for each entry).
@@ -163,9 +182,9 @@ def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, 
     ([2.0, 2.0], MaskedNode())
   """
 
-  def observe(key, updates, params, *, hvp=None, value_fn=None, fits=0, **extra):
+  def observe(key, updates, params, *, hvp=None, value_fn=None, value=None, fits=0, **extra):
     del extra
-    product = _given_product("hessian_diagonal()", params, hvp, value_fn)
+    product = _given_product("hessian_diagonal()", params, hvp, value_fn, value)
     chosen = punched(updates, selection(updates, where))
     return probe(key, product, turn(chosen, cycle, fits), cycle is not False)
 
@@ -199,8 +218,9 @@ def layer_inputs() -> Curvature:
     if layer_inputs is None:
       raise ValueError(
         "`layer_inputs()` fits on what enters each layer, but `update` received no `layer_inputs`. "
-        "Let `training.with_layer_inputs(model.apply)` return it beside the prediction, as aux of the loss, and pass "
-        "`layer_inputs=inputs`; or use `whitening()`, which needs only the gradient."
+        "Let `training.with_layer_inputs(model.apply)` (Flax) return it beside the prediction, as aux of the loss, or "
+        "`capture(loss)` (any JAX code: Equinox, Haiku) beside the gradient, and pass `layer_inputs=inputs`; or use "
+        f"`whitening()`, which needs only the gradient. {_TRAIN_STATE.format('layer_inputs=inputs')}."
       )
     return Observation(layer_inputs, updates)
 

@@ -21,7 +21,7 @@ import optax
 
 from dpsgd_optax.base import check, check_not_negative, check_period, forward_extra_args, is_static
 from dpsgd_optax.injection import injected, static_arguments
-from dpsgd_optax.products import has_holes, stepped
+from dpsgd_optax.products import check_scalar, has_holes, stepped
 from dpsgd_optax.products import hvp as hessian_product
 from dpsgd_optax.transform import both, check_choice, choose, scalar_dtype, separate, where
 
@@ -272,11 +272,11 @@ def levenberg_marquardt(
 
   def loss_at(value_fn, params, hvp, value):
     """step ↦ loss(θ + step), with θ in full; None if only looking back is left."""
-    if not has_holes(params):
-      return lambda step: value_fn(params if step is None else stepped(params, step))
     whole = getattr(hvp, "params", None)
-    if whole is not None:
-      return lambda step: value_fn(whole if step is None else stepped(whole, step))
+    if whole is None or jax.tree.structure(whole) == jax.tree.structure(params):
+      whole = params  # else they are a part of the whole, or the arrays of a model
+    if not has_holes(whole):
+      return lambda step: check_scalar(value_fn(whole if step is None else stepped(whole, step)))
     if value is None:
       raise ValueError(
         "`value_fn` takes all parameters, but here, inside `optax.partition` or `optax.masked`, `params` has holes. "

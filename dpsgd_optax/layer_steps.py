@@ -19,6 +19,7 @@ from dpsgd_optax._replicas import mean_over_replicas
 from dpsgd_optax.base import check_not_negative
 from dpsgd_optax.layers import LayerRecord, extended, extent, gram, rows_of
 from dpsgd_optax.preconditioners._layers import Layer, as_matrix, find_layers, from_matrix, matched
+from dpsgd_optax.products import opposite
 from dpsgd_optax.transform import plain, safe_norm
 
 Match = Callable[[Any, Any, list[Layer]], Any]
@@ -109,7 +110,7 @@ def clip_output_change(
       )
     found = find_layers(updates, layers)
     leaves, treedef = jax.tree.flatten(updates)
-    weights = jax.tree.leaves(params)
+    weights = opposite(params, updates)
     for layer, record in zip(found, matched(found, layer_inputs, updates), strict=True):
       if record.kind == "embed":
         continue

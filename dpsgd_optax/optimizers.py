@@ -194,7 +194,8 @@ def dpsgd(
 
   ``update(grads, state, params, value=loss_value, value_fn=loss, hvp=hvp(loss, params))``. ``hvp`` may be left out: it
   is then made from ``value_fn``; ``value_fn`` may be left out: steps are then judged by the ``value`` of the next call.
-  ``refresh`` and ``judge``: static overrides of T1 and T2 for a host loop (see ``training.host_cadence``).
+  ``refresh`` and ``judge``: static overrides of T1 and T2 for a host loop (see ``training.host_cadence``). Under
+  ``pmap`` and ``shard_map`` wrap the optimizer in :func:`dpsgd_optax.data_parallel`.
 
   Args:
     learning_rate: α, number or schedule.

@@ -55,8 +55,11 @@ def data_parallel(tx: optax.GradientTransformation, axis_name: Any) -> optax.Gra
   """The same optimizer on the replicas of ``pmap`` or ``shard_map``, which stay equal bit for bit.
 
   Averaged over the axis: the gradients that enter, ``value``, ``value_fn`` and its derivatives, ``hvp``, and what
-  ``bnp`` and ``gls`` see of ``layer_inputs``. A gradient or loss that was averaged before stays what it is. Give the
-  loss of the local batch, and products of it: a ``pmean`` inside the loss does not average its Hessian-vector product.
+  ``bnp`` and ``gls`` see of ``layer_inputs``. A gradient or loss that was averaged before stays what it is; a ``pmean``
+  inside the loss alone would not average its gradient, nor its Hessian-vector product.
+
+  ``shard_map`` with its default, ``check_vma=True``, *sums* the derivatives of replicated params by itself. There the
+  loss has to be ``jax.lax.pmean(local_loss, axis_name)``, with which everything is averaged already.
 
   Args:
     tx: any optax transformation.

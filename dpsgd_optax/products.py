@@ -21,7 +21,11 @@ a call inside `jax.lax.cond` costs nothing in the steps that do not take it.
 
 **Holes.** Where θ has a leaf (or a whole subtree) the vector may have `optax.MaskedNode()` or `None`, as the transforms
 inside `optax.masked` and `optax.partition` see it. Those parameters are held constant and come back as the same hole.
-The product is then that of the diagonal block, H_bb v_b, exactly, and costs no derivative of the others.
+The product is then that of the diagonal block, H_bb v_b, exactly, and costs no derivative of the others. What is held
+may be of any type: integers, or the functions among the leaves of an Equinox model.
+
+**Containers.** The product has the structure of the vector. θ may have another where the leaves have the same names: a
+dict for an nnx state, arrays in `nnx.Param` for pure arrays, and the other way round.
 
 **Dtypes.** The vector is cast to the dtype of the parameters leaf by leaf, and the product has that dtype.
 
@@ -36,13 +40,15 @@ References:
   2002: G v = Jᵀ (∇²ℓ (J v)).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax.layers import names
 from dpsgd_optax.selection import Where, punched, selection
 
 
@@ -78,8 +84,8 @@ def hvp(loss: Callable[..., Any], params: optax.Params, has_aux: bool = False) -
 
   Raises:
     ValueError: by the product, if v has another structure or shape than `params`, or if a leaf to be
-      differentiated is not floating point or complex.
-    TypeError: by the product, from `jax.grad`, if `loss` is not a real scalar.
+      differentiated is not floating point or complex, or if the gradient has no forward-mode derivative.
+    TypeError: by the product, if `loss` is not a real scalar.
 
   Example:
     >>> import jax.numpy as jnp
@@ -94,7 +100,8 @@ def hvp(loss: Callable[..., Any], params: optax.Params, has_aux: bool = False) -
 
   def product(vector):
     block = _block("hvp", params, vector)
-    _, hv = jax.jvp(_gradient(loss, block.join, has_aux), (block.theta,), (block.vector,))
+    with _explaining("hvp", lambda theta: loss(block.join(theta)), block.theta, has_aux, _DIFFERENCE):
+      _, hv = jax.jvp(_gradient(loss, block.join, has_aux), (block.theta,), (block.vector,))
     return block.restore(hv)
 
   return Product(product, params)
@@ -142,7 +149,8 @@ def hvp_finite_difference(
     )
 
   def product(vector):
-    theta, v, join, _, restore = _block("hvp_finite_difference", params, vector)
+    name = "hvp_finite_difference"
+    theta, v, join, _, restore = _block(name, params, vector)
     if not theta:
       return restore([])
     infos = [jnp.finfo(x.dtype) for x in theta]
@@ -161,8 +169,9 @@ def hvp_finite_difference(
     length = norm(v)
     delta = relative * (1 + norm(theta)) / jnp.where(length > 0, length, 1)
     gradient = _gradient(loss, join, has_aux)
-    moved = gradient([x + delta.astype(x.dtype) * u for x, u in zip(theta, v, strict=True)])
-    return restore([(b - a) / delta.astype(a.dtype) for a, b in zip(gradient(theta), moved, strict=True)])
+    with _explaining(name, lambda theta: loss(join(theta)), theta, has_aux, None):
+      here, moved = gradient(theta), gradient([x + delta.astype(x.dtype) * u for x, u in zip(theta, v, strict=True)])
+    return restore([(b - a) / delta.astype(a.dtype) for a, b in zip(here, moved, strict=True)])
 
   return Product(product, params)
 
@@ -192,7 +201,7 @@ def ggnvp(
 
   Raises:
     ValueError: by the product, as `hvp`.
-    TypeError: by the product, from `jax.grad`, if `loss` is not a real scalar.
+    TypeError: by the product, if `loss` is not a real scalar.
 
   Example:
     >>> import jax.numpy as jnp
@@ -206,8 +215,10 @@ def ggnvp(
   def product(vector):
     block = _block("ggnvp", params, vector)
     f = _drop_aux(lambda theta: outputs(block.join(theta)), has_aux)
-    z, jv = jax.jvp(f, (block.theta,), (block.vector,))
-    _, hjv = jax.jvp(jax.grad(loss), (z,), (jv,))
+    inner = lambda theta: loss(f(theta))
+    with _explaining("ggnvp", inner, block.theta, False, _DIFFERENCE.replace("loss", "lambda p: loss(outputs(p))")):
+      z, jv = jax.jvp(f, (block.theta,), (block.vector,))
+      _, hjv = jax.jvp(jax.grad(loss), (z,), (jv,))
     (gv,) = jax.vjp(f, block.theta)[1](hjv)  # XLA merges this forward pass with the one of the jvp
     return block.restore(_ascent(gv))
 
@@ -232,7 +243,7 @@ def value_and_grad_and_hvp(loss: Callable[..., Any], has_aux: bool = False) -> C
   Raises:
     ValueError: by that function, if the vector has another structure or shape than `params`, or if any leaf of
       `params` is not floating point or complex.
-    TypeError: by that function, from `jax.grad`, if `loss` is not a real scalar.
+    TypeError: by that function, if `loss` is not a real scalar.
 
   Example:
     >>> import jax.numpy as jnp
@@ -252,7 +263,10 @@ def value_and_grad_and_hvp(loss: Callable[..., Any], has_aux: bool = False) -> C
       value, aux = result if has_aux else (result, None)
       return (value, _ascent(grads)), aux
 
-    (value, grads), (_, hv), aux = jax.jvp(run, (block.theta,), (block.vector,), has_aux=True)
+    with _explaining(
+      "value_and_grad_and_hvp", lambda theta: loss(block.join(theta)), block.theta, has_aux, _DIFFERENCE
+    ):
+      (value, grads), (_, hv), aux = jax.jvp(run, (block.theta,), (block.vector,), has_aux=True)
     return ((value, aux) if has_aux else value), grads, block.restore(block.take(hv))
 
   return fused
@@ -301,7 +315,8 @@ def value_and_grad_then_hvp(
       value, aux = result if has_aux else (result, None)
       return (value, _ascent(grads)), aux
 
-    (value, grads), push, aux = jax.linearize(run, block.theta, has_aux=True)
+    with _explaining(name, lambda theta: loss(block.join(theta)), block.theta, has_aux, _DIFFERENCE):
+      (value, grads), push, aux = jax.linearize(run, block.theta, has_aux=True)
 
     def product(vector):
       part = _block(name, params, vector)
@@ -332,12 +347,95 @@ def stepped(params: Any, step: Any) -> Any:
   """params + step in the dtypes of the params; where the step has a hole the params stay as they are.
 
   As ``optax.apply_updates``, for params that hold more than the step speaks of: the rest of a partition, or the
-  functions and other static fields of a model that is a pytree.
+  functions and other static fields of a model that is a pytree. Leaves are matched as in the products.
   """
-  slots, treedef = jax.tree.flatten(step, is_leaf=_is_hole)
-  parts = treedef.flatten_up_to(params)
-  moved = [p if _is_hole(s) else jnp.asarray(p + s, jnp.result_type(p)) for p, s in zip(parts, slots, strict=True)]
-  return treedef.unflatten(moved)
+  leaves, treedef = jax.tree.flatten(params)
+  slots, places = _matched("the step", params, step)
+  for i, s in zip(places, slots, strict=True):
+    if i is not None:
+      leaves[i] = jnp.asarray(leaves[i] + s, jnp.result_type(leaves[i]))
+  return treedef.unflatten(leaves)
+
+
+def check_scalar(found: Any, has_aux: bool = False) -> Any:
+  """What a loss returned, if it is one real number (beside the auxiliary data, if ``has_aux``).
+
+  Raises:
+    TypeError: if it is anything else; the message says what to type.
+  """
+  pair = isinstance(found, tuple | list) and len(found) > 1
+  if pair and not has_aux:
+    raise TypeError(
+      f"the loss must return a real scalar, but it returned a {type(found).__name__} of {len(found)}, as if it had "
+      "auxiliary data. Type `value_fn=lambda p: loss(p)[0]`, or `hvp=hvp(loss, params, has_aux=True)`."
+    )
+  if has_aux and not pair:
+    raise TypeError(
+      f"with `has_aux=True` the loss must return (scalar, aux), but it returned {_described(found)}. Leave `has_aux` "
+      "out, or return both."
+    )
+  value = found[0] if has_aux else found
+  real = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating) and value.shape == ()
+  if real or (isinstance(value, float | int) and not isinstance(value, bool)):
+    return found
+  cure = "Return its real part" if _described(value).startswith("complex") else "Return its `jnp.mean` or `jnp.sum`"
+  raise TypeError(f"the loss must return a real scalar, but it returned {_described(value)}. {cure}.")
+
+
+def _described(x: Any) -> str:
+  return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
+
+@contextlib.contextmanager
+def _explaining(name: str, loss: Callable, theta: Any, has_aux: bool, otherwise: str | None) -> Iterator[None]:
+  """What JAX says of a loss without a derivative, in the words of the user. Looked into only where JAX has refused.
+
+  Args:
+    name: of the product.
+    loss: θ ↦ scalar, or (scalar, aux).
+    theta: its argument.
+    has_aux: whether there is an aux.
+    otherwise: what to type where there is a gradient, but no forward-mode derivative of it; None: none is needed.
+  """
+  try:
+    yield
+  except (TypeError, ValueError, NotImplementedError, IndexError) as error:
+    better = _diagnosis(name, loss, theta, has_aux, otherwise, error)
+    if better is None:
+      raise
+    raise better from error
+
+
+def _diagnosis(name, loss, theta, has_aux, otherwise, error) -> Exception | None:
+  seen = []
+  try:
+    jax.eval_shape(lambda theta: seen.append(loss(theta)), theta)  # what is returned need not be arrays
+  except Exception:
+    return None  # the loss itself fails
+  try:
+    check_scalar(seen[0], has_aux)
+  except TypeError as better:
+    return better
+  try:
+    jax.eval_shape(jax.grad(_drop_aux(loss, has_aux)), theta)
+  except Exception:
+    return None
+  if otherwise is None:
+    return None
+  return ValueError(
+    f"`{name}` takes the forward-mode derivative (JVP) of the gradient, which some part of the loss does not have (a "
+    f"callback, a custom derivative, a kernel). {otherwise} It said: {type(error).__name__}: "
+    f"{str(error).splitlines()[0] if str(error) else ''}"
+  )
+
+
+_DIFFERENCE = "Type `hvp=hvp_finite_difference(loss, params)`, which asks for gradients alone."
+
+
+def opposite(params: Any, tree: Any) -> list:
+  """The leaves of the params that stand opposite the leaves of a tree, which may have holes."""
+  leaves = jax.tree.leaves(params)
+  return [leaves[i] for i in _matched("the tree of updates", params, tree)[1] if i is not None]
 
 
 class _Block(NamedTuple):
@@ -352,30 +450,77 @@ class _Block(NamedTuple):
 
 def _block(name: str, params, vector) -> _Block:
   """Match the vector with the parameters, or say where they part."""
-  slots, treedef = jax.tree.flatten(vector, is_leaf=_is_hole)
-  try:
-    parts = treedef.flatten_up_to(params)
-  except (ValueError, TypeError, KeyError) as error:
-    raise ValueError(_mismatch(name, params, vector)) from error
-  active = [not _is_hole(slot) for slot in slots]
-
-  def fill(leaves, others):
-    leaves = iter(leaves)
-    return treedef.unflatten([next(leaves) if a else other for a, other in zip(active, others, strict=True)])
-
+  slots, places = _matched(f"`{name}`", params, vector)
+  leaves, treedef = jax.tree.flatten(params)
+  active = [i for i in places if i is not None]
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)]
-  pairs = [(path, x, v) for path, x, v, a in zip(paths, parts, slots, active, strict=True) if a]
-  if any(not jax.tree_util.all_leaves([x]) for _, x, _ in pairs):
-    raise ValueError(_mismatch(name, params, vector))
+  pairs = [(path, leaves[i], v) for path, i, v in zip(paths, places, slots, strict=True) if i is not None]
   _check_differentiable(name, [(path, x) for path, x, _ in pairs])
   theta = [jnp.asarray(x) for _, x, _ in pairs]
+
+  def join(part):
+    return treedef.unflatten(put(leaves, active, part))
+
+  def restore(part):
+    held = [j for j, i in enumerate(places) if i is not None]
+    return jax.tree.structure(vector, is_leaf=_is_hole).unflatten(put(slots, held, part))
+
+  def put(whole, where, part):
+    found = dict(zip(where, part, strict=True))
+    return [found.get(i, x) for i, x in enumerate(whole)]
+
   return _Block(
     theta=theta,
     vector=[_cast(name, path, v, x) for (path, _, v), x in zip(pairs, theta, strict=True)],
-    join=lambda leaves: fill(leaves, parts),
-    take=lambda tree: [x for x, a in zip(treedef.flatten_up_to(tree), active, strict=True) if a],
-    restore=lambda leaves: fill(leaves, slots),
+    join=join,
+    take=lambda tree: [found[i] for found in [jax.tree.leaves(tree)] for i in active],
+    restore=restore,
   )
+
+
+def _matched(what: str, params: Any, vector: Any) -> tuple[list, list[int | None]]:
+  """The slots of the vector, and the index of the parameter opposite each of them; None at a hole.
+
+  By position where the two trees are alike, a leaf in a box (of Flax: a tree of one leaf named `value`) counting as the
+  leaf; by the names of the leaves where only the containers differ, as a dict and the state of an nnx module do.
+  """
+  slots, treedef = jax.tree.flatten(vector, is_leaf=_is_hole)
+  places = _by_position(slots, treedef, params)
+  if places is None:
+    places = _by_name(vector, params)
+  if places is None:
+    raise ValueError(_mismatch(what, params, vector))
+  return slots, places
+
+
+def _by_position(slots: list, treedef: Any, params: Any) -> list[int | None] | None:
+  try:
+    parts = treedef.flatten_up_to(params)
+  except (ValueError, TypeError, KeyError):
+    return None
+  places, start = [], 0
+  for slot, part in zip(slots, parts, strict=True):
+    inside = jax.tree_util.tree_leaves_with_path(part)
+    if not _is_hole(slot) and (len(inside) != 1 or names(inside[0][0])):
+      return None
+    places.append(None if _is_hole(slot) else start)
+    start += len(inside)
+  return places
+
+
+def _by_name(vector: Any, params: Any) -> list[int | None] | None:
+  paths = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  left = {path: i for i, path in enumerate(paths)}
+  if len(left) < len(paths):
+    return None
+  places, holes = [], []
+  for path, slot in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole):
+    if not _is_hole(slot) and names(path) not in left:
+      return None
+    places.append(None if _is_hole(slot) else left.pop(names(path)))
+    holes += [names(path)] if _is_hole(slot) else []
+  missing = [path for path in left if not any(path[: len(hole)] == hole for hole in holes)]
+  return None if missing else places
 
 
 def _gradient(loss, join, has_aux) -> Callable[[list], list]:
@@ -414,6 +559,12 @@ def _cast(name, path, v, x):
 
 def _check_differentiable(name, leaves_with_path):
   for path, x in leaves_with_path:
+    if not hasattr(x, "dtype") and not isinstance(x, bool | int | float | complex):
+      raise ValueError(
+        f"`{name}` differentiates floating-point or complex parameters, but the leaf at {_at(path)} is a "
+        f"{type(x).__name__}. Let the loss be a function of the arrays alone; of an Equinox model: "
+        "`params, static = eqx.partition(model, eqx.is_inexact_array)`, `lambda p: loss(eqx.combine(p, static))`."
+      )
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise ValueError(
@@ -422,7 +573,7 @@ def _check_differentiable(name, leaves_with_path):
       )
 
 
-def _mismatch(name, params, vector) -> str:
+def _mismatch(what, params, vector) -> str:
   """Name the first leaf that only one of the two has, rather than print two trees."""
   slots = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)]
   holes = tuple(path for path, x in slots if _is_hole(x))
@@ -437,7 +588,7 @@ def _mismatch(name, params, vector) -> str:
   else:
     found = f"is a {jax.tree.structure(vector)}, the parameters are a {jax.tree.structure(params)}"
   return (
-    f"`{name}` needs a vector with the structure of the parameters; this one {found}. Draw it as "
+    f"{what} needs a vector with the structure of the parameters; this one {found}. Draw it as "
     "`optax.tree.random_like(key, params)`; for the block of some parameters put `optax.MaskedNode()` in place of the "
     "others."
   )

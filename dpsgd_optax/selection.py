@@ -14,16 +14,45 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpsgd_optax.base import same_structure
-from dpsgd_optax.fitted import between
+from dpsgd_optax.fitted import between, is_hole
 from dpsgd_optax.layers import names
 
 Where = Any | Callable[[Any], Any] | None
 
-_USUAL = (
-  "Type `where=training.is_norm_param` for the norm layers of a Flax model, `where=dpsgd_optax.is_vector` for every "
-  "1-D parameter, or give a tree of bools like the params."
-)
+
+def spread(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+  """The leaf of ``prefix`` that each leaf of ``tree`` lies under, as a tree like ``tree``.
+
+  By position where the two trees have the same containers, else by the names of the leaves: a plain dict may stand for
+  an nnx state, a ``FrozenDict`` or an Equinox module. In a part of a tree (``optax.partition``) what speaks of the
+  other parts is passed over.
+
+  Raises:
+    ValueError: if a leaf of the tree lies under none, or a leaf of the prefix has none under it.
+
+  Example:
+    >>> from dpsgd_optax.selection import spread
+    >>> spread({"a": 1, "b": 2}, {"a": {"w": 0.0, "v": 0.0}, "b": 0.0})
+    {'a': {'v': 1, 'w': 1}, 'b': 2}
+  """
+  try:
+    return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree, is_leaf=is_leaf)
+  except (ValueError, TypeError, KeyError):
+    return _spread_by_name(prefix, tree, is_leaf)
+
+
+def _spread_by_name(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
+  given = {names(path): x for path, x in jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_leaf)[0]}
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  above = lambda path: next((path[:i] for i in range(len(path), -1, -1) if path[:i] in given), None)
+  found = {names(path): above(names(path)) for path, _ in leaves}
+  if bare := [path for path, at in found.items() if at is None]:
+    raise ValueError(f"it has nothing for {'/'.join(bare[0]) or 'the params'}")
+  elsewhere = [names(path) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole) if is_hole(x)]
+  apart = lambda path: any(path[: len(h)] == h[: len(path)] for h in elsewhere)
+  if unused := [path for path in given if path not in found.values() and not apart(path)]:
+    raise ValueError(f"it names {'/'.join(unused[0])}, but there are only {', '.join(map('/'.join, found))}")
+  return jax.tree.unflatten(jax.tree.structure(tree), [given[found[names(path)]] for path, _ in leaves])
 
 
 def is_vector(params: Any) -> Any:
@@ -34,23 +63,24 @@ def is_vector(params: Any) -> Any:
     >>> dpo.is_vector({"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2), "temperature": jnp.ones(())})
     {'bias': True, 'kernel': False, 'temperature': False}
   """
-  return jax.tree.map(lambda x: jnp.ndim(x) == 1, params)
+  return jax.tree.map(lambda x: len(getattr(x, "shape", ())) == 1, params)
 
 
 def is_norm_param(params: Any) -> Any:
-  """True for the scale and bias of norm layers and for the lengths of weight-normalised layers of a Flax model.
+  """True for the parameters of norm layers and for the lengths of weight-normalised layers: Flax, Haiku, Equinox.
 
-  Told from the names beside a leaf: it is one of a norm layer iff its parent holds a `scale`, and nothing but `scale`
-  and `bias`. This finds BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, the norms within attention, and norm
-  layers under `nn.scan` and `nn.vmap`, whatever they are called, of linen and of nnx; and not the bias of a dense layer
-  or of the classifier. Of weight-normalised layers it finds the lengths: `nn.WeightNorm` of linen keeps them under one
-  key that ends in "/kernel/scale", `training.WeightNorm` of nnx in a module of their own.
+  Told from the names beside a leaf. Flax and Haiku: it is one of a norm layer iff its parent holds a `scale`, and nothing
+  but `scale`, `bias` and `offset`. This finds BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, the norms within
+  attention, and norm layers under `nn.scan` and `nn.vmap`, whatever they are called, of linen and of nnx; and not the
+  bias of a dense layer or of the classifier. Of weight-normalised layers it finds the lengths: `nn.WeightNorm` of linen
+  keeps them under one key that ends in "/kernel/scale", `training.WeightNorm` of nnx in a module of their own.
+  Equinox: its parent holds a 1-D `weight`, and nothing but that and a `bias` of the same shape.
 
   A norm layer with a bias alone (`use_scale=False`) looks like nothing in particular and is not found: give `where` as
   a tree of bools then.
 
   Args:
-    params: linen params, or an nnx state of `nnx.Param`.
+    params: linen or Haiku params, an nnx state of `nnx.Param`, an Equinox model or the arrays of one.
 
   Returns:
     A tree of bools like `params`: a `where` for `sgd_ph`, a mask for Optax, labels for `optax.partition`.
@@ -64,19 +94,35 @@ def is_norm_param(params: Any) -> Any:
     {'layers_0': {'bias': False, 'kernel': False}, 'layers_1': {'bias': True, 'scale': True}}
     >>> tx = optax.partition({True: optax.sgd(0.1), False: optax.adam(1e-3)}, training.is_norm_param)
   """
-  paths = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  children: dict[tuple[str, ...], set[str]] = {}
-  for path in paths:
-    for depth in range(len(path)):
-      children.setdefault(path[:depth], set()).add(path[depth])
+  leaves = [(names(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+  children: dict[tuple[str, ...], dict[str, tuple[int, ...] | None]] = {}  # None: a subtree
+  for path, x in leaves:
+    if hasattr(x, "shape"):  # the functions and names in a model are no parameters
+      for depth in range(len(path)):
+        children.setdefault(path[:depth], {})[path[depth]] = x.shape if depth == len(path) - 1 else None
 
-  def is_norm(path):
-    if not path:
+  def is_norm(path, x):
+    if not path or not hasattr(x, "shape"):
       return False
     siblings = children[path[:-1]]
-    return path[-1].endswith("/kernel/scale") or ("scale" in siblings and siblings <= {"scale", "bias"})
+    of_flax = "scale" in siblings and siblings.keys() <= {"scale", "bias", "offset"}
+    shape = siblings.get("weight")
+    of_equinox = shape is not None and len(shape) == 1 and siblings.keys() <= {"weight", "bias"}
+    return path[-1].endswith("/kernel/scale") or of_flax or (of_equinox and set(siblings.values()) == {shape})
 
-  return jax.tree.unflatten(jax.tree.structure(params), [is_norm(path) for path in paths])
+  return jax.tree.unflatten(jax.tree.structure(params), [is_norm(path, x) for path, x in leaves])
+
+
+_USUAL = {
+  is_norm_param: "`where=dpsgd_optax.training.is_norm_param` for the norm layers of a Flax, Haiku or Equinox model",
+  is_vector: "`where=dpsgd_optax.is_vector` for every 1-D parameter",
+}
+
+
+def _usual(where: Where) -> str:
+  """What else could be typed."""
+  others = [words for choice, words in _USUAL.items() if choice is not where]
+  return f"Type {', '.join(others)}, or give a tree of bools like the params."
 
 
 def selection(tree: Any, where: Where) -> Any:
@@ -92,21 +138,21 @@ def selection(tree: Any, where: Where) -> Any:
     return tree  # nothing to select from: `optax.tree.map_params` asks for such a state
   mask = where(tree) if callable(where) else where
   try:
-    mask = jax.tree.map(lambda chosen, part: jax.tree.map(lambda _: chosen, part), mask, tree)
-    same_structure(mask, tree, "`where`", "the params")
-  except (ValueError, TypeError) as error:
+    mask = spread(mask, tree)
+  except ValueError as error:
     raise ValueError(
       f"`where` must be a tree of bools that fits the params, {jax.tree.structure(tree)}; got "
-      f"{jax.tree.structure(mask)}. {_USUAL}"
+      f"{jax.tree.structure(mask)}: {error}. {_usual(where)}"
     ) from error
   chosen = jax.tree.leaves(mask)
   if wrong := [x for x in chosen if not isinstance(x, bool | np.bool_)]:
-    raise ValueError(f"`where` must be a tree of bools, but one of its leaves is {wrong[0]!r}. {_USUAL}")
+    raise ValueError(f"`where` must be a tree of bools, but one of its leaves is {wrong[0]!r}. {_usual(where)}")
   if not any(chosen):
     listed = ", ".join(f"{'/'.join(names(path))} {jnp.shape(x)}" for path, x in leaves[:4])
     raise ValueError(
-      f"`where` selects none of the {len(leaves)} parameters: {listed}{', …' if leaves[4:] else ''}. {_USUAL} A "
-      "network without norm layers gets 1-D lengths from `nn.WeightNorm` (linen) or `training.WeightNorm` (nnx)."
+      f"`where` selects none of the {len(leaves)} parameters: {listed}{', …' if leaves[4:] else ''}. "
+      f"{_usual(where)} A network without norm layers gets 1-D lengths from `nn.WeightNorm` (linen) or "
+      "`training.WeightNorm` (nnx)."
     )
   return mask
 

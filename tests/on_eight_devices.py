@@ -278,3 +278,68 @@ def test_a_run_saved_on_eight_devices_goes_on_with_another_number(devices, tmp_p
   params, _ = make_step(tx, row)(restored["params"], restored["state"], place(on, batch(), P("data")))
   expected = ran("whitening, data parallel", 1, steps=4).params
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, expected)
+
+
+def local_step(tx: Any, mean: bool) -> Callable:
+  """A step from the loss of the local batch, or from its mean over the replicas."""
+
+  def step(params, state, data):
+    local = lambda p: jax.lax.pmean(loss(p, data), "data") if mean else loss(p, data)
+    value, grads = jax.value_and_grad(local)(params)
+    updates, state = tx.update(grads, state, params, value=value, value_fn=local, hvp=dpo.hvp(local, params))
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+REPLICATED = {
+  "psgd newton": lambda: dpo.psgd(0.1, dpo.kron(), dpo.newton()),
+  "dpsgd": lambda: dpo.dpsgd(0.1, judge_every=2),
+}
+
+
+def stacked_devices(tree: Any) -> Any:
+  """What each device holds."""
+  return jax.tree.map(lambda x: np.stack([np.asarray(part.data) for part in x.addressable_shards]), tree)
+
+
+@pytest.mark.parametrize("by", ["pmap", "shard_map", pytest.param("shard_map, checked", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dpsgd", pytest.param("psgd newton", marks=pytest.mark.slow)])
+def test_b1_replicas_stay_equal_bit_for_bit_and_make_the_step_of_the_whole_batch(name, by):
+  tx, params, on = dpo.data_parallel(REPLICATED[name](), "data"), network(), mesh(data=8)
+  state = tx.init(params)
+  if by == "pmap":
+    step = jax.pmap(local_step(tx, mean=False), axis_name="data")
+    copies = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * 8), tree)
+    params, state, data = copies(params), copies(state), jax.tree.map(lambda x: x.reshape(8, 2, -1), batch())
+  else:
+    checked = by.endswith("checked")
+    step = jax.jit(
+      jax.shard_map(
+        local_step(tx, mean=checked), mesh=on, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=checked
+      )
+    )
+    data = batch()
+  for _ in range(4):
+    params, state = step(params, state, data)
+  for x in jax.tree.leaves(stacked_devices((params, state))):
+    np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
+
+  plain, expected = REPLICATED[name](), network()
+  one, state = jax.jit(whole_step(plain)), plain.init(expected)
+  for _ in range(4):
+    expected, state = one(expected, state)
+  found = jax.tree.map(lambda x: x[0], params) if by == "pmap" else params
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found, expected)
+
+
+def whole_step(tx: Any) -> Callable:
+  """The same step from the whole batch on one device."""
+
+  def step(params, state):
+    whole = lambda p: loss(p, batch())
+    value, grads = jax.value_and_grad(whole)(params)
+    updates, state = tx.update(grads, state, params, value=value, value_fn=whole, hvp=dpo.hvp(whole, params))
+    return optax.apply_updates(params, updates), state
+
+  return step

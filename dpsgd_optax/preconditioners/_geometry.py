@@ -14,15 +14,13 @@ Every fit is q_i ← move(q_i, project(T1 − T2), step_size / L). A geometry sa
 Sources: arXiv:1512.04202 (EQ), arXiv:2402.11858 and psgd_torch 2.0 (the inverse-free ones); arXiv:1803.09383 (Kron).
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.preconditioners._arrow import Arrow
 from dpsgd_optax.preconditioners._linalg import (
   LowRank,
   balancing,
@@ -44,38 +42,9 @@ from dpsgd_optax.preconditioners._linalg import (
   tiny,
   triu,
 )
+from dpsgd_optax.preconditioners._seen import Seen, block_of, only_seen
 
 Factors = tuple[jax.Array, ...]
-
-
-Seen = list[jax.Array]  # (d_i,) bool for each axis: which of its slices are not zero throughout
-
-
-def seen_slices(h: jax.Array) -> Seen:
-  """The slices of h along each axis that are not zero throughout, such as the rows of an embedding that a batch used.
-
-  What was not seen is not learned: the fit is that of the part of the tensor that was. Otherwise P of a row without
-  gradient grows with every fit until it is 1/λ, and the first gradient of that row takes the whole step.
-  """
-  return [jnp.any(h != 0, axis=[j for j in range(h.ndim) if j != i]) for i in range(h.ndim)]
-
-
-def only_seen(x: jax.Array, seen: Seen) -> jax.Array:
-  """x, zero in the slices that were not seen."""
-  for i, s in enumerate(seen):
-    x = jnp.where(jnp.expand_dims(s, [j for j in range(x.ndim) if j != i]), x, 0)
-  return x
-
-
-def block_of(e: Any, s: jax.Array) -> Any:
-  """A moment, zero outside of the rows and columns that were seen."""
-  if isinstance(e, LowRank):
-    return dataclasses.replace(e, x=jnp.where(s[None], e.x, 0))
-  if isinstance(e, Arrow):
-    return dataclasses.replace(
-      e, diagonal=jnp.where(s, e.diagonal, 0), column=jnp.where(jnp.logical_and(s, s[-1]), e.column, 0)
-    )
-  return jnp.where(s if e.ndim == 1 else s[:, None] & s[None], e, 0)
 
 
 def _expected_of_v(q: Factors, shape: tuple[int, ...], seen: Seen | None = None) -> list:
@@ -283,6 +252,7 @@ def steps(
   norms: tuple[Callable, ...] | None = None,
   precision=None,
   low_rank: bool = False,
+  seen: Seen | None = None,
 ) -> tuple[tuple, jax.Array, jax.Array]:
   """Where each factor is to go, E, and how far, μ, from one probe: all of the same a, b (Jacobi, not Gauss-Seidel).
 
@@ -298,16 +268,17 @@ def steps(
     norms: one norm estimate per factor in place of the deterministic bound, to replay recorded random numbers.
     precision: of the matrix products.
     low_rank: keep the moments of a vector as outer products, so that a move costs O(n²); normalizer ``trace``.
+    seen: the slices along each axis that take part, see `_seen`; None: all.
 
   Returns:
     E of each factor, μ (k,) and the new L (k,): the first two are what a geometry's ``move`` takes.
   """
-  seen = seen_slices(h)
   a, b = geometry.lift(q, p, v, h, precision)
-  a, b = only_seen(a, seen), None if b is None else only_seen(b, seen)
+  if seen is not None:
+    a, b = only_seen(a, seen), None if b is None else only_seen(b, seen)
   found, measured = [], []
   expected = geometry.expected(q, a.shape, seen) if b is None else None
-  masked = b is None or geometry.moment is not _as_it_is  # otherwise a and b are enough
+  masked = seen is not None and (b is None or geometry.moment is not _as_it_is)  # otherwise a and b are enough
   bound_of = norm_bound if geometry.project is triu else normal_norm_bound
   by_difference = normalizer.of_difference and b is not None and not low_rank and geometry.moment is _as_it_is
   two_terms = norms is None and geometry.project is _keep and normalizer is spectral
@@ -325,7 +296,7 @@ def steps(
       second = expected[i] if b is None else of(b)
       t1, t2 = geometry.moment(factor, of(a), precision), geometry.moment(factor, second, precision)
       e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
-    e = block_of(e, seen[i]) if masked else e
+    e = block_of(e, seen[i]) if masked and seen is not None else e
     e = geometry.project(e) if dense else e
     measured.append(normalizer.measure(t1, t2, e, norm).astype(lip.dtype))
     found.append(e)
@@ -344,8 +315,8 @@ def fit_factors(
     multiples: (k,), by which the factors are multiplied before the fit; None: by nothing. A move is homogeneous, so its
       result is multiplied in place of q; where the geometry does not look at q, the multiple is never written down.
   """
-  seen = q if multiples is None else scaled(q, multiples)
-  found, mu, lip = steps(seen, *args, geometry=geometry, **options)
+  at = q if multiples is None else scaled(q, multiples)
+  found, mu, lip = steps(at, *args, geometry=geometry, **options)
   move = lambda i: (geometry.move if q[i].ndim == 2 else geometry.move_diagonal)(q[i], found[i], mu[i])
   new = tuple(map(move, range(len(q))))
   return new if multiples is None else scaled(new, multiples), lip

@@ -22,7 +22,11 @@ from dpsgd_optax.layers import LayerRecord, extended, extent, gradients_of, is_r
 from dpsgd_optax.preconditioners._lift import LiftState, _match, make_buckets, over_matrices
 
 BIAS_OF = {"kernel": "bias", "w": "b"}
-SPEC = "`layers=jax.eval_shape(forward, variables, x)[1]`, the shapes of what is recorded"
+SPEC = (
+  "`layers=jax.eval_shape(forward, variables, x)[1]` (Flax, `forward` of `training.with_layer_inputs`) or "
+  "`layers=jax.eval_shape(lambda: capture(loss)(params, batch))[2]` (any JAX code: Equinox, Haiku), the shapes of what "
+  "is recorded"
+)
 
 
 class Layer(NamedTuple):
@@ -186,7 +190,8 @@ def matched(layers: list[Layer], records: Any, tree: Any) -> list[LayerRecord]:
     raise ValueError(
       f"no inputs were recorded for the layers {missing}; there are records of [{_listed(given)}]. A layer inside "
       "`nn.scan`, `nn.vmap` or `nn.RNN` needs `variable_axes={'layer_inputs': 0}` there; a layer of a class of your "
-      f"own needs `record={{MyLayer: …}}`. To leave it to a fallback, say which layers are recorded: {SPEC}, "
+      "own needs `record={MyLayer: …}`; `capture(loss)` sees every product with a parameter, but not inside of "
+      f"`jax.lax.scan`, `while_loop` and `cond`. To leave it to a fallback, say which layers are recorded: {SPEC}, "
       "and `fallback=optax.sgd(0.1)`."
     )
   return [found[i] for i in range(len(layers))]
@@ -463,7 +468,7 @@ def with_fallback(core: Any, fallback: Any, spec: Any, *, vectors: bool) -> Any:
     if rest:
       raise ValueError(
         f"there is no layer that the leaves {rest} belong to. Name the transform that trains them, with its learning "
-        f"rate: `fallback=optax.adam(1e-3)`. If they are kernels of layers, type {SPEC}."
+        f"rate: `fallback=optax.adam(1e-3)`. If there are kernels of layers among them, type {SPEC}."
       )
     return core.init(params)
 

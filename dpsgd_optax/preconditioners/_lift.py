@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dpsgd_optax._split import Path, as_leaves, divided, everywhere
 from dpsgd_optax.base import Preconditioner, Probe, working_dtype
 from dpsgd_optax.preconditioners._linalg import tiny
+from dpsgd_optax.selection import spread
 
 
 class Bucket(NamedTuple):
@@ -52,8 +53,14 @@ def _stack_depths(params: Any, stacked: Stacked) -> list[int]:
     return [0] * len(paths)
   if callable(stacked):
     return [int(stacked(path, leaf)) for path, leaf in paths]
-  depths = jax.tree.map(lambda depth, part: jax.tree.map(lambda _: int(depth), part), stacked, params)
-  return jax.tree.leaves(depths)
+  try:
+    return [int(depth) for depth in jax.tree.leaves(spread(stacked, params))]
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"`stacked` must be a tree of ints that fits the params, {jax.tree.structure(params)}, or be a prefix of it; got "
+      f"{jax.tree.structure(stacked)}: {error}. Type a function of path and leaf, `stacked=lambda path, leaf: …`, or "
+      "the number of leading axes for each leaf."
+    ) from error
 
 
 def make_buckets(params: Any, stacked: Stacked = None) -> list[Bucket]:
@@ -61,6 +68,12 @@ def make_buckets(params: Any, stacked: Stacked = None) -> list[Bucket]:
   found: dict[tuple, list[tuple[int, int]]] = {}
   paths, _ = jax.tree_util.tree_flatten_with_path(params)
   for index, ((path, leaf), depth) in enumerate(zip(paths, _stack_depths(params, stacked), strict=True)):
+    if callable(leaf) or isinstance(leaf, str):
+      raise ValueError(
+        f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)} is a "
+        f"{type(leaf).__name__}. Leave out what is no array: `tx.init(eqx.filter(model, eqx.is_inexact_array))` for an "
+        "Equinox model."
+      )
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise ValueError(

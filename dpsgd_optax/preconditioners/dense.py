@@ -19,6 +19,7 @@ from dpsgd_optax.preconditioners._geometry import Geometry, pro, steps, trace
 from dpsgd_optax.preconditioners._lift import raveled, sampled
 from dpsgd_optax.preconditioners._linalg import square
 from dpsgd_optax.preconditioners._power import kron_power
+from dpsgd_optax.preconditioners._seen import in_use, unseen, waited
 from dpsgd_optax.preconditioners.kron import first_gain
 
 
@@ -27,11 +28,13 @@ class DenseState(NamedTuple):
   q: (n, n), Q, or P itself with a geometry that fits P.
   inverse: (n, n), Q⁻¹, with the geometry ``gl``; otherwise ().
   lipschitz: (1,), what the step is divided by; 0 before the first fit.
+  idle: (n,), uint8, fits since each entry was seen; (): all take part in every fit.
   """
 
   q: jax.Array
   inverse: Any
   lipschitz: jax.Array
+  idle: Any = ()
 
 
 def refit(
@@ -39,11 +42,12 @@ def refit(
 ) -> DenseState:
   """Q ← move(Q, E, μ), E of rank two."""
   kept = (state.inverse,) if geometry.keeps_inverse else (state.q,) if geometry.fits_p else None
-  (e,), mu, lip = steps(
-    (state.q,), kept, state.lipschitz, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size, **options
-  )
+  idle = jax.tree.map(lambda x: waited(x, h != 0), state.idle)
+  options |= {"geometry": geometry, "normalizer": normalizer, "step_size": step_size}
+  seen = [in_use(x) for x in jax.tree.leaves(idle)] or None
+  (e,), mu, lip = steps((state.q,), kept, state.lipschitz, v, h, seen=seen, **options)
   inverse = (e * mu[0]).divide_by_one_minus(state.inverse) if geometry.keeps_inverse else ()
-  return DenseState(geometry.move(state.q, e, mu[0]), inverse, lip)
+  return DenseState(geometry.move(state.q, e, mu[0]), inverse, lip, idle)
 
 
 def dense(
@@ -99,7 +103,7 @@ def dense(
     scale = 1.0 if init_scale is None else init_scale
     eye = jnp.eye(x.size, dtype=x.dtype)
     inverse = eye / scale if geometry.keeps_inverse else ()
-    return DenseState(eye * scale**power, inverse, jnp.zeros(1, jnp.finfo(x.dtype).dtype))
+    return DenseState(eye * scale**power, inverse, jnp.zeros(1, jnp.finfo(x.dtype).dtype), unseen(x.size))
 
   def fit(state: DenseState, probe: Probe, *, key: jax.Array) -> DenseState:
     v, h = sampled(probe, key)

@@ -15,18 +15,21 @@ import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
 from dpsgd_optax.preconditioners._lift import Stacked, per_leaf, sampled
+from dpsgd_optax.preconditioners._seen import in_use, unseen, waited
 
 
 class DiagonalState(NamedTuple):
   """Attributes:
   q: shape of the parameter; positive; P = q², in parameter² / loss (Newton) or parameter / gradient (whitening).
+  idle: the same shape, uint8, fits since each entry was seen.
   """
 
   q: jax.Array
+  idle: jax.Array
 
 
 def diagonal(step_size: float = 0.1, init_scale: float = 1.0, *, stacked: Stacked = None) -> Preconditioner:
-  """P = diag(q²) on every leaf. Memory: one copy of the parameters.
+  """P = diag(q²) on every leaf. Memory: 1.25 copies of the parameters.
 
   Fitted on Newton probes, P → 1 / |h_ii + λ| if H is diagonal.
   Fitted on gradients, P → 1 / sqrt(E g² + λ²): Adam's scaling without its second moment.
@@ -53,14 +56,15 @@ def diagonal(step_size: float = 0.1, init_scale: float = 1.0, *, stacked: Stacke
   check(lambda x: x > 0, init_scale, "init_scale", "positive", "It is the initial q; try 1.0.")
 
   def init(x: jax.Array) -> DiagonalState:
-    return DiagonalState(jnp.full(x.shape, init_scale, jnp.finfo(x.dtype).dtype))
+    return DiagonalState(jnp.full(x.shape, init_scale, jnp.finfo(x.dtype).dtype), unseen(x.shape))
 
   def fit(state: DiagonalState, probe: Probe, *, key: jax.Array) -> DiagonalState:
-    """q ← q (1 − μ (|a|² − |b|²)),  μ = step_size / max(|a|² + |b|²), where h is not zero."""
+    """q ← q (1 − μ (|a|² − |b|²)),  μ = step_size / max(|a|² + |b|²), of the entries in use."""
     v, h = sampled(probe, key)
-    a, b = jnp.abs(state.q * h) ** 2, jnp.where(h != 0, jnp.abs(v / state.q) ** 2, 0)
+    idle = waited(state.idle, h != 0)
+    a, b = jnp.abs(state.q * h) ** 2, jnp.where(in_use(idle), jnp.abs(v / state.q) ** 2, 0)
     mu = step_size / jnp.max(a + b)
-    return DiagonalState(state.q * (1 - mu * (a - b)))
+    return DiagonalState(state.q * (1 - mu * (a - b)), idle)
 
   def apply(state: DiagonalState, x: jax.Array) -> jax.Array:
     return state.q**2 * x

@@ -23,6 +23,7 @@ from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer,
 from dpsgd_optax.preconditioners._lift import Stacked, per_leaf, sampled
 from dpsgd_optax.preconditioners._linalg import balancing, multiply
 from dpsgd_optax.preconditioners._power import kron_power
+from dpsgd_optax.preconditioners._seen import in_use, slices_waited, unseen
 
 
 class KronState(NamedTuple):
@@ -31,16 +32,18 @@ class KronState(NamedTuple):
     () where P is fitted itself.
   p: q_iᴴ q_i, kept so that ``apply`` costs one product per dense factor.
   lipschitz: (k,), 0 before the first fit.
+  idle: (d_i,) of each axis, uint8, fits since each slice was seen; (): all slices take part in every fit.
   """
 
   q: Factors
   p: Factors
   lipschitz: jax.Array
+  idle: Factors = ()
 
 
-def with_factors(q: Factors, lipschitz: jax.Array, geometry: Geometry, precision=None) -> KronState:
+def with_factors(q: Factors, lipschitz: jax.Array, geometry: Geometry, precision=None, idle: Factors = ()) -> KronState:
   """The state for factors that a geometry has moved."""
-  return KronState(() if geometry.fits_p else q, tuple(geometry.factor_of_p(x, precision) for x in q), lipschitz)
+  return KronState(() if geometry.fits_p else q, tuple(geometry.factor_of_p(x, precision) for x in q), lipschitz, idle)
 
 
 def dense_factor(d: int, dtype: Any) -> jax.Array:
@@ -78,7 +81,8 @@ def initial(layout: Layout, dtype: Any, scale: float, geometry: Geometry) -> Kro
   """Q = scale · I, P = scale² · I."""
   each = scale ** ((2 if geometry.fits_p else 1) / len(layout.shape))
   q = tuple(factor(d, dtype) * each for d, factor in zip(layout.shape, layout.factors, strict=True))
-  return with_factors(q, jnp.zeros(len(layout.shape), jnp.finfo(dtype).dtype), geometry)
+  idle = tuple(map(unseen, layout.shape))
+  return with_factors(q, jnp.zeros(len(layout.shape), jnp.finfo(dtype).dtype), geometry, idle=idle)
 
 
 def refit(
@@ -107,7 +111,7 @@ def refit(
     precision: of the matrix products.
   """
   of_p = None if gain is None else gain**2
-  q = state.q or state.p
+  q, idle = state.q or state.p, slices_waited(state.idle, h)
   q, lip = fit_factors(
     q,
     state.p if gain is None else times_smallest(state.p, of_p),
@@ -119,8 +123,9 @@ def refit(
     step_size=step_size,
     multiples=balancing(q, normalizer.size, of_p if geometry.fits_p else gain),
     precision=precision,
+    seen=list(map(in_use, idle)) or None,
   )
-  return with_factors(q, lip, geometry, precision)
+  return with_factors(q, lip, geometry, precision, idle)
 
 
 def sandwich(p: Factors, x: jax.Array, precision=None) -> jax.Array:

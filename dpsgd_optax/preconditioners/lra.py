@@ -16,6 +16,8 @@ new wᵀw.
 Source: arXiv:2402.04553 (LRA, "UVd"); the update and its balancing: psgd_torch 2.0.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,7 @@ from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
 from dpsgd_optax.preconditioners._geometry import tracked
 from dpsgd_optax.preconditioners._lift import raveled, sampled
 from dpsgd_optax.preconditioners._linalg import tiny
+from dpsgd_optax.preconditioners._seen import in_use, unseen, waited
 from dpsgd_optax.preconditioners.kron import first_gain
 
 BALANCED_EVERY = 10  # fits
@@ -36,12 +39,14 @@ class LRAState(NamedTuple):
   gram: (2r, 2r), wᵀw.
   d: (n,), the diagonal; positive.
   lipschitz: (3,), what the steps of d, U and V are divided by; 0 before the first fit.
+  idle: (n,), uint8, fits since each entry was seen; (): all take part in every fit.
   """
 
   w: jax.Array
   gram: jax.Array
   d: jax.Array
   lipschitz: jax.Array
+  idle: Any = ()
 
 
 class Look(NamedTuple):
@@ -59,9 +64,9 @@ class Look(NamedTuple):
   z: jax.Array
 
 
-def joined(w: jax.Array, d: jax.Array, lipschitz: jax.Array, precision: Any = None) -> LRAState:
+def joined(w: jax.Array, d: jax.Array, lipschitz: jax.Array, precision: Any = None, idle: Any = ()) -> LRAState:
   """The state with the inner products of the columns of ``w``."""
-  return LRAState(w, jnp.matmul(w.T, w, precision=precision), d, lipschitz)
+  return LRAState(w, jnp.matmul(w.T, w, precision=precision), d, lipschitz, idle)
 
 
 def blocks(gram: jax.Array) -> jax.Array:
@@ -128,15 +133,22 @@ def moved(
     of_u: whether U moves, scalar.
     precision: of wᵀw.
   """
-  d = state.d - d_step * jnp.where(h != 0, h * seen.e * state.d - v * seen.f / state.d, 0) * state.d
+  idle, kept = noticed(state.idle, h)  # neither d nor the rows of U and V move where an entry is not in use
+  d = state.d - d_step * kept(h * seen.e * state.d - v * seen.f / state.d) * state.d
   va, vb = seen.k @ seen.t, seen.k @ seen.z
   zero = jnp.zeros_like(va)
   by_u = jnp.stack([jnp.concatenate([seen.k.T @ va, zero]), jnp.concatenate([-(seen.k.T @ vb), zero])])
   by_v = jnp.stack([jnp.concatenate([zero, seen.s]), jnp.concatenate([zero, -seen.c])])
   first, second = (step * jnp.where(of_u, by_u[i], by_v[i]) for i in range(2))
-  # what was not seen is not learned: where h is zero neither d nor the rows of U and V move
-  left, right = (jnp.where(h != 0, jnp.where(of_u, x, y), 0) for x, y in ((seen.a, seen.e), (seen.b, seen.y)))
-  return joined(state.w - left[:, None] * first[None] - right[:, None] * second[None], d, state.lipschitz, precision)
+  left, right = (kept(jnp.where(of_u, x, y)) for x, y in ((seen.a, seen.e), (seen.b, seen.y)))
+  moved = state.w - left[:, None] * first[None] - right[:, None] * second[None]
+  return joined(moved, d, state.lipschitz, precision, idle)
+
+
+def noticed(idle: Any, h: jax.Array) -> tuple[Any, Callable[[jax.Array], jax.Array]]:
+  """The counters after this fit, and x ↦ x, zero where an entry takes no part."""
+  idle = jax.tree.map(lambda x: waited(x, h != 0), idle)
+  return idle, lambda x: functools.reduce(lambda x, at: jnp.where(in_use(at), x, 0), jax.tree.leaves(idle), x)
 
 
 def refit(
@@ -151,10 +163,11 @@ def refit(
 ) -> LRAState:
   """One fit: look, and move d and one of U and V; each step is divided by its L."""
   if state.w.size == 0:
-    hp, vp = h * (state.d**2 * h), jnp.where(h != 0, v * (v / state.d**2), 0)
+    idle, kept = noticed(state.idle, h)
+    hp, vp = h * (state.d**2 * h), kept(v * (v / state.d**2))
     lip = tracked(state.lipschitz[0], jnp.max(jnp.abs(hp)) + jnp.max(jnp.abs(vp)), memory)
     d = state.d - step_size / (lip + tiny(lip)) * (hp - vp) * state.d
-    return state._replace(d=d, lipschitz=state.lipschitz.at[0].set(lip))
+    return state._replace(d=d, lipschitz=state.lipschitz.at[0].set(lip), idle=idle)
   seen = look(state, v, h, precision=precision)
   norm, gram = jnp.linalg.norm, blocks(state.gram)
   length = lambda i, x: jnp.sqrt(jnp.maximum(x @ (gram[i, i] @ x), 0))  # of U x or V x
@@ -242,7 +255,7 @@ def lra(
     size = lambda m: jnp.sqrt(0.1 / jnp.maximum(jnp.sum(m * m), jnp.finfo(x.dtype).tiny))
     w = jnp.concatenate([size(u) * u, size(v) * v], 1)
     d = jnp.full(x.shape, 1.0 if init_scale is None else init_scale, x.dtype)
-    return joined(w, d, jnp.zeros(3, x.dtype), precision)
+    return joined(w, d, jnp.zeros(3, x.dtype), precision, unseen(x.shape))
 
   def fit(state: LRAState, probe: Probe, *, key: jax.Array) -> LRAState:
     key, *coins = jax.random.split(key, 3)

@@ -18,6 +18,7 @@ from dpsgd_optax.base import Preconditioner, Probe, check
 from dpsgd_optax.preconditioners._geometry import tracked
 from dpsgd_optax.preconditioners._lift import raveled
 from dpsgd_optax.preconditioners._linalg import tiny
+from dpsgd_optax.preconditioners._seen import in_use, unseen, waited
 from dpsgd_optax.preconditioners.kron import first_gain
 
 
@@ -26,11 +27,13 @@ class XMatState(NamedTuple):
   a: (n,), the diagonal of Q.
   b: (n,), its anti-diagonal; 0 in the middle of an odd n.
   lipschitz: (), what the step is divided by; 0 before the first fit.
+  idle: (n,), uint8, fits since each entry was seen; (): all take part in every fit.
   """
 
   a: jax.Array
   b: jax.Array
   lipschitz: jax.Array
+  idle: Any = ()
 
 
 def second_order(e_a: jax.Array, e_b: jax.Array, tt: jax.Array, ss: jax.Array) -> jax.Array:
@@ -46,7 +49,7 @@ def refit(
 
   Without v its mean over all v: s² is (a~² + b~²)/D² and s s~ is −(a~ b + a b~)/D², D = a a~ − b b~.
   """
-  a, b, lip = state
+  a, b, lip, idle = state
   back_a, back_b = a[::-1], b[::-1]
   t = a * h + b * h[::-1]
   over = 1 / (a * back_a - b * back_b)
@@ -56,14 +59,16 @@ def refit(
   else:
     s = (back_a * v - back_b * v[::-1]) * over
     tt, ss, across = t * t, s * s, s * s[::-1]
-  seen = h != 0  # what was not seen is not learned
-  tt, ss = (jnp.where(seen, x, 0) for x in (tt, ss))
-  e_a, e_b = tt - ss, jnp.where(seen & seen[::-1], t * t[::-1] - across, 0)
+  e_a, e_b = tt - ss, t * t[::-1] - across
+  idle = jax.tree.map(lambda x: waited(x, h != 0), idle)
+  for seen in map(in_use, jax.tree.leaves(idle)):
+    tt, ss, e_a = (jnp.where(seen, x, 0) for x in (tt, ss, e_a))
+    e_b = jnp.where(seen & seen[::-1], e_b, 0)
   if len(a) % 2:  # the middle is on both diagonals: it belongs to a
     e_b = jnp.where(jnp.arange(len(a)) == len(a) // 2, 0, e_b)
   lip = tracked(lip, measure(e_a, e_b, tt, ss), memory)
   mu = step_size / (lip + tiny(lip))
-  return XMatState(a - mu * (e_a * a + e_b * back_b), b - mu * (e_a * b + e_b * back_a), lip)
+  return XMatState(a - mu * (e_a * a + e_b * back_b), b - mu * (e_a * b + e_b * back_a), lip, idle)
 
 
 def product(state: XMatState, x: jax.Array) -> jax.Array:
@@ -82,7 +87,7 @@ def root(state: XMatState, x: jax.Array, inverse: bool) -> jax.Array:
 
 
 def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Preconditioner:
-  """P = QᵀQ with Q an X-shaped matrix over all parameters as one vector. Memory: two copies of the parameters.
+  """P = QᵀQ with Q an X-shaped matrix over all parameters as one vector. Memory: 2.25 copies of the parameters.
 
   Each parameter is coupled with its mirror image in the raveled vector: P is 2 × 2 block diagonal over the pairs
   (i, n − 1 − i), and on each pair the fit ends in |H|⁻¹ (Newton) or (E ggᵀ)^(−½) (whitening) if H is X-shaped too.
@@ -114,7 +119,8 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
 
   def init(x: jax.Array) -> XMatState:
     scale = 1.0 if init_scale is None else init_scale
-    return XMatState(jnp.full(x.shape, scale, x.dtype), jnp.zeros(x.shape, x.dtype), jnp.zeros((), x.dtype))
+    zero = lambda shape: jnp.zeros(shape, x.dtype)
+    return XMatState(jnp.full(x.shape, scale, x.dtype), zero(x.shape), zero(()), unseen(x.shape))
 
   def fit(state: XMatState, probe: Probe, *, key: jax.Array) -> XMatState:
     v, h = probe
