@@ -11,10 +11,10 @@ STAMP := $(VENV)/.installed
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-slow test-lowest test-newest dist dist-check notebooks docs bench lint typecheck format clean
+.PHONY: help venv demo test test-fast test-slow test-clients test-lowest test-newest dist dist-check notebooks docs bench lint typecheck format clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 # A new environment and every change of the dependencies install again; an interrupted install leaves no stamp.
 $(STAMP): pyproject.toml
@@ -36,6 +36,14 @@ test-fast: $(STAMP) ## the tests alone, until the first failure
 
 test-slow: $(STAMP) ## the tests that take longer than a few seconds each
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+$(VENV)/.clients: $(STAMP)
+	@echo "installing Equinox, NumPyro, NetKet and others into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[clients]"
+	@touch $@
+
+test-clients: $(VENV)/.clients ## our optimizers in the training loops of a dozen other packages
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m clients tests/clients
 
 # The bounds of pyproject.toml, `>=` read as `==`; and whatever pip takes to be the newest.
 LOWEST = $$($(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \

@@ -8,6 +8,8 @@ N(0, I). Newton products are D v with D diagonal; what disturbs the gradient dis
   outlier  the gradient at DISTURBED is 1000 times as large
   nan      the gradient at DISTURBED is NaN
   bf16     parameters and gradients are bfloat16 throughout
+  spike    the gradient at DISTURBED is 1e3 or 1e18 times as large, and there is a momentum of 0.9 that remembers it;
+           with the guard of `psgd` (`max_jump`) and without
 
 An update is measured by its root mean square, and compared with the twin's of the same step; the worse of kernel and
 bias counts, and the worst of the seeds. A run has recovered when the ratio stays within BAND to the end.
@@ -48,6 +50,7 @@ PRECONDITIONERS: dict[str, Callable[[], dpo.Preconditioner]] = {
   "xmat": dpo.xmat,
   "damped_kron": dpo.damped_kron,
 }
+SPIKES = (1e3, 1e18)
 CURVATURES = {"whitening": dpo.whitening, "newton": dpo.newton}
 
 
@@ -62,12 +65,18 @@ def disturbances(disturbed: int, after: int) -> dict[str, np.ndarray]:
 
 
 def simulate(
-  make: Callable, curvature: Callable, dtype: Any, scales: jax.Array, draws: Any, seed: jax.Array
+  make: Callable,
+  curvature: Callable,
+  dtype: Any,
+  options: dict[str, Any],
+  scales: jax.Array,
+  draws: Any,
+  seed: jax.Array,
 ) -> dict[str, Any]:
   """The root mean square of every update, (steps, leaves), and the steps that were skipped."""
   like = {name: jnp.zeros(shape, dtype) for name, shape in SHAPES.items()}
   curvatures = {name: jnp.logspace(0, 1, x.size).reshape(x.shape) for name, x in like.items()}
-  tx = dpo.psgd(1.0, make(), curvature(), every=1, key=jax.random.key(seed))
+  tx = dpo.psgd(1.0, make(), curvature(), every=1, key=jax.random.key(seed), **options)
 
   def step(state, scale_and_draw):
     scale, draw = scale_and_draw
@@ -108,8 +117,8 @@ def measure_one(
   scales = disturbances(disturbed, after)
   draws, keys = gradients(disturbed + after, seeds), np.arange(seeds)
 
-  def runs(dtype, scales):
-    over_seeds = jax.vmap(partial(simulate, make, curvature, dtype), in_axes=(None, 0, 0))
+  def runs(dtype, scales, **options):
+    over_seeds = jax.vmap(partial(simulate, make, curvature, dtype, options), in_axes=(None, 0, 0))
     return jax.device_get(jax.jit(jax.vmap(over_seeds, in_axes=(0, None, None)))(np.stack(scales), draws, keys))
 
   found = runs(jnp.float32, list(scales.values()))
@@ -117,6 +126,13 @@ def measure_one(
   narrow = runs(jnp.bfloat16, [scales["twin"]])["rms"][0]
   ratio = {name: ratios(sizes, of["twin"])[:, disturbed:] for name, sizes in {**of, "bf16": narrow}.items()}
   first = of["zeros"][:, disturbed]
+
+  def spikes(**options):
+    twin, *spoilt = runs(jnp.float32, spiked, b1=0.9, **options)["rms"]
+    return [recovered(ratios(sizes, twin)[:, disturbed + 1 :]) for sizes in spoilt]
+
+  calm = scales["twin"]
+  spiked = [calm, *(np.where(np.arange(len(calm)) == disturbed, np.float32(spike), calm) for spike in SPIKES)]
   return {
     "zeros": {"smallest_first": first.min(), "largest_first": first.max(), "recovered": recovered(ratio["zeros"])},
     "outlier": {"largest": of["outlier"][:, disturbed:].max(), "recovered": recovered(ratio["outlier"][:, 1:])},
@@ -126,6 +142,7 @@ def measure_one(
       "recovered": recovered(ratio["nan"][:, 1:]),
     },
     "bf16": {"median_ratio": np.median(ratio["bf16"])},
+    "spike": {"guarded": spikes(), "unguarded": spikes(max_jump=None)},
     "finite": bool(np.isfinite(found["rms"]).all() and np.isfinite(narrow).all()),
   }
 
@@ -137,14 +154,15 @@ def measure() -> dict[str, Any]:
     for criterion, curvature in CURVATURES.items():
       rows.append({"preconditioner": name, "criterion": criterion, **measure_one(make, curvature)})
       say(f"  {rows[-1]}")
-  settings = {"disturbed": DISTURBED, "after": AFTER, "seeds": SEEDS, "band": BAND}
+  settings = {"disturbed": DISTURBED, "after": AFTER, "seeds": SEEDS, "band": BAND, "spikes": SPIKES}
   return {"settings": settings, "environment": environment(), "rows": rows}
 
 
 def table(document: dict[str, Any]) -> Table:
   """One line per preconditioner and criterion."""
   settings = document["settings"]
-  steps = lambda found: "never" if found["recovered"] is None else str(found["recovered"])
+  count = lambda steps: "never" if steps is None else str(steps)
+  steps = lambda found: count(found["recovered"])
   rows = [
     (
       row["preconditioner"],
@@ -155,6 +173,7 @@ def table(document: dict[str, Any]) -> Table:
       steps(row["outlier"]),
       steps(row["nan"]),
       number(row["bf16"]["median_ratio"]),
+      *(f"{count(with_guard)} ({count(without)})" for with_guard, without in zip(*row["spike"].values(), strict=True)),
     )
     for row in document["rows"]
   ]
@@ -167,6 +186,7 @@ def table(document: dict[str, Any]) -> Table:
     "recovered",
     "NaN: recovered",
     "bfloat16",
+    *(f"momentum, ×{spike:.0e}: recovered (no guard)" for spike in settings["spikes"]),
   )
   notes = (
     "Updates as root mean squares, clipped to 2 by `psgd`. Recovered: steps until they stay within a factor of "

@@ -38,6 +38,8 @@ class Preconditioner(NamedTuple):
       R Rᵀ = P, not necessarily symmetric; or None. A preconditioner that has ``power`` needs none: R = P^½.
     matrices: ``(updates) -> (parts, join)``, the matrices that have a P of their own, such as each layer of a stack or
       each block: parts is a list of arrays (count, *shape), and ``join(parts)`` is the tree again; None: the leaves.
+    meaning: what names and shapes in the state do not say, such as "geometry=quad"; "": nothing. The lifts keep it in
+      the structure of the state, for :func:`dpsgd_optax.check_state_layout`.
 
   Example:
     A preconditioner of one number, ‖v‖ / ‖Hv‖:
@@ -64,6 +66,7 @@ class Preconditioner(NamedTuple):
   power: Callable[..., Any] | None = None
   root: Callable[..., Any] | None = None
   matrices: Callable[..., Any] | None = None
+  meaning: str = ""
 
 
 class Probe(NamedTuple):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A label to keep beside a saved optimizer state, so that an old one either loads or says why it does not.
 
-The states are plain pytrees of arrays and typed PRNG keys; Orbax saves and restores them as they are. What it cannot
-know is whether two states of one shape mean the same. ``STATE_VERSION`` counts the changes of layout or of meaning.
+The states are plain pytrees of arrays, the PRNG key being raw data (uint32); Orbax saves and restores them as they are.
+What it cannot know is whether two states of one shape mean the same. ``STATE_VERSION`` counts the changes of layout or
+of meaning, and the state itself names its geometry and form (``LiftState.meaning``).
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -10,12 +11,20 @@ from typing import Any
 
 import jax
 
-STATE_VERSION = 1
+from dpsgd_optax.preconditioners._lift import LiftState
+
+STATE_VERSION = 2
 """Raised by one whenever a field of a state of this package is added, removed, renamed or takes another meaning."""
+
+CHANGES = {
+  2: "the PRNG key is raw data (uint32) in place of a typed key; `dropped`, `idle` and `before` are new; "
+  '`levenberg_marquardt` says "not yet" with 0 and infinity in place of NaN; the preconditioners name their geometry'
+}
+"""What is otherwise since the version before."""
 
 
 def state_layout(opt_state: Any) -> dict[str, Any]:
-  """The layout of a state as a dict that JSON can hold: version, path, dtype and shape of every leaf.
+  """The layout of a state as a dict that JSON can hold: version, path, dtype and shape of every leaf, what P means.
 
   Save it with the state, and give it to :func:`check_state_layout` before restoring.
 
@@ -31,10 +40,18 @@ def state_layout(opt_state: Any) -> dict[str, Any]:
     Traceback (most recent call last):
       ...
     ValueError: the saved optimizer state does not fit the optimizer and params at hand: ...
+    >>> kron = lambda geometry: jax.eval_shape(dpo.psgd(0.1, dpo.kron(geometry=geometry)).init, params)
+    >>> dpo.check_state_layout(dpo.state_layout(kron(dpo.eq)), kron(dpo.quad))
+    Traceback (most recent call last):
+      ...
+    ValueError: ... fitted with geometry=eq in the checkpoint and geometry=quad here. ...
   """
   leaves = jax.tree_util.tree_leaves_with_path(opt_state)
   found = {_path(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
-  return {"state_version": STATE_VERSION, "versions": _versions(), "leaves": found}
+  is_lift = lambda x: isinstance(x, LiftState)
+  lifts = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_lift) if is_lift(x)]
+  meaning = {_path(path): ", ".join(x.meaning) for path, x in lifts if x.meaning}
+  return {"state_version": STATE_VERSION, "versions": _versions(), "leaves": found, "meaning": meaning}
 
 
 def check_state_layout(saved: dict[str, Any] | None, opt_state: Any) -> None:
@@ -60,11 +77,13 @@ def check_state_layout(saved: dict[str, Any] | None, opt_state: Any) -> None:
     "`tx.init(params)`."
   )
   if saved["state_version"] != STATE_VERSION:
+    since = "; ".join(words for version, words in CHANGES.items() if version > saved["state_version"])
     raise ValueError(
-      f"the saved optimizer state has layout version {saved['state_version']}, this package reads {STATE_VERSION}. "
-      + way_out
+      f"the saved optimizer state has layout version {saved['state_version']}, this package reads {STATE_VERSION}"
+      f"{since and f' (since then: {since})'}. {way_out}"
     )
-  if differences := _differences(saved["leaves"], now["leaves"]):
+  differences = _differences(saved["leaves"], now["leaves"])
+  if differences := differences or _differences(saved["meaning"], now["meaning"], what="fitted with "):
     raise ValueError(
       f"the saved optimizer state does not fit the optimizer and params at hand: {differences}. {way_out}"
     )
@@ -86,10 +105,10 @@ def _versions() -> dict[str, str]:
   return found
 
 
-def _differences(saved: dict[str, str], now: dict[str, str], shown: int = 3) -> str:
-  """The first leaves that are not the same on both sides, in words."""
+def _differences(saved: dict[str, str], now: dict[str, str], shown: int = 3, what: str = "") -> str:
+  """The first entries that are not the same on both sides, in words."""
   words = [
-    f"{path} is {saved.get(path, 'not there')} in the checkpoint and {now.get(path, 'not there')} here"
+    f"{path} is {what}{saved.get(path, 'not there')} in the checkpoint and {now.get(path, 'not there')} here"
     for path in {**saved, **now}
     if saved.get(path) != now.get(path)
   ]

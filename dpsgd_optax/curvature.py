@@ -102,7 +102,7 @@ def _given_product(name: str, params: Any, hvp: Any, value_fn: Any, value: Any, 
       )
     return found
 
-  return product
+  return Product(product, getattr(hvp, "params", None))
 
 
 def newton() -> Curvature:
@@ -135,8 +135,8 @@ def newton() -> Curvature:
   def observe(key, updates, params, *, hvp=None, value_fn=None, value=None, **extra):
     del extra
     otherwise = (
-      ", or use `whitening()`, which needs no Hessian: `dpsgd(lr, curvature=whitening())` works in loops that pass only "
-      "`value`, `psgd(lr)` in all"
+      ", or use `whitening()`, which needs no Hessian: `dpsgd(lr, curvature=whitening())` works in loops that pass "
+      "only `value`, `psgd(lr)` in all"
     )
     hvp = _given_product("newton()", params, hvp, value_fn, value, otherwise)
     vector = normal_like(key, updates)

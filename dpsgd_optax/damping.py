@@ -132,7 +132,7 @@ class LevenbergMarquardtState(NamedTuple):
   ratio: (), float32, actual / predicted of the last judged step; 0 before the first.
   actual: (), float32, reduction of the loss on the last judged step.
   predicted: (), float32, what the model said; 0 before the first.
-  previous: (), float32, the loss at the last step to be judged by looking back; infinite if none is waiting.
+  previous: (), float32, the loss at the last step to be judged by looking back; the largest number if none waits.
   rejected: (), int32, steps zeroed: the loss was not finite, or it rose and ``reject`` is set.
   inner: state of the wrapped transform.
   """
@@ -165,6 +165,11 @@ class InjectedLevenbergMarquardtState(NamedTuple):
 
 
 ROUNDING = 10  # reductions of so many units in the last place of the loss say nothing
+
+
+def nobody(dtype: Any) -> jax.Array:
+  """In the place of a loss: none is waiting. A finite number, for wrappers that multiply a state by zero."""
+  return jnp.full((), jnp.finfo(dtype).max, dtype)
 
 
 def _rate(state: Any) -> Any:
@@ -252,7 +257,7 @@ def levenberg_marquardt(
     zero = lambda dtype: jnp.zeros((), dtype)
     # λ is copied, for the number may be an array of the caller's
     start = jnp.array(initial, dtype)
-    ratio, actual, predicted, previous = zero(dtype), zero(dtype), zero(dtype), jnp.full((), jnp.inf, dtype)
+    ratio, actual, predicted, previous = zero(dtype), zero(dtype), zero(dtype), nobody(dtype)
     count, rejected = zero(jnp.int32), zero(jnp.int32)
     return separate(State(count, start, ratio, actual, predicted, previous, rejected, inner.init(params)), params)
 
@@ -321,7 +326,7 @@ def levenberg_marquardt(
     record = state[1:5]
     dtype = record[0].dtype
     if loss is None:  # look back at the step that waits for its verdict
-      waiting = jnp.isfinite(state.previous) & finite
+      waiting = (jnp.abs(state.previous) < nobody(dtype)) & finite
       judged = verdict(record, state.previous, (state.previous - value).astype(dtype), state.predicted)
       record = where(waiting, judged, record)
 
@@ -332,7 +337,7 @@ def levenberg_marquardt(
 
     previous, stop = state.previous, jnp.array(False)
     if loss is None:
-      none = jnp.full((), jnp.inf, dtype)
+      none = nobody(dtype)
       look = lambda: (jnp.asarray(value, dtype), predict())
       previous, predicted = choose(due, look, lambda: (none, record[3]))
       record = (*record[:3], predicted)

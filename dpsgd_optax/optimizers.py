@@ -24,7 +24,7 @@ from dpsgd_optax.injection import static_arguments
 from dpsgd_optax.layer_steps import Match, clip_output_change, matched_length
 from dpsgd_optax.preconditioners._geometry import Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._layers import from_outputs as through_outputs
-from dpsgd_optax.preconditioners._layers import per_layer, with_fallback
+from dpsgd_optax.preconditioners._layers import per_layer, with_fallback, without_embeddings
 from dpsgd_optax.preconditioners._lift import Stacked
 from dpsgd_optax.preconditioners.batch_norm import batch_norm, expected_scale
 from dpsgd_optax.preconditioners.damped_kron import Average, Form, damped_kron, factored, undamped
@@ -369,7 +369,7 @@ def bnp(
   if weight_decay is not None:
     parts.append(keep_dtype(optax.add_decayed_weights(weight_decay)))
   tx = optax.chain(*parts, keep_dtype(optax.scale_by_learning_rate(learning_rate)))
-  return with_fallback(tx, fallback, layers, vectors=False)
+  return with_fallback(tx, fallback, without_embeddings(layers), vectors=False)
 
 
 @static_arguments("match", "every", "fallback", "max_size", "axis_name", "layers")

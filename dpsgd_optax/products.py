@@ -41,7 +41,7 @@ References:
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -215,8 +215,8 @@ def ggnvp(
   def product(vector):
     block = _block("ggnvp", params, vector)
     f = _drop_aux(lambda theta: outputs(block.join(theta)), has_aux)
-    inner = lambda theta: loss(f(theta))
-    with _explaining("ggnvp", inner, block.theta, False, _DIFFERENCE.replace("loss", "lambda p: loss(outputs(p))")):
+    inner, otherwise = lambda theta: loss(f(theta)), _DIFFERENCE.replace("(loss", "(lambda p: loss(outputs(p))")
+    with _explaining("ggnvp", inner, block.theta, False, f"{otherwise} (It is H v, not G v.)"):
       z, jv = jax.jvp(f, (block.theta,), (block.vector,))
       _, hjv = jax.jvp(jax.grad(loss), (z,), (jv,))
     (gv,) = jax.vjp(f, block.theta)[1](hjv)  # XLA merges this forward pass with the one of the jvp
@@ -387,7 +387,7 @@ def _described(x: Any) -> str:
 
 
 @contextlib.contextmanager
-def _explaining(name: str, loss: Callable, theta: Any, has_aux: bool, otherwise: str | None) -> Iterator[None]:
+def _explaining(name: str, loss: Callable, theta: Any, has_aux: bool, otherwise: str | None) -> Generator[None]:
   """What JAX says of a loss without a derivative, in the words of the user. Looked into only where JAX has refused.
 
   Args:
@@ -423,7 +423,7 @@ def _diagnosis(name, loss, theta, has_aux, otherwise, error) -> Exception | None
   if otherwise is None:
     return None
   return ValueError(
-    f"`{name}` takes the forward-mode derivative (JVP) of the gradient, which some part of the loss does not have (a "
+    f"`{name}` needs a forward-mode derivative (JVP), which some part of the loss or of its gradient does not have (a "
     f"callback, a custom derivative, a kernel). {otherwise} It said: {type(error).__name__}: "
     f"{str(error).splitlines()[0] if str(error) else ''}"
   )
@@ -575,12 +575,13 @@ def _check_differentiable(name, leaves_with_path):
 
 def _mismatch(what, params, vector) -> str:
   """Name the first leaf that only one of the two has, rather than print two trees."""
-  slots = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)]
-  holes = tuple(path for path, x in slots if _is_hole(x))
-  came = {path for path, x in slots if not _is_hole(x)}
-  needed = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-  unknown = sorted(came - needed)
-  missing = sorted(path for path in needed - came if not (holes and path.startswith(holes)))
+  slots = jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)
+  holes = [names(path) for path, x in slots if _is_hole(x)]
+  came = {names(path): jax.tree_util.keystr(path) for path, x in slots if not _is_hole(x)}
+  needed = {names(path): jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+  held = lambda path: any(path[: len(hole)] == hole for hole in holes)
+  unknown = [came[path] for path in sorted(came.keys() - needed.keys())]
+  missing = [needed[path] for path in sorted(needed.keys() - came.keys()) if not held(path)]
   if unknown:
     found = f"has a leaf at `{unknown[0]}` where the parameters have none"
   elif missing:

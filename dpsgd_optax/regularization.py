@@ -43,6 +43,7 @@ import optax
 
 from dpsgd_optax.base import check_learning_rate, check_not_negative, is_static
 from dpsgd_optax.fitted import Fitted, is_hole
+from dpsgd_optax.injection import static_arguments
 from dpsgd_optax.products import hvp as hessian_product
 
 
@@ -205,6 +206,7 @@ def _closed_form_missing(name: str, power: Any) -> ValueError:
   )
 
 
+@static_arguments("mask")
 def proximal_l1(
   strength: optax.ScalarOrSchedule, learning_rate: optax.ScalarOrSchedule, *, power: Any = None, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -261,6 +263,7 @@ def proximal_l1(
   return _proximal("proximal_l1", learning_rate, prox)
 
 
+@static_arguments("mask")
 def proximal_l2(
   strength: optax.ScalarOrSchedule, learning_rate: optax.ScalarOrSchedule, *, power: Any = None, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -44,10 +44,12 @@ def spread(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None)
 def _spread_by_name(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
   given = {names(path): x for path, x in jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_leaf)[0]}
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  above = lambda path: next((path[:i] for i in range(len(path), -1, -1) if path[:i] in given), None)
-  found = {names(path): above(names(path)) for path, _ in leaves}
-  if bare := [path for path, at in found.items() if at is None]:
-    raise ValueError(f"it has nothing for {'/'.join(bare[0]) or 'the params'}")
+  found: dict[tuple[str, ...], tuple[str, ...]] = {}  # of each leaf: what it lies under
+  for path in (names(path) for path, _ in leaves):
+    above = [path[:i] for i in range(len(path), -1, -1) if path[:i] in given]
+    if not above:
+      raise ValueError(f"it has nothing for {'/'.join(path) or 'the params'}")
+    found[path] = above[0]
   elsewhere = [names(path) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole) if is_hole(x)]
   apart = lambda path: any(path[: len(h)] == h[: len(path)] for h in elsewhere)
   if unused := [path for path in given if path not in found.values() and not apart(path)]:
@@ -69,11 +71,11 @@ def is_vector(params: Any) -> Any:
 def is_norm_param(params: Any) -> Any:
   """True for the parameters of norm layers and for the lengths of weight-normalised layers: Flax, Haiku, Equinox.
 
-  Told from the names beside a leaf. Flax and Haiku: it is one of a norm layer iff its parent holds a `scale`, and nothing
-  but `scale`, `bias` and `offset`. This finds BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, the norms within
-  attention, and norm layers under `nn.scan` and `nn.vmap`, whatever they are called, of linen and of nnx; and not the
-  bias of a dense layer or of the classifier. Of weight-normalised layers it finds the lengths: `nn.WeightNorm` of linen
-  keeps them under one key that ends in "/kernel/scale", `training.WeightNorm` of nnx in a module of their own.
+  Told from the names beside a leaf. Flax and Haiku: it is one of a norm layer iff its parent holds a `scale`, and
+  nothing but `scale`, `bias` and `offset`. This finds BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, the norms
+  within attention, and norm layers under `nn.scan` and `nn.vmap`, whatever they are called, of linen and of nnx; and
+  not the bias of a dense layer or of the classifier. Of weight-normalised layers it finds the lengths: `nn.WeightNorm`
+  of linen keeps them under one key that ends in "/kernel/scale", `training.WeightNorm` of nnx in a module of their own.
   Equinox: its parent holds a 1-D `weight`, and nothing but that and a `bias` of the same shape.
 
   A norm layer with a bias alone (`use_scale=False`) looks like nothing in particular and is not found: give `where` as

@@ -3,7 +3,7 @@
 
 `TrainState` hands extra arguments (`value`, `value_fn`, `hvp`, ...) to transforms that need more than a gradient. Flax
 NNX needs no such help: `nnx.Optimizer.update(model, grads, **extra)` forwards what it is given. Its transform sees pure
-arrays, so `hvp` and `value_fn` are functions of `nnx.as_pure(params)`, while `grads` stay in their `nnx.Param`.
+arrays; `hvp` and `value_fn` may be functions of the `nnx.State` that `nnx.split` gives, or of `nnx.as_pure` of it.
 
 `host_cadence` chooses on the host which steps fit the preconditioner and which are judged, so that each kind of step is
 a program of its own without `jax.lax.cond`.

@@ -366,9 +366,9 @@ def scale_by_preconditioner(
     due = due if refresh is None else refresh
     due = both(due, not accumulating if isinstance(accumulating, bool) else ~accumulating)
     old = state.preconditioner
-    came = updates
-    updates, prepared = before.update(updates, state.before, params, **extra)
-    same_structure(updates, came, "what `before` returns", "the updates")
+    prepare = lambda: before.update(updates, state.before, params, **extra)
+    gradient, prepared = prepare()
+    same_structure(gradient, updates, "what `before` returns", "the updates")
 
     def checked(new, *parts):
       """The new state, or the old where one of the parts is not finite; in the branch that makes it, not in every step.
@@ -378,24 +378,25 @@ def scale_by_preconditioner(
       new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, old)
       if not finite_check:
         return new, jnp.array(True)
-      sound = all_finite((strength, updates, *parts))
+      sound = all_finite((strength, *parts))
       # a branch copies at most what it takes; a select would read both states and write a third
       return choose(sound, lambda new, old: new, lambda new, old: old, new, old), sound
 
     def refit():
-      observation = curvature(probe_key, updates, params, **{**extra, "damping": strength, "fits": state.fits})
+      seen, _ = prepare()  # anew: what goes into a branch is written to memory on every step
+      observation = curvature(probe_key, seen, params, **{**extra, "damping": strength, "fits": state.fits})
       new = fit(old, observation, key=fit_key, damping=strength)
-      return checked(new, new)
+      return checked(new, seen, new)
 
     def keep():
       if advance is None:
         return old, jnp.array(True)
-      return checked(advance(old, damping=strength))  # made of the old state and of the damping alone
+      return checked(advance(old, damping=strength), updates)  # made of the old state and of the damping alone
 
     new, sound = choose(due, refit, keep)
-    fitted = Fitted(shown, new, updates)
+    fitted = Fitted(shown, new, gradient)
     seen = {**extra, "fitted": fitted}
-    averaged, moved = momentum.update(updates, state.momentum, params, **seen)
+    averaged, moved = momentum.update(gradient, state.momentum, params, **seen)
     applied = direction(fitted.apply, averaged, params, **{**seen, "count": state.count})
     same_structure(applied, updates, "what the direction returns", "the updates")
     applied, done = after.update(applied, state.after, params, **seen)
@@ -405,7 +406,7 @@ def scale_by_preconditioner(
       usable = all_finite((strength, applied))
       applied = map_by_shape(lambda x: jnp.where(usable, x, jnp.zeros_like(x)), applied)
       moved, done, prepared = where(usable, (moved, done, prepared), (state.momentum, state.after, state.before))
-    applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, came)
+    applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, updates)
     due = jnp.asarray(due)
     return applied, ScaleByPreconditionerState(
       count=optax.safe_increment(state.count),

@@ -149,3 +149,35 @@ print(f"loss {float(value):.5f}; largest difference from one device: {apart:.1e}
 bucket = optax.tree.get(state, "buckets")["16x16_float32"]
 print("factors of P:", bucket.p[0].shape, "of which each device holds", bucket.p[0].addressable_shards[0].data.shape)
 jax.debug.visualize_array_sharding(bucket.p[0].reshape(8, -1))
+
+# %% [markdown]
+# ## Replicas by hand: `pmap` and `shard_map`
+#
+# There each replica sees its share of the batch, and JAX averages nothing by itself. Averaging the gradient is not enough:
+# Hessian-vector product and loss are local, each replica fits a P of its own, and the parameters drift apart without a
+# word. `data_parallel` averages all that comes in, so that the replicas stay equal bit for bit.
+#
+# It is the same under `jax.shard_map(…, check_vma=False)`. With its default, `check_vma=True`, JAX sums the derivatives of
+# replicated parameters by itself; there the loss has to be `jax.lax.pmean(loss, "data")`.
+
+# %%
+two = {name: params[name] for name in ("w0", "w1")}
+shares = x.reshape(jax.device_count(), -1, x.shape[1])
+
+
+def drift(tx, steps=6):
+  def step(params, state, share):
+    local = lambda p: loss(p, share)
+    value, grads = jax.value_and_grad(local)(params)
+    updates, state = tx.update(jax.lax.pmean(grads, "data"), state, params, value=value, value_fn=local)
+    return optax.apply_updates(params, updates), state
+
+  replicate = lambda tree: jax.tree.map(lambda a: jnp.stack([a] * jax.device_count()), tree)
+  run, params, state = jax.pmap(step, axis_name="data"), replicate(two), replicate(tx.init(two))
+  for _ in range(steps):
+    params, state = run(params, state, shares)
+  return max(float(jnp.max(jnp.abs(a - a[0]))) for a in params.values())
+
+
+print(f"only the gradient averaged: the replicas are {drift(dpo.dpsgd(0.1)):.1e} apart")
+print(f"data_parallel: {drift(dpo.data_parallel(dpo.dpsgd(0.1), 'data')):.1e}")

@@ -431,13 +431,14 @@ def numpy_serialization(name: str) -> None:
 
 
 def debug_nans(name: str) -> None:
-  """Not even in passing: without `jit` every intermediate value is looked at."""
+  """Not even in passing: without `jit` every intermediate value is looked at. Nor is an infinity kept in the state."""
   tx = transform(name)
   step = one_step(tx, ROWS[name].extras, loss)
   with jax.debug_nans(True):
     for run in (step, jax.jit(step)):
       params, state = PARAMS, tx.init(PARAMS)
       for _ in range(2):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
         params, state, _ = run(params, state)
 
 

@@ -2,14 +2,17 @@
 """Saved, killed, restored: the run goes on bit for bit, or a message says why it cannot."""
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -65,6 +68,16 @@ REFUSED = {
     lambda: shapes_of(dpo.psgd(0.1)),
     ("layout version 0", f"reads {dpo.STATE_VERSION}"),
   ),
+  "the first layout": (
+    lambda saved: {name: saved[name] for name in ("versions", "leaves")} | {"state_version": 1},
+    lambda: shapes_of(dpo.psgd(0.1)),
+    ("layout version 1", "since then: the PRNG key is raw data (uint32) in place of a typed key", "`dropped`"),
+  ),
+  "another geometry": (
+    lambda saved: saved,
+    lambda: shapes_of(dpo.psgd(0.1, dpo.kron(geometry=dpo.eq))),
+    ("0/preconditioner is fitted with geometry=", "in the checkpoint and geometry=eq here"),
+  ),
 }
 
 
@@ -78,6 +91,50 @@ def test_a_state_that_does_not_fit_is_refused_with_a_way_out(case):
   message = str(error.value)
   for word in (*words, "dpsgd_optax 0.0.9", "pip install dpsgd_optax==0.0.9", "tx.init(params)"):
     assert word in message, message
+
+
+MEANINGS = {
+  "kron": dpo.kron,
+  "affine": dpo.affine,
+  "blocked": lambda **kw: dpo.blocked(dpo.kron(max_skew=jnp.inf, **kw), 2),
+  "bfloat16": lambda **kw: dpo.kron(state_dtype=jnp.bfloat16, **kw),
+  "dense": dpo.dense,
+  "damped_kron": dpo.damped_kron,
+}
+
+
+@pytest.mark.parametrize("wrapped", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2), lambda tx: optax.chain(tx, tx)])
+@pytest.mark.parametrize("name", MEANINGS)
+def test_a_state_of_another_geometry_is_refused_though_its_shapes_are_the_same(name, wrapped):
+  saved, here = (shapes_of(wrapped(dpo.psgd(0.1, MEANINGS[name](geometry=g)))) for g in (dpo.qeq, dpo.quad))
+  assert dpo.state_layout(saved)["leaves"] == dpo.state_layout(here)["leaves"]
+  dpo.check_state_layout(dpo.state_layout(saved), saved)
+  with pytest.raises(
+    ValueError, match=r"fitted with geometry=qeq.* in the checkpoint and geometry=quad.* here.*arguments"
+  ):
+    dpo.check_state_layout(dpo.state_layout(saved), here)
+
+
+def test_a_state_of_another_form_is_refused_and_cannot_be_used():
+  tx, other = dpo.dpsgd(0.1), dpo.dpsgd(0.1, form=dpo.additive)
+  with pytest.raises(
+    ValueError, match=r"geometry=quad, form=factored in the checkpoint and geometry=quad, form=additive"
+  ):
+    dpo.check_state_layout(dpo.state_layout(shapes_of(tx)), shapes_of(other))
+  with pytest.raises(
+    ValueError, match=r"with geometry=quad, form=factored was given to one with .*form=additive.*tx.init"
+  ):
+    other.update(PARAMS, tx.init(PARAMS), PARAMS, value=1.0, hvp=lambda v: v)
+
+
+def test_the_meaning_is_a_part_of_the_structure_that_every_library_keeps():
+  """No leaf, no type of its own: flax's msgpack, pickle and `optax.tree` have it as they have any dict."""
+  tx = dpo.dpsgd(0.1)
+  state = tx.init(PARAMS)
+  by_flax = flax.serialization.from_bytes(tx.init(PARAMS), flax.serialization.to_bytes(state))
+  for again in (by_flax, pickle.loads(pickle.dumps(state)), optax.tree.map_params(tx, lambda x: x, state)):
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    dpo.check_state_layout(dpo.state_layout(state), again)
 
 
 @pytest.mark.parametrize("saved", [None, {}, "0.1.0"])

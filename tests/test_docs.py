@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README shows is run, block after block, in one namespace, as a reader would."""
+"""What the README and the page "Your loop" show is run, block after block, in one namespace, as a reader would."""
 
+import importlib
 import json
 import os
 import re
@@ -8,17 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import hyperparameters, readme
 
 README = Path(__file__).parents[1] / "README.md"
 NOTEBOOKS = sorted((README.parent / "notebooks").glob("[0-9]*.py"))
+YOUR_LOOP = README.parent / "notebooks" / "your_loop.md"
 LONG = ("3", "5", "7")  # from one to two minutes each
 
 
+def python_blocks(text):
+  return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
 def test_every_python_block_of_the_readme_runs():
-  blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+  blocks = python_blocks(README.read_text())
   assert len(blocks) >= 7
   namespace = {}
   for block in blocks:
@@ -29,6 +36,47 @@ def test_every_python_block_of_the_readme_runs():
         params, state, last = namespace["train_step"](params, state, namespace["batch"])
       assert last < first
   assert namespace["value"] > 0
+
+
+@pytest.fixture
+def quick_to_compile():
+  """Compiling two dozen steps is what the page costs."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
+
+
+def can_run(block):
+  """False if the first line is "# needs: a, b" and one of these modules cannot be imported."""
+  needed = re.match(r"# needs: (.*)\n", block)
+  try:
+    for name in needed[1].split(", ") if needed else ():
+      importlib.import_module(name)
+  except ImportError:
+    return False
+  return True
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+def test_every_python_block_of_your_loop_runs():
+  """And where it trains, the loss falls."""
+  namespace, trained = {}, 0
+  for block in filter(can_run, python_blocks(YOUR_LOOP.read_text())):
+    before = namespace.get("losses")
+    exec(compile(block, YOUR_LOOP.name, "exec"), namespace)
+    if namespace.get("losses") is not before:
+      trained += 1
+      assert namespace["losses"][-1] < namespace["losses"][0], block
+  assert trained >= 14
+
+
+def test_every_section_of_your_loop_has_a_block_and_a_trap():
+  _, *sections = YOUR_LOOP.read_text().split("\n## ")
+  assert len(sections) == 16
+  for section in sections:
+    assert python_blocks(section) and section.count("**The trap.**") == 1, section.splitlines()[0]
 
 
 def test_the_first_line_settles_the_name():

@@ -13,10 +13,14 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
+import dpsgd_optax as dpo
 from dpsgd_optax.products import (
+  check_scalar,
   ggnvp,
   hvp,
   hvp_finite_difference,
+  opposite,
+  stepped,
   value_and_grad_and_hvp,
   value_and_grad_then_hvp,
 )
@@ -500,3 +504,174 @@ def test_the_product_after_the_gradient_is_that_of_the_parameters_it_was_made_fo
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12), everything, dense_product(loss, params, v)
   )
+
+
+# -------------------------------------------------------------------------------------- what stands beside the product
+
+
+def test_a_product_knows_where_it_was_taken():
+  """All parameters, also where the vector has holes: a judge inside `optax.partition` finds them there."""
+  params = nested()
+  made = [hvp(loss, params), hvp_finite_difference(loss, params), ggnvp(jnp.sum, params, outputs=network)]
+  made.append(value_and_grad_then_hvp(loss, where=jax.tree.map(lambda x: x.ndim == 1, params))(params)[2])
+  assert all(product.params is params for product in made)
+
+
+def test_a_step_with_holes_moves_what_it_speaks_of_and_keeps_the_rest():
+  """θ + s leaf by leaf in the dtypes of θ; functions, integers and whole subtrees stay where s has a hole."""
+  hole = optax.MaskedNode()
+  params = {
+    "w": jnp.ones(2, jnp.bfloat16),
+    "f": jnp.tanh,
+    "n": 3,
+    "rest": {"a": jnp.ones(2), "b": jnp.tanh},
+    "c": jnp.zeros(2),
+  }
+  step = {"w": jnp.full(2, 0.5), "f": None, "n": None, "rest": hole, "c": jnp.ones(2)}
+  moved = stepped(params, step)
+  assert moved["w"].dtype == jnp.bfloat16 and moved["w"].tolist() == [1.5, 1.5] and moved["c"].tolist() == [1.0, 1.0]
+  assert moved["f"] is jnp.tanh and moved["n"] == 3 and moved["rest"] is not None and moved["rest"]["b"] is jnp.tanh
+  assert moved["rest"]["a"].tolist() == [1.0, 1.0] and params["w"].tolist() == [1.0, 1.0]
+  assert [x.tolist() for x in opposite(params, step)] == [[0.0, 0.0], [1.0, 1.0]]
+  with pytest.raises(ValueError, match=r"the step needs a vector with the structure.*leaf at `\['x'\]`"):
+    stepped({"a": jnp.ones(2)}, {"a": None, "x": jnp.ones(2)})
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+@pytest.mark.parametrize("aux", ["text", 3, {"logits": np.ones(3)}])
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "ggnvp"] + ["newton", "dpsgd", "judge"])
+def test_a_loss_that_also_returns_aux_names_the_ways_out(name, aux):
+  """As all examples of Flax have it, in place of JAX's words about scalar outputs."""
+
+  def with_aux(p):
+    return jnp.sum(p**2), aux
+
+  def updated(tx, **extra):
+    p = jnp.ones((3, 2))
+    return tx.update(p, tx.init(p), p, value=1.0, value_fn=with_aux, **extra)
+
+  calls = {
+    **CALLS,
+    "newton": lambda f, p, v: updated(dpo.psgd(0.1, dpo.kron(), dpo.newton())),
+    "dpsgd": lambda f, p, v: updated(dpo.dpsgd(0.1)),
+    "judge": lambda f, p, v: updated(dpo.dpsgd(0.1, judge_every=1), hvp=lambda v: v),
+  }
+  with pytest.raises(TypeError) as error:
+    calls[name](with_aux, jnp.ones(3), jnp.ones(3))
+  message = str(error.value)
+  for word in ("the loss must return a real scalar", "a tuple of 2", "lambda p: loss(p)[0]", "has_aux=True"):
+    assert word in message, message
+
+
+@pytest.mark.parametrize(
+  "make", [hvp, hvp_finite_difference, lambda f, p, has_aux: lambda v: value_and_grad_and_hvp(f, has_aux)(p, v)]
+)
+def test_aux_that_does_not_come_is_named(make):
+  with pytest.raises(
+    TypeError, match=r"with `has_aux=True` the loss must return \(scalar, aux\).*float64\[\].*Leave `has_aux` out"
+  ):
+    make(lambda p: jnp.sum(p**2), jnp.ones(3), has_aux=True)(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+  ("value", "words"),
+  [
+    (np.ones(3), r"returned float64\[3\]. Return its `jnp.mean`"),
+    (np.complex64(1j), r"returned complex64\[\]. Return its real part"),
+    ({"loss": 1.0}, "returned a dict"),
+    (None, "returned a NoneType"),
+  ],
+)
+def test_a_loss_is_a_real_scalar(value, words):
+  with pytest.raises(TypeError, match=words):
+    check_scalar(value)
+  assert check_scalar(2.0) == 2.0 and check_scalar((2.0, value), has_aux=True)[0] == 2.0
+
+
+def no_forward_mode():
+  """A loss with a gradient that JAX cannot differentiate forwards: of a callback, and of a rule with such a one."""
+
+  @jax.custom_vjp
+  def cubes(x):
+    return jnp.sum(x**3)
+
+  def backward(x, cotangent):
+    return (cotangent * jax.pure_callback(lambda x: 3 * np.asarray(x) ** 2, x, x),)
+
+  cubes.defvjp(lambda x: (jnp.sum(x**3), x), backward)
+  return cubes
+
+
+@pytest.mark.parametrize(
+  "name", ["hvp", "ggnvp", "value_and_grad_and_hvp", "value_and_grad_then_hvp", "newton", "dpsgd"]
+)
+def test_a_gradient_without_forward_mode_names_the_finite_difference(name):
+  f, x = no_forward_mode(), jnp.array([1.0, 2.0])
+
+  def updated(tx):
+    return tx.update(x, tx.init(x), x, value=1.0, value_fn=f)
+
+  calls = {
+    **CALLS,
+    "ggnvp": lambda f, p, v: ggnvp(lambda z: z**2, p, outputs=f)(v),
+    "value_and_grad_then_hvp": lambda f, p, v: value_and_grad_then_hvp(f)(p),
+    "newton": lambda f, p, v: updated(dpo.psgd(0.1, dpo.kron(), dpo.newton())),
+    "dpsgd": lambda f, p, v: updated(dpo.dpsgd(0.1)),
+  }
+  with pytest.raises(
+    ValueError,
+    match=r"forward-mode derivative \(JVP\).*Type `hvp=hvp_finite_difference\(.*It said: (Value|Type)Error: ",
+  ):
+    calls[name](f, x, x)
+  np.testing.assert_allclose(hvp_finite_difference(f, x)(x), 6 * x**2, rtol=1e-5)
+
+
+def test_the_errors_of_the_loss_itself_are_not_touched():
+  """What fails for reasons of its own, and what has no gradient either, is said in JAX's words."""
+
+  def broken(p):
+    raise ValueError("mine")
+
+  with pytest.raises(ValueError, match="^mine"):
+    hvp(broken, jnp.ones(2))(jnp.ones(2))
+  with pytest.raises(ValueError, match="Pure callbacks do not support JVP") as error:
+    hvp(lambda x: jnp.sum(jax.pure_callback(np.asarray, x, x)), jnp.ones(2))(jnp.ones(2))
+  assert "hvp_finite_difference" not in str(error.value)
+
+
+def test_functions_among_the_parameters_are_named():
+  with pytest.raises(ValueError, match=r"`value_and_grad_then_hvp` .*leaf at `\['act'\]` is a .*eqx.partition\(model"):
+    value_and_grad_then_hvp(lambda p: 1.0)({"w": jnp.ones(2), "act": jnp.tanh})
+
+
+@pytest.mark.parametrize("curvature", ["newton()", "hessian_diagonal()"])
+@pytest.mark.parametrize("given", ["nothing", "value", "value_fn, holes"])
+def test_a_missing_product_names_what_to_type(curvature, given):
+  observe = {"newton()": dpo.newton, "hessian_diagonal()": dpo.hessian_diagonal}[curvature]()
+  params = {"a": jnp.ones(2), "b": optax.MaskedNode()}
+  extra = {"nothing": {}, "value": {"value": 1.0}, "value_fn, holes": {"value_fn": lambda p: jnp.sum(p["a"] * p["b"])}}
+  with pytest.raises(ValueError) as error:
+    observe(jax.random.key(0), params, params, **extra[given])
+  words = {
+    "nothing": ["received no `hvp`", "dpsgd_optax.training.TrainState", "extra_args=dict(hvp=…)"],
+    "value": ["received `value`, but no `hvp`", "dpsgd_optax.training.TrainState"],
+    "value_fn, holes": ["inside `optax.partition` or `optax.masked`", "`hvp=dpo.hvp(loss, params)`, made outside"],
+  }[given]
+  if curvature == "newton()" and given != "value_fn, holes":
+    words.append("`dpsgd(lr, curvature=whitening())` works in loops that pass only `value`")
+  assert all(word in str(error.value) for word in [f"`{curvature}`", *words]), str(error.value)
+
+
+def test_dpsgd_on_gradients_needs_nothing_but_the_value():
+  """What the message advises: the loops of numpyro and jinns."""
+  x, target = jnp.array([[1.0, 0.5], [0.2, 2.0]]), jnp.array([[1.0], [-1.0]])
+  f = lambda p: jnp.mean((x @ p - target) ** 2)
+  tx, params = dpo.dpsgd(0.1, curvature=dpo.whitening()), jnp.zeros((2, 1))
+  step = jax.jit(lambda p, s: tx.update(jax.grad(f)(p), s, p, value=f(p)))
+  state, first = tx.init(params), f(params)
+  for _ in range(30):
+    updates, state = step(params, state)
+    params = optax.apply_updates(params, updates)
+  assert f(params) < 0.5 * first

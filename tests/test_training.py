@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 
+import dpsgd_optax as dpo
 from dpsgd_optax.products import hvp
 from dpsgd_optax.training import TrainState, host_cadence
 
@@ -134,6 +135,56 @@ def test_train_state_keeps_flax_s_overwrite_with_gradient():
   np.testing.assert_allclose(after.params[name]["scale"], 7.0)
   np.testing.assert_allclose(after.params["params"]["w"], 0.8)
   np.testing.assert_allclose(after.opt_state.product["w"], 4.0)
+
+
+def test_multi_steps_in_a_train_state_is_handed_the_extra_arguments():
+  """Its transform is a plain `GradientTransformation`, whose `update` takes them: a fit for each real step."""
+  k = 4
+  tx = optax.MultiSteps(dpo.dpsgd(0.1, judge_every=1), k)
+  state, loss = linen_problem(tx)
+
+  @jax.jit
+  def train_step(state):
+    value, grads = jax.value_and_grad(loss)(state.params)
+    extra = {"value": value, "value_fn": loss, "accumulating": state.opt_state.mini_step < k - 1}
+    return state.apply_gradients(grads=grads, extra_args=extra), value
+
+  values = []
+  for _ in range(5 * k):
+    state, value = train_step(state)
+    values.append(float(value))
+  inner = state.opt_state.inner_opt_state
+  assert state.tx is tx and optax.tree.get(inner, "fits") == 5 and optax.tree.get(inner, "ratio") > 0
+  assert len(set(values)) == 5 and values[-1] < 0.9 * values[0]
+  plain, _ = linen_problem(dpo.dpsgd(0.1, judge_every=1))
+  for _ in range(5):
+    value, grads = jax.value_and_grad(loss)(plain.params)
+    plain = plain.apply_gradients(grads=grads, extra_args={"value": value, "value_fn": loss})
+  assert_close(state.params, plain.params)  # the gradients of the k calls are one and the same
+
+
+@pytest.mark.parametrize("wrapped", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()])
+def test_only_what_update_names_is_handed_on(wrapped):
+  """A plain transform that takes one extra argument by name gets that one."""
+  seen = []
+
+  def update(updates, state, params=None, *, value=None):
+    seen.append(value)
+    return updates, state
+
+  tx = wrapped(optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+  state, loss = linen_problem(tx)
+  state.apply_gradients(grads=jax.grad(loss)(state.params), extra_args={"value": 3.0, "value_fn": loss})
+  assert seen == [3.0] if tx.update is update else seen[:1] == [None]  # Optax's MultiSteps drops them for such
+
+
+@pytest.mark.parametrize("make", [dpo.dpsgd, lambda lr: dpo.psgd(lr, dpo.kron(), dpo.newton()), dpo.bnp])
+def test_the_messages_of_flax_s_own_train_state_name_ours(make):
+  state, loss = linen_problem(make(0.1), train_state.TrainState)
+  with pytest.raises(
+    ValueError, match=r"`dpsgd_optax.training.TrainState`.*`apply_gradients\(grads=grads, extra_args="
+  ):
+    state.apply_gradients(grads=jax.grad(loss)(state.params))
 
 
 def test_nnx_optimizer_forwards_extra_arguments():

@@ -86,6 +86,7 @@ class Geometry(NamedTuple):
       multiple of the identity.
     fits_p: True if what is moved is P itself: its factors are then Hermitian positive and P = q.
     keeps_inverse: True if ``lift`` wants q⁻¹ in the place of p.
+    name: by which a saved state tells its geometry.
   """
 
   lift: Callable
@@ -97,6 +98,7 @@ class Geometry(NamedTuple):
   moment: Callable = _as_it_is
   fits_p: bool = False
   keeps_inverse: bool = False
+  name: str = "own"
 
   def factor_of_p(self, q: jax.Array, precision=None) -> jax.Array:
     """The factor of P that belongs to a factor that is moved."""
@@ -173,36 +175,42 @@ def _through_one_factor(q, t, precision):
   return jnp.matmul(jnp.matmul(q, t, precision=precision), jnp.conj(q.T), precision=precision)
 
 
-eq = Geometry(_through_q, triu, _times, _scale, samples=True, expected=_expected_of_inverse)
+eq = Geometry(_through_q, triu, _times, _scale, samples=True, expected=_expected_of_inverse, name="eq")
 """q ← q − μ triu(E) q, q upper triangular, a = Qh, b = Q⁻ᴴv: the classic fit, equivariant under its group.
 Two triangular solves per matrix, which are slow on GPUs. Whitening samples v; ``eq._replace(samples=False)`` integrates
 it out, which psgd_torch gave up because it wants a better estimate of L, and costs an inverse of every dense factor."""
 
-gl = Geometry(_through_inverse, _keep, _times, _scale, samples=True, keeps_inverse=True)
+gl = Geometry(_through_inverse, _keep, _times, _scale, samples=True, keeps_inverse=True, name="gl")
 """q ← q − μ E q with any invertible q, a = Qh, b = Q⁻ᴴv: equivariant under all invertible maps. For ``dense`` only,
 where q⁻¹ is kept and follows by the identity of Woodbury: no solve, no triangle."""
 
-qep = Geometry(_through_p, _keep, _times, _scale, moment=_through_one_factor)
+qep = Geometry(_through_p, _keep, _times, _scale, moment=_through_one_factor, name="qep")
 """q ← q − μ E q, a = q Ph, b = q v: matrix products only, two more per factor than ``qeq``."""
 
-qeq = Geometry(_through_p, _keep, lambda q, e, mu: q - (q @ e) * mu, _scale)
+qeq = Geometry(_through_p, _keep, lambda q, e, mu: q - (q @ e) * mu, _scale, name="qeq")
 """q ← q − μ q E, a = Ph, b = v: matrix products only. P is what fitting P itself by ``quad`` would give,
 and it cannot lose positive-definiteness."""
 
 quad = Geometry(
-  _through_p, _keep, lambda q, e, mu: _both_sides(q, e, mu / 2), lambda q, e, mu: q * (1 - mu * e / 2) ** 2
+  _through_p,
+  _keep,
+  lambda q, e, mu: _both_sides(q, e, mu / 2),
+  lambda q, e, mu: q * (1 - mu * e / 2) ** 2,
+  name="quad",
 )
 """q ← sym((I − μE/2) q (I − μE/2)), q Hermitian positive: matrix products only."""
 
-pro = Geometry(_through_p, _keep, lambda q, e, mu: procrustes_step(_times(q, e, mu)), _scale)
+pro = Geometry(_through_p, _keep, lambda q, e, mu: procrustes_step(_times(q, e, mu)), _scale, name="pro")
 """q ← q − μ E q, then one rotation towards the Hermitian positive matrices (the literature's Q^0.5 E Q^1.5):
 an online Newton-Schulz iteration; matrix products only."""
 
-quad4p = Geometry(_through_p, _keep, _both_sides, lambda q, e, mu: q * (1 - mu * e) ** 2, fits_p=True)
+quad4p = Geometry(_through_p, _keep, _both_sides, lambda q, e, mu: q * (1 - mu * e) ** 2, fits_p=True, name="quad4p")
 """P ← sym((I − μE) P (I − μE)): ``qeq`` without its Q, at half the memory. Rounding can cost it definiteness,
 so it refuses a state below float32."""
 
-pro4p = Geometry(_through_p, _keep, lambda p, e, mu: hermitian(procrustes(_times(p, e, mu))), _scale, fits_p=True)
+pro4p = Geometry(
+  _through_p, _keep, lambda p, e, mu: hermitian(procrustes(_times(p, e, mu))), _scale, fits_p=True, name="pro4p"
+)
 """P ← P − μ E P, then up to ten rotations towards the Hermitian positive matrices and the Hermitian part
 of what they leave; refuses a state below float32. The rotation divides rounding by its own size: in float32 the fit has
 a floor of 1e-4."""

@@ -120,6 +120,11 @@ def find_layers(tree: Any, spec: Any = None) -> list[Layer]:
   ]
 
 
+def without_embeddings(spec: Any) -> Any:
+  """The records of the other layers."""
+  return jax.tree.map(lambda x: None if is_record(x) and x.kind == "embed" else x, spec, is_leaf=is_record)
+
+
 def _is_kernel(path: tuple[str, ...], leaf: Leaf) -> bool:
   return path[-1] in BIAS_OF and len(leaf.shape) > 1 and math.prod(leaf.shape) > 0
 

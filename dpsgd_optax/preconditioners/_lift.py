@@ -39,9 +39,12 @@ class LiftState(NamedTuple):
   """Attributes:
   buckets: name -> state of the group, every array with a leading axis over the matrices of that shape;
     for a tree without leaves one scalar, which stands for all buckets (`optax.tree.map_params` needs it).
+  meaning: ``{group.meaning: ()}``, static and without leaves, so that it is saved, restored and compared as a part of
+    the structure by whatever handles pytrees; () if there is nothing to say.
   """
 
   buckets: Any
+  meaning: Any = ()
 
 
 Stacked = Any | Callable[[Any, jax.Array], int] | None
@@ -152,19 +155,31 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
       callable on (path, leaf). None: no leaf does.
   """
 
+  meaning: Any = {group.meaning: ()} if group.meaning else ()
+
   def init(params):
     buckets = make_buckets(params, stacked)
     if not buckets:
-      return LiftState(jnp.zeros(()))
-    return LiftState({b.name: jax.vmap(group.init)(jnp.zeros((b.size, *b.shape), b.dtype)) for b in buckets})
+      return LiftState(jnp.zeros(()), meaning)
+    states = {b.name: jax.vmap(group.init)(jnp.zeros((b.size, *b.shape), b.dtype)) for b in buckets}
+    return LiftState(states, meaning)
+
+  def check_meaning(state):
+    if state.meaning and meaning and state.meaning != meaning:
+      raise ValueError(
+        f"the state of a preconditioner with {', '.join(state.meaning)} was given to one with {group.meaning}: the "
+        "same arrays mean another P there. Build the optimizer with the arguments of the run that made the state, or "
+        "begin with `tx.init(params)`."
+      )
 
   def over_buckets(state, run):
     if not isinstance(state.buckets, dict):
       return state
-    return LiftState({name: run(i, name, old) for i, (name, old) in enumerate(state.buckets.items())})
+    return state._replace(buckets={name: run(i, name, old) for i, (name, old) in enumerate(state.buckets.items())})
 
   def fit(state, probe, *, key, damping):
     buckets = {b.name: b for b in make_buckets(probe.product, stacked)}
+    check_meaning(state)
     _match(state, list(buckets.values()))
     if not buckets:
       return state
@@ -190,6 +205,7 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     """``of_one(state, x, *more)`` on every matrix: `apply`, `power` or `root` of the group."""
     leaves, treedef = jax.tree.flatten(updates)
     buckets = make_buckets(updates, stacked)
+    check_meaning(state)
     _match(state, buckets)
     for bucket in buckets:
       run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)
@@ -218,6 +234,7 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
 
   lift = lambda of_one: of_one and functools.partial(product, of_one)
   return Preconditioner(
+    meaning=group.meaning,
     init=init,
     fit=fit,
     apply=lift(group.apply),
@@ -361,6 +378,7 @@ def raveled(group: Preconditioner) -> Preconditioner:
     return [jnp.concatenate([jnp.reshape(x, -1).astype(dtype) for x in leaves])]
 
   def init(params):
+    make_buckets(params)  # for its message about leaves that are no arrays
     shapes = jax.eval_shape(ravel, params)
     return lifted.init(shapes)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from dpsgd_optax._replicas import replica_axis
 from dpsgd_optax.base import Preconditioner, check_fraction, check_not_negative
 from dpsgd_optax.layers import LayerRecord, extent, feature_moments
-from dpsgd_optax.preconditioners._layers import Group, Layer, per_layer, running_weight
+from dpsgd_optax.preconditioners._layers import Group, Layer, per_layer, running_weight, without_embeddings
 
 
 class BatchNormState(NamedTuple):
@@ -163,7 +163,7 @@ def batch_norm(
       done = jnp.concatenate([g, bias / state.scale - state.mean[None] @ g])
     return jnp.where(state.count > 0, done, x)
 
-  return per_layer(Group(init, observe, fit, apply), layers)
+  return per_layer(Group(init, observe, fit, apply), without_embeddings(layers))
 
 
 def _positive(variance: jax.Array) -> jax.Array:

@@ -243,4 +243,5 @@ def damped_kron(
     g = x.reshape(as_matrix_shape(x.shape))
     return kron_power(shifted, g, exponent, c, precision).reshape(x.shape)
 
-  return batched(Preconditioner(init, fit, apply, advance, power=power), stacked)
+  meaning = f"geometry={geometry.name}, form={getattr(form, '__name__', 'own')}"
+  return batched(Preconditioner(init, fit, apply, advance, power=power, meaning=meaning), stacked)

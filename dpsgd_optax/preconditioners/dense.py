@@ -123,4 +123,4 @@ def dense(
     p = state.q if geometry.fits_p else square(state.q, precision)
     return kron_power((p,), x, exponent, precision=precision)
 
-  return raveled(Preconditioner(init, fit, apply, power=to_the_power))
+  return raveled(Preconditioner(init, fit, apply, power=to_the_power, meaning=f"geometry={geometry.name}"))

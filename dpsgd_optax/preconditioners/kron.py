@@ -203,7 +203,7 @@ def group(
     seen = layout(x.shape)
     return seen.back(kron_power(state.p, seen.look(x), exponent, precision=options.get("precision")), x.shape)
 
-  return Preconditioner(init, fit, apply, power=power)
+  return Preconditioner(init, fit, apply, power=power, meaning=f"geometry={geometry.name}")
 
 
 def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
@@ -242,6 +242,7 @@ def kept_in(group: Preconditioner, dtype: Any) -> Preconditioner:
     fit=lambda state, probe, *, key: narrow(group.fit(wide(state, probe.product), probe, key=key)),
     apply=lambda state, x: group.apply(wide(state, x), x),
     power=group.power and (lambda state, x, exponent: group.power(wide(state, x), x, exponent)),
+    meaning=group.meaning,
   )
 
 
