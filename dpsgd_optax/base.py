@@ -140,7 +140,7 @@ def check_automatic(tree: Any) -> None:
     spec = getattr(jax.typeof(x).sharding, "spec", ())
     if any(axis is not None for axis in spec):
       raise ValueError(
-        f"a preconditioner mixes all entries of a leaf, but {jax.tree_util.keystr(path) or 'the params'} is sharded "
+        f"this transform mixes the entries of a leaf, but {jax.tree_util.keystr(path) or 'the params'} is sharded "
         f"over explicit mesh axes, {spec}. Make the mesh with `axis_types=(jax.sharding.AxisType.Auto,) * n`, and "
         "divide the work by `dpsgd_optax.sharded(tx, mesh, param_specs)`."
       )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd_optax._replicas import mean_over_replicas
-from dpsgd_optax.base import check_not_negative
+from dpsgd_optax.base import check_automatic, check_not_negative
 from dpsgd_optax.layers import LayerRecord, extended, extent, gram, rows_of
 from dpsgd_optax.preconditioners._layers import Layer, as_matrix, find_layers, from_matrix, matched
 from dpsgd_optax.products import opposite
@@ -103,6 +103,7 @@ def clip_output_change(
 
   def update(updates, state, params=None, *, layer_inputs=None, **extra):
     del extra
+    check_automatic(updates)
     if params is None or layer_inputs is None:
       raise ValueError(
         "`clip_output_change` compares the change of the outputs with the outputs, but `update` received no "

@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax.base import check_learning_rate, check_not_negative, is_static
+from dpsgd_optax.base import check_automatic, check_learning_rate, check_not_negative, is_static
 from dpsgd_optax.fitted import Fitted, is_hole
 from dpsgd_optax.injection import static_arguments
 from dpsgd_optax.products import hvp as hessian_product
@@ -428,6 +428,7 @@ def sharpness_aware(
 
   def step(updates, params, count, *, value_fn=None, fitted=None, **extra):
     del extra
+    check_automatic(updates)
     if value_fn is None:
       raise ValueError(f"`{name}` takes a second gradient, but `update` received no `value_fn`. Pass `value_fn=loss`.")
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):

@@ -507,7 +507,7 @@ def plain_form(name: str) -> functools.partial:
 
 
 def inject_plainly(name: str) -> None:
-  """`optax.inject_hyperparams(constructor)(…)` with the arguments of the plain run and no `static_args`: the same run."""
+  """`optax.inject_hyperparams(constructor)(…)` with the arguments of the plain run and no `static_args`: that run."""
   make = plain_form(name)
   injected = optax.inject_hyperparams(make.func)(*make.args, **make.keywords)
   runs = []
@@ -695,13 +695,6 @@ EXCUSES = [
     "`optax.lookahead` hands no extra argument on, and without it there is no step",
   ),
   Excuse(
-    r"lookahead\(reset_state=True\)",
-    lambda name, row: row.takes_key,
-    TypeError,
-    r"key<",
-    "it resets the state by arithmetic on its leaves, and a typed PRNG key has none",
-  ),
-  Excuse(
     "flatten",
     lambda name, row: bool({"hvp", "value_fn"} & row.extras),
     (ValueError, IndexError, TypeError),
@@ -714,6 +707,13 @@ EXCUSES = [
     ValueError,
     "no such layer, only a single array",
     "one vector has no layers",
+  ),
+  Excuse(
+    "strict dtype promotion",
+    lambda name, row: name == "chain",
+    ValueError,
+    "float'>\", 'int32'",
+    "`optax.ema` raises a float to an integer power, and `optax.adam` with it",
   ),
   Excuse(
     "masked|partition",

@@ -60,8 +60,8 @@ def can_run(block):
 
 
 @pytest.mark.usefixtures("quick_to_compile")
-def test_every_python_block_of_your_loop_runs():
-  """And where it trains, the loss falls."""
+def test_every_python_block_of_your_loop_runs(capsys):
+  """And where it trains, the loss falls; the counters are what the comments beside them say."""
   namespace, trained = {}, 0
   for block in filter(can_run, python_blocks(YOUR_LOOP.read_text())):
     before = namespace.get("losses")
@@ -70,6 +70,7 @@ def test_every_python_block_of_your_loop_runs():
       trained += 1
       assert namespace["losses"][-1] < namespace["losses"][0], block
   assert trained >= 14
+  assert {"4", "{'clipped': 1, 'skipped': 1, 'dropped': 1}"} < set(capsys.readouterr().out.splitlines())
 
 
 def test_every_section_of_your_loop_has_a_block_and_a_trap():

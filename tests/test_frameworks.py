@@ -240,6 +240,21 @@ def test_records_in_a_plain_dict_serve_an_nnx_model():
     jax.tree.map(np.testing.assert_array_equal, updates[0], other)
 
 
+def test_an_embedding_among_the_records_is_no_layer_of_bnp():
+  """It keeps its update, or goes to the fallback, as where the layers are told by their names."""
+  loss = lambda p: jnp.mean((p["table"][jnp.arange(6) % 3] @ p["w"]) ** 2)
+  params = {"table": jnp.arange(12.0).reshape(3, 4), "w": jnp.ones((4, 1))}
+  _, grads, layers = dpo.capture(loss)(params)
+  for fallback, factor in ((None, 0.1), (optax.sgd(0.7), 0.7)):
+    tx = dpo.bnp(0.1, layers=layers, fallback=fallback if fallback else optax.sgd(0.1))
+    updates, _ = tx.update(grads, tx.init(params), params, layer_inputs=layers)
+    close(updates["table"], -factor * grads["table"])
+  p = dpo.batch_norm(layers=layers)
+  observed = dpo.layer_inputs()(None, grads, params, layer_inputs=layers)
+  state = p.fit(p.init(params), observed, key=jax.random.key(0), damping=0.0)
+  np.testing.assert_array_equal(p.apply(state, grads)["table"], grads["table"])
+
+
 # -- norm layers -------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ class NeuralODE(eqx.Module):
       dt0=ts[1] - ts[0],
       y0=y0,
       saveat=diffrax.SaveAt(ts=ts),
+      max_steps=16,
     )
     return solution.ys
 

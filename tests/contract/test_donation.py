@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every training loop that gives its state away (`donate_argnums`) works, from the first step on.
 
-XLA refuses a buffer that is donated twice, so no two leaves of a state may share one. Each row of the table is asked for
-it by `tests.conformance`; here is what lies around a transform: a preconditioner alone, a wrapper, a training loop, a
+XLA refuses a buffer that is donated twice, so no two leaves of a state may share one. `tests.conformance` asks each row
+of the table for it; here is what lies around a transform: a preconditioner alone, a wrapper, a training loop, a
 checkpoint.
 """
 

@@ -124,8 +124,10 @@ def pooled(p, x):
 
 LOSSES = {
   "max-pool": lambda p, x: jnp.mean((pooled(p, x) - 1.0) ** 2),
-  "custom_vjp": lambda p, x: jnp.mean((jnp.tanh(straight_through(x.reshape(len(x), -1)[:, :8] @ p["w"])) - 0.5) ** 2)
-  + 1e-3 * jnp.sum(p["k"] ** 2),
+  "custom_vjp": lambda p, x: (
+    jnp.mean((jnp.tanh(straight_through(x.reshape(len(x), -1)[:, :8] @ p["w"])) - 0.5) ** 2)
+    + 1e-3 * jnp.sum(p["k"] ** 2)
+  ),
 }
 
 
@@ -163,20 +165,10 @@ def test_float16_gradients_of_any_size_give_finite_steps(name, size):
 
 @ours
 def test_frozen_leaves_stay_exactly_where_they_are(name):
-  """Frozen by `stop_gradient` in the loss, and by `optax.freeze`: not one bit moves, and the others are trained."""
+  """Frozen by `stop_gradient` in the loss: not one bit moves, and the others are trained."""
   start = {**PARAMS, "frozen": jnp.array([[0.3, 0.7], [-1.0, 2.0]])}
   f = lambda p: loss(p) + jnp.sum(jax.lax.stop_gradient(p["frozen"]) ** 2) * jnp.sum(p["w"] ** 2) / 10
   params, _ = trained(name, f, start, 20)
-  np.testing.assert_array_equal(params["frozen"], start["frozen"])
-  assert np.all(params["w"] != start["w"])
-  make, extras = OURS[name]
-  extras = extras - {"value_fn"}  # it takes all params, and is given those with holes
-  kind = {"b": "ours", "w": "ours", "frozen": "frozen"}
-  tx = optax.partition({"ours": make(0.05), "frozen": optax.set_to_zero()}, kind)
-  g = lambda p: loss(p) + jnp.sum(p["frozen"] ** 2) * jnp.sum(p["w"] ** 2) / 10
-  step, state, params = jax.jit(one_step(tx, extras, g)), tx.init(start), start
-  for _ in range(5):
-    params, state, _ = step(params, state)
   np.testing.assert_array_equal(params["frozen"], start["frozen"])
   assert np.all(params["w"] != start["w"])
 
@@ -245,16 +237,13 @@ def test_gradients_flow_through_two_updates(name):
 
   def after_two(rate):
     tx = make(rate)
-    params, state = PARAMS, tx.init(PARAMS)
-    for _ in range(2):
-      params, state, _ = one_step(tx, extras, loss)(params, state)
-    return loss(params)
+    body = lambda carry, _: (one_step(tx, extras, loss)(*carry)[:2], None)
+    return loss(jax.lax.scan(body, (PARAMS, tx.init(PARAMS)), length=2)[0][0])
 
-  # at rates at which the second step is not clipped differently to the right and to the left
   rate, eps = 0.03, 2e-3
-  slope = jax.jit(jax.grad(after_two))(rate)
-  f = jax.jit(after_two)
-  np.testing.assert_allclose(slope, (f(rate + eps) - f(rate - eps)) / (2 * eps), rtol=0.05)
+  at = jax.jit(jax.value_and_grad(after_two))
+  (left, _), (_, slope), (right, _) = map(at, (rate - eps, rate, rate + eps))
+  np.testing.assert_allclose(slope, (right - left) / (2 * eps), rtol=0.05)
   assert slope != 0
 
 
