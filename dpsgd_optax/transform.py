@@ -23,7 +23,7 @@ from dpsgd_optax.base import (
   same_structure,
 )
 from dpsgd_optax.fitted import Fitted
-from dpsgd_optax.injection import static_arguments
+from dpsgd_optax.injection import injected, static_arguments
 
 SMALL = 4096  # for the sum of fewer numbers XLA makes a kernel on a CPU, slow to compile; of more, it calls a library
 FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
@@ -196,8 +196,11 @@ def separate(tree: Any, *others: Any) -> Any:
 def compiled_once(function: Callable) -> Callable:
   """``function`` for a loop that is not jitted: compiled at the first call, not anew (as its branches would) at each.
 
-  Inside ``jit``, ``vmap`` and the like it is the function itself.
+  Inside ``jit``, ``vmap`` and the like it is the function itself; and for ``optax.inject_hyperparams``, which builds the
+  transform anew at every step, so that nothing compiled would ever be met again.
   """
+  if injected():
+    return function
   jitted = jax.jit(function)
 
   @functools.wraps(function)

@@ -58,6 +58,7 @@ TRANSFORMS = {
   "proximal_l1": unkeyed(lambda: dpo.proximal_l1(0.1, 0.1)),
   "proximal_l2": unkeyed(lambda: dpo.proximal_l2(0.1, 0.1)),
   "clip_output_change": unkeyed(lambda: dpo.clip_output_change(), "layer_inputs"),
+  "clip_spikes": unkeyed(lambda: dpo.clip_spikes()),
 }
 """Those that are no optimizers by themselves, each alone."""
 
@@ -496,6 +497,7 @@ PLAIN_FORMS = {
   "proximal_l1": functools.partial(dpo.proximal_l1, 0.1, 0.1),
   "proximal_l2": functools.partial(dpo.proximal_l2, 0.1, 0.1),
   "clip_output_change": functools.partial(dpo.clip_output_change, 0.1),
+  "clip_spikes": functools.partial(dpo.clip_spikes, 8.0),
 }
 """Constructors with their arguments, of the rows that are not made by one themselves."""
 
