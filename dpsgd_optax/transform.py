@@ -196,8 +196,8 @@ def separate(tree: Any, *others: Any) -> Any:
 def compiled_once(function: Callable) -> Callable:
   """``function`` for a loop that is not jitted: compiled at the first call, not anew (as its branches would) at each.
 
-  Inside ``jit``, ``vmap`` and the like it is the function itself; and for ``optax.inject_hyperparams``, which builds the
-  transform anew at every step, so that nothing compiled would ever be met again.
+  Inside ``jit``, ``vmap`` and the like it is the function itself; and for ``optax.inject_hyperparams``, which builds
+  the transform anew at every step, so that nothing compiled would ever be met again.
   """
   if injected():
     return function

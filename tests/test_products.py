@@ -634,7 +634,7 @@ def test_the_errors_of_the_loss_itself_are_not_touched():
   def broken(p):
     raise ValueError("mine")
 
-  with pytest.raises(ValueError, match="^mine"):
+  with pytest.raises(ValueError, match=r"^mine"):
     hvp(broken, jnp.ones(2))(jnp.ones(2))
   with pytest.raises(ValueError, match="Pure callbacks do not support JVP") as error:
     hvp(lambda x: jnp.sum(jax.pure_callback(np.asarray, x, x)), jnp.ones(2))(jnp.ones(2))

@@ -173,13 +173,13 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
       )
 
   def over_buckets(state, run):
+    check_meaning(state)
     if not isinstance(state.buckets, dict):
       return state
     return state._replace(buckets={name: run(i, name, old) for i, (name, old) in enumerate(state.buckets.items())})
 
   def fit(state, probe, *, key, damping):
     buckets = {b.name: b for b in make_buckets(probe.product, stacked)}
-    check_meaning(state)
     _match(state, list(buckets.values()))
     if not buckets:
       return state
@@ -205,7 +205,6 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     """``of_one(state, x, *more)`` on every matrix: `apply`, `power` or `root` of the group."""
     leaves, treedef = jax.tree.flatten(updates)
     buckets = make_buckets(updates, stacked)
-    check_meaning(state)
     _match(state, buckets)
     for bucket in buckets:
       run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)

@@ -41,7 +41,7 @@ def table(results: dict[tuple[str, str], str], absent: list[str]) -> Table:
   works = list(results.values()).count("works")
   notes = (
     f"{len(results)} cells: {works} work, {len(results) - works - failed} are refused and say why, {failed} fail. "
-    "An empty cell makes no sense: no network, or one that `capture` cannot look into.",
+    "An empty cell makes no sense: no network, or one that `capture` cannot look into; or it is that of the row above.",
     *(f"({i}) {reason}." for i, reason in enumerate(reasons, 1)),
     ", ".join(f"{package} {number}" for package, number in versions().items()) + ".",
     *([f"Not installed: {', '.join(absent)}."] if absent else []),

@@ -37,12 +37,14 @@ class Client(NamedTuple):
   package: what has to be installed, by the name of its distribution.
   refuses: by the name of the optimizer.
   skips: optimizers that make no sense here.
+  x64: whether the package turns on float64.
   """
 
   loop: str
   package: str
   refuses: Mapping[str, Refusal] = MappingProxyType({})
   skips: frozenset[str] = frozenset()
+  x64: bool = False
 
   def installed(self) -> bool:
     return importlib.util.find_spec(IMPORTED_AS.get(self.package, self.package)) is not None
@@ -50,12 +52,13 @@ class Client(NamedTuple):
   def run(self, optimizer: Optimizer) -> np.ndarray:
     module, function = self.loop.split(":")
     loop = getattr(importlib.import_module(f"tests.clients.{module}"), function)
-    with jax.enable_x64(False):  # NetKet turns it on when it is imported
+    with jax.enable_x64(self.x64):  # the import of NetKet sets it for the whole process
       return np.array([float(x) for x in loop(optimizer)])
 
 
 IMPORTED_AS = {"dm-haiku": "haiku", "orbax-checkpoint": "orbax"}
 LAYERED = frozenset({"gls", "bnp"})
+WITHOUT_PRODUCT = frozenset({"psgd whitening", "dpsgd whitening"})
 
 NEWTON = Refusal(
   r"`newton\(\)`.*no `hvp`.*`hvp=hvp\(loss, params\)`.*`dpsgd\(lr, curvature=whitening\(\)\)`.*`psgd\(lr\)`",
@@ -104,7 +107,7 @@ CLIENTS: dict[str, Client] = {
   "diffrax": Client(
     "with_diffrax:exact", "diffrax", dict.fromkeys(("psgd newton", "dpsgd", "sgd_ph"), FORWARD_MODE), LAYERED
   ),
-  "diffrax, finite differences": Client("with_diffrax:finite_differences", "diffrax", skips=LAYERED),
+  "diffrax, finite differences": Client("with_diffrax:finite_differences", "diffrax", skips=LAYERED | WITHOUT_PRODUCT),
   "dm-haiku": Client("with_haiku:train", "dm-haiku"),
   "optimistix": Client("with_optimistix:minimise", "optimistix", skips=LAYERED),
   "numpyro SVI": Client("with_numpyro:svi", "numpyro", VALUE_ONLY, LAYERED),
@@ -115,8 +118,8 @@ CLIENTS: dict[str, Client] = {
   "jaxopt OptaxSolver": Client("with_jaxopt:solve", "jaxopt", GRADIENTS_ONLY),
   "jinns": Client("with_jinns:plain", "jinns", GRADIENTS_ONLY),
   "jinns, extra arguments": Client("with_jinns:extra_arguments", "jinns", skips=LAYERED),
-  "netket VMC": Client("with_netket:real", "netket", GRADIENTS_ONLY),
-  "netket VMC, complex": Client("with_netket:complex_params", "netket", GRADIENTS_ONLY),
+  "netket VMC": Client("with_netket:real", "netket", GRADIENTS_ONLY, x64=True),
+  "netket VMC, complex": Client("with_netket:complex_params", "netket", GRADIENTS_ONLY, x64=True),
 }
 
 

@@ -23,7 +23,10 @@ class Optimizer(NamedTuple):
   def extras(
     self, loss: Callable, params: Any, value: Any, product: Callable = dpo.hvp, **known: Any
   ) -> dict[str, Any]:
-    """What a loop of one's own hands to `update` beside the gradient: `dpsgd` gets a product that is not the usual."""
+    """What a loop of one's own hands to `update` beside the gradient.
+
+    `dpsgd` makes its product from `value_fn` unless it is given one: here, where that is another than `hvp`.
+    """
     offers = {
       "value": lambda: value,
       "value_fn": lambda: loss,
