@@ -155,12 +155,21 @@ def forward_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
   parameters = inspect.signature(tx.update).parameters.values()
   if any(p.kind == p.VAR_KEYWORD for p in parameters):
     return optax.GradientTransformationExtraArgs(tx.init, tx.update)
-  names = {p.name for p in parameters if p.kind != p.POSITIONAL_ONLY} - {"updates", "state", "params"}
+  names = frozenset(p.name for p in parameters if p.kind != p.POSITIONAL_ONLY) - {"updates", "state", "params"}
 
   def update(updates, state, params=None, **extra):
     return tx.update(updates, state, params, **{k: v for k, v in extra.items() if k in names})
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def check_real(dtype: Any, name: str) -> None:
+  """Raises for complex parameters, of which a method would make a P that is not Hermitian."""
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    raise ValueError(
+      f"`{name}` is a preconditioner of real parameters, got {jnp.dtype(dtype).name}. Use `kron()` or `dense()`, or "
+      "wrap the optimizer in `optax.contrib.split_real_and_imaginary`."
+    )
 
 
 def leaves_apart(tree: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:

@@ -310,8 +310,9 @@ def levenberg_marquardt(
       raise ValueError(
         "`levenberg_marquardt` judges steps by the loss, but `update` received neither `value` nor `value_fn`. "
         "Pass `value=loss_value, value_fn=loss` (loss: params ↦ scalar), or only `value=loss_value` to judge a step by "
-        "the loss of the next. Flax's own TrainState drops them: use `dpsgd_optax.training.TrainState`, with "
-        "`apply_gradients(grads=grads, extra_args=dict(value=…, value_fn=…))`."
+        "the loss of the next. Loops that are not yours and pass neither take `psgd(lr)`, or "
+        "`dpsgd(lr, damping=None, curvature=whitening())`. Flax's own TrainState drops them: use "
+        "`dpsgd_optax.training.TrainState`, with `apply_gradients(grads=grads, extra_args=dict(value=…, value_fn=…))`."
       )
     if value_fn is not None and params is None:
       raise ValueError("`value_fn` is evaluated at `params`, got None. Pass `params` to `update`.")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where observe, fit and apply meet: the one optax transformation behind every optimizer here."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -203,7 +202,6 @@ def compiled_once(function: Callable) -> Callable:
     return function
   jitted = jax.jit(function)
 
-  @functools.wraps(function)
   def call(*args, **kwargs):
     leaves = jax.tree.leaves((args, kwargs))
     known = all(isinstance(x, jax.Array | np.ndarray | np.generic | int | float) for x in leaves)
@@ -242,14 +240,20 @@ def check_choice(value: Any, name: str) -> None:
 
 
 def _today(state: Any) -> ScaleByPreconditionerState:
-  """A state of layout 1, with a typed key and no ``dropped``, as one of today's."""
+  """A state of layout 1, with no ``dropped``, as one of today's. Its typed key is used, and stays one."""
   if not isinstance(state, ScaleByPreconditionerState):
     raise ValueError(
       f"`update` needs the state that `init` of the same transform returned, a ScaleByPreconditionerState, got "
       f"{type(state).__name__}. Inside a wrapper (`optax.MultiSteps`, `optax.chain`) call `update` of the wrapper."
     )
-  key = jax.random.key_data(state.key) if _is_typed(state.key) else jnp.asarray(state.key, jnp.uint32)
-  return state._replace(key=key, dropped=jnp.zeros((), jnp.int32) if state.dropped is None else state.dropped)
+  return state._replace(dropped=jnp.zeros((), jnp.int32) if state.dropped is None else state.dropped)
+
+
+def _split(key: jax.Array, generator: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The next key, of the kind of this one, and two to draw from."""
+  typed = key if _is_typed(key) else jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32), impl=generator)
+  following, *drawn = jax.random.split(typed, 3)
+  return following if _is_typed(key) else jax.random.key_data(following), *drawn
 
 
 @static_arguments("preconditioner", "curvature", "every", "momentum", "direction", "after", "before", "key")
@@ -364,7 +368,7 @@ def scale_by_preconditioner(
     check_automatic(updates)
     check_choice(refresh, "refresh")
     strength = damping(state.count) if callable(damping) else damping
-    next_key, probe_key, fit_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=generator), 3)
+    next_key, probe_key, fit_key = _split(state.key, generator)
     due, debt = schedule(state)
     due = due if refresh is None else refresh
     due = both(due, not accumulating if isinstance(accumulating, bool) else ~accumulating)
@@ -413,7 +417,7 @@ def scale_by_preconditioner(
     due = jnp.asarray(due)
     return applied, ScaleByPreconditionerState(
       count=optax.safe_increment(state.count),
-      key=jax.random.key_data(next_key),
+      key=next_key,
       debt=debt,
       fits=state.fits + (due & sound).astype(jnp.int32),
       skipped=state.skipped + (~usable).astype(jnp.int32),

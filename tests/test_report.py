@@ -10,7 +10,7 @@ import pytest
 import dpsgd_optax as dpo
 from tests.table import BATCH, PARAMS, PRECONDITIONERS, Fault, compiled, draw, fit, matrix, start
 
-COUNTS = {"steps", "fits", "skipped"}
+COUNTS = {"steps", "fits", "skipped", "dropped"}
 JUDGED = {"damping", "ratio", "actual", "predicted", "rejected"}
 ENDS = {"p_smallest", "p_largest", "p_condition"}
 SILENT = {"dense", "raveled"}
@@ -68,7 +68,7 @@ def test_two_of_a_kind_are_told_apart_by_where_they_stand():
   parts = {"bias": dpo.psgd(0.1, dpo.diagonal()), "kernel": dpo.psgd(0.1, dpo.kron())}
   tx = optax.partition(parts, {"b": "bias", "w": "kernel"})
   found = jax.eval_shape(lambda params: dpo.report(tx.init(params)), PARAMS)
-  assert set(found) == {f"{kind}/{key}" for kind in parts for key in COUNTS | ENDS}
+  assert set(found) == {f"{kind}/{key}" for kind in parts for key in COUNTS | ENDS | {"clipped"}}
   twice = optax.chain(dpo.psgd(0.1, dpo.diagonal()), dpo.psgd(0.1, dpo.diagonal()))
   assert {"0/fits", "1/fits"} <= set(jax.eval_shape(lambda params: dpo.report(twice.init(params)), PARAMS))
 

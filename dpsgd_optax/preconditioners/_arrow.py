@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax.base import check_real
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Arrow:
 
 
 def identity(d: int, dtype: Any) -> Arrow:
+  check_real(dtype, "scan")
   return Arrow(jnp.ones(d, dtype), jnp.zeros(d, dtype))
 
 

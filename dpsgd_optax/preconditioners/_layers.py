@@ -479,7 +479,15 @@ def with_fallback(core: Any, fallback: Any, spec: Any, *, vectors: bool) -> Any:
 
   if fallback is None:
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(core).update)
-  return optax.partition({"layers": core, "rest": fallback}, labels)
+  parts = optax.partition({"layers": core, "rest": fallback}, labels)
+
+  def update(updates, state, params=None, **extra):
+    if params is not None:  # a model as params: its functions, opposite a None of the gradient, are no parameters
+      is_none = lambda x: x is None
+      params = jax.tree.map(lambda g, p: None if g is None else p, updates, params, is_leaf=is_none)
+    return parts.update(updates, state, params, **extra)
+
+  return optax.GradientTransformationExtraArgs(parts.init, update)
 
 
 def _is_rest(path: tuple[str, ...], leaf: Leaf, ours: set[int | None], vectors: bool) -> bool:

@@ -114,7 +114,7 @@ def batch_norm(
     >>> x = jnp.array([[2.0], [6.0]])  # μ = 4, σ² = 4
     >>> grads = {"w": jnp.array([[8.0]]), "b": jnp.array([1.0])}
     >>> updates, _ = tx.update(grads, tx.init(params), params, layer_inputs={"w": x})
-    >>> updates["w"], updates["b"]  # (8 − 4·1) / 4, 1 − 4·1
+    >>> updates["w"].round(4), updates["b"].round(4)  # (8 − 4·1) / 4, 1 − 4·1
     (Array([[1.]], dtype=float32), Array([-3.], dtype=float32))
   """
   check_fraction(decay, "decay")

@@ -25,6 +25,8 @@ from dpsgd_optax.preconditioners._linalg import balancing, multiply
 from dpsgd_optax.preconditioners._power import kron_power
 from dpsgd_optax.preconditioners._seen import in_use, slices_waited, unseen
 
+SMALL = 64  # numbers: an axis of 8 or less has a dense factor for nothing, that of a vector too
+
 
 class KronState(NamedTuple):
   """Attributes:
@@ -261,12 +263,13 @@ def kron(
   """P = ⊗ p_i on every leaf, one factor per axis.
 
   Fitted on Newton probes, P → ⊗|H_i + λ|⁻¹ if H = ⊗H_i; on gradients, P → (E ggᵀ)^(−½) of the best Kronecker form.
-  An axis of length d gets a dense factor iff 1 < d ≤ ``max_size`` and d² ≤ ``max_skew`` · N, otherwise a diagonal
-  one: with the default the state is about as large as Adam's. Vectors and scalars are diagonal under that rule.
+  An axis of length d gets a dense factor iff 1 < d ≤ ``max_size`` and d² ≤ ``max_skew`` · max(N, 64), otherwise a
+  diagonal one: with the default the state is about as large as Adam's. Scalars and vectors longer than 8 are diagonal
+  under that rule; on a vector of two, Newton's method with a diagonal factor does not get through Rosenbrock's valley.
 
   Args:
     max_size: the longest axis that may have a dense factor. Static (decides shapes). ``jnp.inf``: any.
-    max_skew: a dense factor holds at most ``max_skew`` · N numbers. Static. ``jnp.inf``: all dense.
+    max_skew: a dense factor holds at most ``max_skew`` · max(N, 64) numbers. Static. ``jnp.inf``: all dense.
     geometry: how the factors move: ``pro``, ``quad``, ``qeq``, ``qep`` (matrix products only), ``eq`` (triangular
       solves), or ``quad4p``, ``pro4p``, which fit P itself and keep no Q. In ``python -m benchmarks defaults``, four
       problems of whitening, ``quad`` has the loss of ``pro`` in 83 to 97 % of its time; but on Newton products of the
@@ -299,9 +302,9 @@ def kron(
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
     >>> p = dpo.kron(init_scale=1.0)
-    >>> state = p.init({"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)})
-    >>> [q.shape for q in state.buckets["3x5_float32"].q]
-    [(1, 3, 3), (1, 5)]
+    >>> state = p.init({"kernel": jnp.zeros((3, 50)), "bias": jnp.zeros(50)})
+    >>> [q.shape for q in state.buckets["3x50_float32"].q]
+    [(1, 3, 3), (1, 50)]
   """
   check_step_size(step_size)
   check_geometry(geometry)
@@ -313,7 +316,8 @@ def kron(
   def layout(shape: tuple[int, ...]) -> Layout:
     kept = tuple(d for d in shape if d > 1) or (1,)
     size = math.prod(kept)
-    return Layout(kept, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * size) for d in kept))
+    counted = max(size, SMALL)
+    return Layout(kept, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * counted) for d in kept))
 
   options = dict(geometry=geometry, step_size=step_size, normalizer=normalizer, precision=precision)
   found = group(layout, init_scale=init_scale, **options)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
+from dpsgd_optax.base import Preconditioner, Probe, check, check_real, check_step_size
 from dpsgd_optax.preconditioners._geometry import tracked
 from dpsgd_optax.preconditioners._lift import raveled, sampled
 from dpsgd_optax.preconditioners._linalg import tiny
@@ -64,7 +64,7 @@ class Look(NamedTuple):
   z: jax.Array
 
 
-def joined(w: jax.Array, d: jax.Array, lipschitz: jax.Array, precision: Any = None, idle: Any = ()) -> LRAState:
+def joined(w: jax.Array, d: jax.Array, lipschitz: jax.Array, idle: Any = (), precision: Any = None) -> LRAState:
   """The state with the inner products of the columns of ``w``."""
   return LRAState(w, jnp.matmul(w.T, w, precision=precision), d, lipschitz, idle)
 
@@ -142,7 +142,7 @@ def moved(
   first, second = (step * jnp.where(of_u, by_u[i], by_v[i]) for i in range(2))
   left, right = (kept(jnp.where(of_u, x, y)) for x, y in ((seen.a, seen.e), (seen.b, seen.y)))
   moved = state.w - left[:, None] * first[None] - right[:, None] * second[None]
-  return joined(moved, d, state.lipschitz, precision, idle)
+  return joined(moved, d, state.lipschitz, idle, precision)
 
 
 def noticed(idle: Any, h: jax.Array) -> tuple[Any, Callable[[jax.Array], jax.Array]]:
@@ -251,11 +251,12 @@ def lra(
   check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
 
   def init(x: jax.Array) -> LRAState:
+    check_real(x.dtype, "lra")
     u, v = jax.random.normal(jax.random.key(key), (2, x.size, rank), x.dtype)
     size = lambda m: jnp.sqrt(0.1 / jnp.maximum(jnp.sum(m * m), jnp.finfo(x.dtype).tiny))
     w = jnp.concatenate([size(u) * u, size(v) * v], 1)
     d = jnp.full(x.shape, 1.0 if init_scale is None else init_scale, x.dtype)
-    return joined(w, d, jnp.zeros(3, x.dtype), precision, unseen(x.shape))
+    return joined(w, d, jnp.zeros(3, x.dtype), unseen(x.shape), precision)
 
   def fit(state: LRAState, probe: Probe, *, key: jax.Array) -> LRAState:
     key, *coins = jax.random.split(key, 3)

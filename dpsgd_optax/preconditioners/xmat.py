@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.base import Preconditioner, Probe, check
+from dpsgd_optax.base import Preconditioner, Probe, check, check_real
 from dpsgd_optax.preconditioners._geometry import tracked
 from dpsgd_optax.preconditioners._lift import raveled
 from dpsgd_optax.preconditioners._linalg import tiny
@@ -118,6 +118,7 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
   check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
 
   def init(x: jax.Array) -> XMatState:
+    check_real(x.dtype, "xmat")
     scale = 1.0 if init_scale is None else init_scale
     zero = lambda shape: jnp.zeros(shape, x.dtype)
     return XMatState(jnp.full(x.shape, scale, x.dtype), zero(x.shape), zero(()), unseen(x.shape))

@@ -2,6 +2,7 @@
 """What real loops broke, one small input for each kind of fault. Each test was red before its fault was mended."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,10 @@ def test_a4_a_state_of_the_old_layout_loads():
   first = state[0]
   old = (first._replace(key=jax.random.wrap_key_data(first.key), dropped=None), *state[1:])
   update = jax.jit(lambda s: tx.update(PARAMS, s, PARAMS, hvp=dpo.hvp(loss, PARAMS)))
-  jax.tree.map(np.testing.assert_array_equal, update(old), update(state))
+  found, expected = update(old), update(state)
+  assert jnp.issubdtype(found[1][0].key.dtype, jax.dtypes.prng_key)  # so that it fits a scan that carries it
+  raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(raw, found), expected)
 
 
 LABELS = {"b": "theirs", "w": "ours"}
@@ -484,3 +488,35 @@ def test_b8_what_is_not_finite_passes_the_guard_to_be_skipped(bad):
   updates, after = tx.update(spoilt, state, PARAMS)
   assert all(np.all(x == 0) for x in jax.tree.leaves(updates)) and int(optax.tree.get(after, "skipped")) == 1
   np.testing.assert_array_equal(optax.tree.get(after, "sizes"), optax.tree.get(state, "sizes"))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a12_a_transform_can_be_taken_apart_and_hashed(name):
+  """As optimistix does with the closures of a solver: what they hold is hashable, and every function has a source."""
+  seen = set()
+
+  def walk(x):
+    if id(x) in seen:
+      return
+    seen.add(id(x))
+    if isinstance(x, functools.partial):
+      walk(x.func)
+    if isinstance(x, tuple):
+      for part in x:
+        walk(part)
+    elif getattr(x, "__closure__", None) and getattr(x, "__module__", "").split(".")[0] in ("dpsgd_optax", "optax"):
+      inspect.getsource(x)
+      for cell in x.__closure__:
+        if not isinstance(cell.cell_contents, dict | list):
+          walk(cell.cell_contents)
+    elif not isinstance(x, jax.Array | np.ndarray | dict | list):
+      hash(x)
+
+  walk(tuple(OPTIMIZERS[name].make()))
+  assert len(seen) > 3
+
+
+@pytest.mark.parametrize("make", [dpo.lra, dpo.xmat, dpo.scan])
+def test_complex_parameters_are_refused_where_p_would_not_be_hermitian(make):
+  with pytest.raises(ValueError, match=r"of real parameters, got complex64.*split_real_and_imaginary"):
+    make().init({"w": jnp.zeros((3, 2), jnp.complex64)})

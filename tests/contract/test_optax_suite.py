@@ -178,9 +178,7 @@ class TestAlias:
     ("name", "target", "dtype"),
     cells(OPTIMIZERS, TARGETS, dtypes("float32", "complex64"), quick=(*QUICK, "_setup_rosenbrock", jnp.float32)),
   )
-  def test_optimization(self, request, name, target, dtype):
-    if (name, target) == ("psgd_newton", "_setup_rosenbrock"):
-      request.applymarker(pytest.mark.xfail(strict=True, reason="10000 steps are too few for a diagonal P of a vector"))
+  def test_optimization(self, name, target, dtype):
     if name in REAL and jnp.issubdtype(dtype, jnp.complexfloating):
       pytest.skip(f"{name} does not support complex parameters")
     run(ALIAS.AliasTest, "test_optimization", **plain(name), target=getattr(ALIAS, target), dtype=dtype)
