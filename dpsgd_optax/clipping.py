@@ -15,11 +15,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax._split import on_mesh
 from dpsgd_optax.base import check, check_fraction, leaves_apart
 from dpsgd_optax.transform import map_by_shape, scalar_dtype
 
 Matrices = Callable[[Any], tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]]
 """tree -> (an array (count, *shape) for each leaf, the way back): what is clipped together, and what apart."""
+
+
+def _over(function: Callable[..., jax.Array], parts: list[jax.Array], *rest: list[jax.Array]) -> list[jax.Array]:
+  """Equal parts at once; on a mesh one by one, for to put them side by side may be to send them."""
+  return (jax.tree.map if on_mesh() else map_by_shape)(function, parts, *rest)
 
 
 class ClipSpikesState(NamedTuple):
@@ -93,7 +99,7 @@ def clip_spikes(
       scaled = jnp.abs(x).astype(wide(x)) * unit.astype(wide(x)).reshape(-1, *(1,) * (x.ndim - 1))
       return jnp.sum(scaled * scaled, axis=range(1, x.ndim)).astype(sizes.dtype)
 
-    ratio = jnp.sqrt(jnp.concatenate(map_by_shape(squares, parts, of_parts(unit))))
+    ratio = jnp.sqrt(jnp.concatenate(_over(squares, parts, of_parts(unit))))
     jumps = known & (ratio > max_jump)
     finite = jnp.isfinite(ratio)
     scale = jnp.where(jumps, jnp.where(finite, max_jump / jnp.where(jumps, ratio, 1), 0), 1)
@@ -101,7 +107,7 @@ def clip_spikes(
     kept = jnp.where((ratio > 0) & (finite | jumps), grown, sizes).astype(sizes.dtype)
     times = lambda x, a: x * a.astype(jnp.finfo(x.dtype).dtype).reshape(-1, *(1,) * (x.ndim - 1))
     clipped = state.clipped + jnp.any(jumps).astype(jnp.int32)
-    return join(map_by_shape(times, parts, of_parts(scale))), ClipSpikesState(kept, clipped)
+    return join(_over(times, parts, of_parts(scale))), ClipSpikesState(kept, clipped)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -131,6 +137,6 @@ def clip_matrices(max_rms: Any, matrices: Matrices | None = None) -> optax.Gradi
     if matrices is None:
       return map_by_shape(clipped, updates)
     parts, join = matrices(updates)
-    return join(map_by_shape(jax.vmap(clipped), parts))
+    return join(_over(jax.vmap(clipped), parts))
 
   return optax.stateless(update)

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dpsgd_optax._split import Path, Split, dividing
 from dpsgd_optax.base import forward_extra_args
 from dpsgd_optax.preconditioners._lift import LiftState
+from dpsgd_optax.selection import spread
 
 REPLICATED = PartitionSpec()
 
@@ -61,7 +62,7 @@ def _named(axes: str | tuple[str, ...] | None, mesh: Any) -> tuple[str, ...]:
 def _spread(param_specs: Any, params: Any, mesh: Any) -> Any:
   """One spec for each leaf of the params, from a prefix tree of specs."""
   try:
-    specs = jax.tree.map(lambda s, part: jax.tree.map(lambda _: s, part), param_specs, params, is_leaf=_is_spec)
+    specs = spread(param_specs, params, is_leaf=_is_spec)
   except ValueError as error:
     raise ValueError(
       f"`param_specs` must have the structure of the params, {jax.tree.structure(params)}, or be a prefix of it; got "
