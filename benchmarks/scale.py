@@ -93,8 +93,8 @@ def gradient_flops(model: Model, tokens: int) -> float:
 
 
 def dense_sizes(shape: tuple[int, ...]) -> list[int]:
-  """The dense factors of `kron(max_size=inf)` on a matrix: d² ≤ rows · columns."""
-  return [d for d in shape if d > 1 and d * d <= math.prod(shape)]
+  """The dense factors of `kron(max_size=inf)` on a matrix: d² ≤ rows · columns, or d ≤ 8."""
+  return [d for d in shape if d > 1 and d * d <= max(math.prod(shape), 64)]
 
 
 def apply_flops(shape: tuple[int, ...]) -> float:

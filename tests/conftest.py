@@ -5,6 +5,9 @@ import jax
 import numpy as np
 import pytest
 
+collect_ignore_glob = ["clients/with_*.py"]
+"""Loops that import packages that need not be installed: the cell that asks for one imports it."""
+
 
 @pytest.fixture
 def x64():
