@@ -18,7 +18,8 @@ STATE_VERSION = 2
 
 CHANGES = {
   2: "the PRNG key is raw data (uint32) in place of a typed key; `dropped`, `idle` and `before` are new; "
-  '`levenberg_marquardt` says "not yet" with 0 and infinity in place of NaN; the preconditioners name their geometry'
+  '`levenberg_marquardt` says "not yet" with 0 and the largest number in place of NaN; the preconditioners name their '
+  "geometry"
 }
 """What is otherwise since the version before."""
 

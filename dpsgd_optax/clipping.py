@@ -48,7 +48,8 @@ def clip_spikes(
   size is followed: s grows by a factor of 1 + (c − 1)(1 − decay) in a step, 1.3 with the defaults.
 
   Each matrix has an s of its own, so that a spike in one layer leaves the others as they are. The first gradient is
-  never clipped. A zero gradient leaves s as it is; one that is not finite passes, to be skipped by what comes after.
+  never clipped. A zero gradient leaves s as it is. One whose length overflows becomes zero; one that is not finite
+  stays so, to be skipped by what comes after.
 
   Args:
     max_jump: c > 1.

@@ -423,8 +423,8 @@ def gls(
     from_outputs: compute P g = P ÃᵀE as (P Ãᵀ) E from the recorded output gradients E. The product that makes g is then
       left out, and a step with ``decay=None`` costs 1.2 to 1.4 steps of Adam on MLPs with batches of 128
       (``python -m benchmarks gls``). Needs ``capture(loss, gradients=True)``, ``b1=None``, with ``decay=None``
-      ``every=1``, no ``axis_name``, and nothing before it that changes the gradient (clipping, say), which would not be
-      seen. Static.
+      ``every=1``, no ``axis_name`` and no ``data_parallel``, and nothing before it that changes the gradient (clipping,
+      say), which would not be seen. Static.
     max_size, axis_name, layers: see :func:`dpsgd_optax.least_squares`.
 
   Returns:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax._replicas import replica_axis
 from dpsgd_optax._split import as_leaves
 from dpsgd_optax.base import Preconditioner, working_dtype
 from dpsgd_optax.layers import LayerRecord, extended, extent, gradients_of, is_record, names, rows_of
@@ -391,6 +392,11 @@ def from_outputs(group: Group, spec: Any = None) -> Callable:
 
   def direction(apply, updates, params, *, fitted, layer_inputs=None, **extra):
     del params, extra
+    if replica_axis() is not None:
+      raise ValueError(
+        "`from_outputs` makes the step from the output gradients of the local batch, which differ between the replicas "
+        "of `data_parallel`. Type `from_outputs=False`."
+      )
     layers = find_layers(updates, spec)
     records = dict(zip(layers, matched(layers, layer_inputs, updates), strict=True))
     leaves, treedef = jax.tree.flatten(apply(updates))

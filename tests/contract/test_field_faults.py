@@ -269,6 +269,18 @@ def test_b1_the_derivatives_of_a_loss_are_averaged_even_where_it_is_all_that_was
     np.testing.assert_array_equal(x[0], x[1])
 
 
+def test_b1_a_step_made_of_the_local_outputs_is_refused():
+  """`gls(from_outputs=True)` does not look at the gradient, the only thing that would have been averaged."""
+  tx, params = dpo.data_parallel(dpo.gls(0.1, from_outputs=True), "i"), {"w": jnp.ones((3, 2))}
+
+  def replica(x):
+    value, grads, inputs = dpo.capture(lambda p: jnp.sum((x @ p["w"]) ** 2), gradients=True)(params)
+    return tx.update(grads, tx.init(params), params, value=value, layer_inputs=inputs)[0]
+
+  with pytest.raises(ValueError, match=r"local batch.*from_outputs=False"):
+    jax.vmap(replica, axis_name="i")(jnp.ones((2, 4, 3)))
+
+
 def test_b1_an_axis_that_is_not_bound_is_named():
   tx = dpo.data_parallel(dpo.psgd(0.1), "batch")
   with pytest.raises(ValueError, match=r"'batch', which is not bound.*axis_name='batch'"):
