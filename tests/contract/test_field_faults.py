@@ -49,6 +49,23 @@ def test_a1_a_fresh_state_can_be_donated(make):
   assert np.all(np.isfinite(updates["w"]))
 
 
+@pytest.mark.parametrize(
+  "wrap", [lambda tx: tx, dpo.levenberg_marquardt, lambda tx: optax.chain(tx, optax.scale(-0.1))]
+)
+def test_a1_a_state_that_shares_its_arrays_is_taken_apart(wrap):
+  """A preconditioner of one's own may keep one array twice, or the params themselves: none of it reaches the state."""
+
+  def init(params):
+    zero = jnp.zeros(())
+    return {"first": zero, "second": zero, "start": params}
+
+  own = dpo.Preconditioner(init, lambda state, probe, *, key, damping: state, lambda state, updates: updates)
+  tx, params = wrap(dpo.scale_by_preconditioner(own, dpo.whitening())), {"w": jnp.ones((4, 3))}
+  step = lambda p, s: tx.update(jax.grad(bowl)(p), s, p, value=bowl(p), value_fn=bowl)
+  updates, _ = jax.jit(step, donate_argnums=(0, 1))(params, tx.init(params))
+  assert np.all(np.isfinite(updates["w"]))
+
+
 def test_a1_a_key_of_the_caller_survives_the_donation_of_the_state():
   key, params = jax.random.key_data(jax.random.key(3)), jnp.ones(3)
   tx = dpo.psgd(0.1, key=key)
