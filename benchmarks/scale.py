@@ -38,8 +38,8 @@ from benchmarks.models import Transformer
 from benchmarks.progress import say
 from benchmarks.records import environment
 from benchmarks.report import Table, number
-from dpsgd_optax._split import Split
-from dpsgd_optax.preconditioners._lift import make_buckets
+from dpsgd_optax._trees.buckets import make_buckets
+from dpsgd_optax._trees.mesh import Split
 
 HARDWARE = {
   "peak": (8e14, "flop/s of a device in bfloat16, for the gradient; an H100's, as in performance/LIMITS.md"),

@@ -172,19 +172,25 @@ def check_real(dtype: Any, name: str) -> None:
     )
 
 
-def leaves_apart(tree: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
-  """Every leaf as one matrix."""
-  leaves, treedef = jax.tree.flatten(tree)
-  return [x[None] for x in leaves], lambda parts: treedef.unflatten([x[0] for x in parts])
+class Observation(NamedTuple):
+  """What ``layer_inputs()`` observes: the records, and the updates for their structure and shapes."""
+
+  records: Any
+  like: Any
 
 
-def same_structure(tree: Any, other: Any, what: str, of: str) -> None:
-  """Raises unless ``tree`` has the pytree structure of ``other``."""
-  came, needed = jax.tree.structure(tree), jax.tree.structure(other)
-  if came != needed:
-    raise ValueError(f"{what} must have the structure of {of}, {needed}; got {came}.")
+class Product:
+  """v ↦ C v at fixed parameters: a function, that also knows where it was taken.
 
+  Inside ``optax.partition`` a transform is shown params with holes. Whoever needs the others there, to evaluate the
+  loss, finds them here.
 
-def working_dtype(dtype: Any) -> Any:
-  """The dtype of state and arithmetic for a parameter of this dtype: float32 at least."""
-  return jnp.promote_types(dtype, jnp.float32)
+  Attributes:
+    params: θ, in full; None if it is not known.
+  """
+
+  def __init__(self, product: Callable[[Any], Any], params: Any = None):
+    self._product, self.params = product, params
+
+  def __call__(self, vector: Any) -> Any:
+    return self._product(vector)

@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import optax
 
-from dpsgd_optax._replicas import replicas
-from dpsgd_optax.base import forward_extra_args
-from dpsgd_optax.products import Product
+from dpsgd_optax._trees.replicas import replicas
+from dpsgd_optax.base import Product, forward_extra_args
 
 
 def _averaged_product(product: Callable, axis_name: Any) -> Product:

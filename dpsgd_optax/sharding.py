@@ -13,7 +13,6 @@ Notation
 Source of the idea: the sharded preconditioners of distributed Shampoo, arXiv:2309.06497, and ZeRO, arXiv:1910.02054.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,10 +20,10 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpsgd_optax._split import Path, Split, dividing
+from dpsgd_optax._trees.mesh import Path, Split, dividing
+from dpsgd_optax._trees.selection import spread
 from dpsgd_optax.base import forward_extra_args
 from dpsgd_optax.preconditioners._lift import LiftState
-from dpsgd_optax.selection import spread
 
 REPLICATED = PartitionSpec()
 
@@ -213,15 +212,3 @@ def sharded(
     return lay(done, specs), lay(state, partition_specs(inner, updates, param_specs, mesh, names))
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def bytes_per_device(tree: Any) -> int:
-  """Bytes that one device holds of a tree of arrays, the fullest of them, as they are sharded.
-
-  Example:
-    >>> import jax.numpy as jnp, dpsgd_optax as dpo
-    >>> dpo.sharding.bytes_per_device({"w": jnp.zeros((3, 4))})
-    48
-  """
-  data = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in map(data, jax.tree.leaves(tree)))

@@ -20,10 +20,10 @@ from scipy.linalg import sqrtm
 
 import dpsgd_optax as dpo
 from dpsgd_optax.base import Probe
+from dpsgd_optax.geometry.moves import lipschitz
 from dpsgd_optax.preconditioners import _lift, lra, xmat
-from dpsgd_optax.preconditioners._geometry import lipschitz
+from dpsgd_optax.preconditioners._factors import Layout, dense_if, group
 from dpsgd_optax.preconditioners.dense import DenseState, refit
-from dpsgd_optax.preconditioners.kron import Layout, dense_if, group
 from tests.record import load
 from tests.test_golden_kron import GEOMETRIES
 

@@ -11,8 +11,11 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax import training
-from dpsgd_optax.layers import gradients_of, is_record, names, rows_of
-from dpsgd_optax.preconditioners._layers import as_matrix, find_layers, matched
+from dpsgd_optax._trees.paths import names
+from dpsgd_optax.layers.find import find_layers, matched
+from dpsgd_optax.layers.matrix import as_matrix
+from dpsgd_optax.layers.moments import gradients_of, rows_of
+from dpsgd_optax.layers.record import is_record
 
 eqx = pytest.importorskip("equinox")
 

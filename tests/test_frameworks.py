@@ -16,8 +16,8 @@ from flax import nnx
 
 import dpsgd_optax as dpo
 from dpsgd_optax import training
-from dpsgd_optax.layers import names
-from dpsgd_optax.selection import spread
+from dpsgd_optax._trees.paths import names
+from dpsgd_optax._trees.selection import spread
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
 X = jax.random.normal(jax.random.key(0), (32, 4))

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpsgd_optax.preconditioners._arrow import Arrow
-from dpsgd_optax.preconditioners._geometry import Normalizer, eq, fit_factors, lipschitz, spectral
-from dpsgd_optax.preconditioners._linalg import balancing, largest_entry, multiply, scaled, square
-from dpsgd_optax.preconditioners.kron import KronState, refit, sandwich
+from dpsgd_optax.geometry.fit import fit_factors
+from dpsgd_optax.geometry.linalg import balancing, largest_entry, multiply, scaled, square
+from dpsgd_optax.geometry.moves import Normalizer, eq, lipschitz, spectral
+from dpsgd_optax.geometry.structured import Arrow
+from dpsgd_optax.preconditioners._factors import KronState, refit, sandwich
 from tests.record import TOLERANCE, case, case_names, draws, error, load
 
 PAIRS = [name for name in case_names("legacy") if name.startswith("kronpair/")]

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
-from dpsgd_optax.layers import Window
+from dpsgd_optax.layers.record import Window
 
 PAPER = dict(debias=False, within_batch=True)
 

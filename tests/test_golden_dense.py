@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import dpsgd_optax as dpo
-from dpsgd_optax.preconditioners._geometry import Normalizer, spectral, trace
-from dpsgd_optax.preconditioners._linalg import LowRank, norm_estimate, procrustes_step, procrustes_step_3
+from dpsgd_optax.geometry.moves import Normalizer, spectral, trace
+from dpsgd_optax.geometry.norms import norm_estimate, procrustes_step, procrustes_step_3
+from dpsgd_optax.geometry.structured import LowRank
 from dpsgd_optax.preconditioners.dense import DenseState, refit
 from tests.record import TOLERANCE, case, case_names, draws, error
 from tests.test_golden_kron import GEOMETRIES

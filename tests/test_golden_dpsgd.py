@@ -13,9 +13,10 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
-from dpsgd_optax.preconditioners._geometry import fit_factors
-from dpsgd_optax.preconditioners._linalg import balancing, norm_bound, scaled
-from dpsgd_optax.preconditioners.kron import KronState, sandwich
+from dpsgd_optax.geometry.fit import fit_factors
+from dpsgd_optax.geometry.linalg import balancing, scaled
+from dpsgd_optax.geometry.norms import norm_bound
+from dpsgd_optax.preconditioners._factors import KronState, sandwich
 from tests.table import counted
 
 GOLDEN = Path(__file__).parent / "golden" / "dpsgd"

@@ -14,16 +14,10 @@ import numpy as np
 import pytest
 
 import dpsgd_optax as dpo
-from dpsgd_optax.preconditioners._geometry import fit_factors
-from dpsgd_optax.preconditioners._linalg import (
-  balancing,
-  norm_bound,
-  norm_estimate,
-  procrustes_step,
-  procrustes_step_3,
-  scaled,
-)
-from dpsgd_optax.preconditioners.kron import sandwich
+from dpsgd_optax.geometry.fit import fit_factors
+from dpsgd_optax.geometry.linalg import balancing, scaled
+from dpsgd_optax.geometry.norms import norm_bound, norm_estimate, procrustes_step, procrustes_step_3
+from dpsgd_optax.preconditioners._factors import sandwich
 from tests.record import TOLERANCE, case, draws, error, load
 
 GEOMETRIES = {

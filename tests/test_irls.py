@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpsgd_optax import irls
+from dpsgd_optax.layers import irls
 
 LINKS = {name: getattr(irls, name) for name in ("identity", "sigmoid", "tanh", "softplus", "leaky_relu")}
 RNG = np.random.default_rng(0)

@@ -13,8 +13,10 @@ from flax import nnx
 
 import dpsgd_optax as dpo
 from dpsgd_optax import training
-from dpsgd_optax.layers import Window, gradients_of, gram, is_record, output_space, rows_of
-from dpsgd_optax.preconditioners._layers import as_matrix, find_layers, matched
+from dpsgd_optax.layers.find import find_layers, matched
+from dpsgd_optax.layers.matrix import as_matrix
+from dpsgd_optax.layers.moments import gradients_of, gram, rows_of
+from dpsgd_optax.layers.record import Window, is_record, output_space
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
 

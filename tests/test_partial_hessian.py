@@ -14,7 +14,7 @@ from flax import nnx
 
 import dpsgd_optax as dpo
 from dpsgd_optax import training
-from dpsgd_optax.selection import is_norm_param
+from dpsgd_optax.training.norm_layers import is_norm_param
 
 KEY = jax.random.PRNGKey(0)
 

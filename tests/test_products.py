@@ -14,16 +14,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import dpsgd_optax as dpo
-from dpsgd_optax.products import (
-  check_scalar,
-  ggnvp,
-  hvp,
-  hvp_finite_difference,
-  opposite,
-  stepped,
-  value_and_grad_and_hvp,
-  value_and_grad_then_hvp,
-)
+from dpsgd_optax._trees.matching import opposite
+from dpsgd_optax.curvature.fused import value_and_grad_and_hvp, value_and_grad_then_hvp
+from dpsgd_optax.curvature.products import check_scalar, ggnvp, hvp, hvp_finite_difference, stepped
 
 pytestmark = pytest.mark.usefixtures("x64")
 

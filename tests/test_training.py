@@ -15,8 +15,9 @@ from flax import nnx
 from flax.training import train_state
 
 import dpsgd_optax as dpo
-from dpsgd_optax.products import hvp
-from dpsgd_optax.training import TrainState, host_cadence
+from dpsgd_optax.curvature.products import hvp
+from dpsgd_optax.training.cadence import host_cadence
+from dpsgd_optax.training.train_state import TrainState
 
 
 class SeenState(NamedTuple):

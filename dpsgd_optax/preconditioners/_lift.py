@@ -16,23 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._split import Path, as_leaves, divided, everywhere
-from dpsgd_optax.base import Preconditioner, Probe, working_dtype
-from dpsgd_optax.preconditioners._linalg import tiny
-from dpsgd_optax.selection import spread
-
-
-class Bucket(NamedTuple):
-  """Leaves of one shape: static, made anew from shapes at every trace."""
-
-  name: str  # "64x10_float32", the key in the state
-  shape: tuple[int, ...]  # of one matrix
-  dtype: Any  # float32 at least
-  members: tuple[tuple[int, int], ...]  # (index of the leaf, matrices in it)
-
-  @property
-  def size(self) -> int:
-    return sum(count for _, count in self.members)
+from dpsgd_optax._trees.arithmetic import working_dtype
+from dpsgd_optax._trees.buckets import Bucket, Stacked, _paths, make_buckets, stack, unstack
+from dpsgd_optax._trees.draws import noise
+from dpsgd_optax._trees.mesh import as_leaves, divided
+from dpsgd_optax.base import Preconditioner, Probe
+from dpsgd_optax.preconditioners._damped import damped
 
 
 class LiftState(NamedTuple):
@@ -45,76 +34,6 @@ class LiftState(NamedTuple):
 
   buckets: Any
   meaning: Any = ()
-
-
-Stacked = Any | Callable[[Any, jax.Array], int] | None
-
-
-def _stack_depths(params: Any, stacked: Stacked) -> list[int]:
-  paths, _ = jax.tree_util.tree_flatten_with_path(params)
-  if stacked is None:
-    return [0] * len(paths)
-  if callable(stacked):
-    return [int(stacked(path, leaf)) for path, leaf in paths]
-  try:
-    return [int(depth) for depth in jax.tree.leaves(spread(stacked, params))]
-  except (ValueError, TypeError) as error:
-    raise ValueError(
-      f"`stacked` must be a tree of ints that fits the params, {jax.tree.structure(params)}, or be a prefix of it; got "
-      f"{jax.tree.structure(stacked)}: {error}. Type a function of path and leaf, `stacked=lambda path, leaf: …`, or "
-      "the number of leading axes for each leaf."
-    ) from error
-
-
-def make_buckets(params: Any, stacked: Stacked = None) -> list[Bucket]:
-  """Groups the leaves by (shape, dtype), in the order in which they first appear; empty leaves in none."""
-  found: dict[tuple, list[tuple[int, int]]] = {}
-  paths, _ = jax.tree_util.tree_flatten_with_path(params)
-  for index, ((path, leaf), depth) in enumerate(zip(paths, _stack_depths(params, stacked), strict=True)):
-    if callable(leaf) or isinstance(leaf, str):
-      raise ValueError(
-        f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)} is a "
-        f"{type(leaf).__name__}. Leave out what is no array: `tx.init(eqx.filter(model, eqx.is_inexact_array))` for an "
-        "Equinox model."
-      )
-    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-      raise ValueError(
-        f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)} has dtype {dtype}. "
-        "Leave it out with `optax.masked` or `optax.partition`, or make it a float."
-      )
-    if depth > len(shape):
-      raise ValueError(
-        f"`stacked` gives {depth} leading axes for {jax.tree_util.keystr(path)}, which has shape {shape}."
-      )
-    if math.prod(shape) > 0:
-      matrix = shape[depth:]
-      found.setdefault((matrix, working_dtype(dtype)), []).append((index, math.prod(shape[:depth])))
-  return [
-    Bucket(f"{'x'.join(map(str, shape)) or 'scalar'}_{jnp.dtype(dtype).name}", shape, dtype, tuple(members))
-    for (shape, dtype), members in found.items()
-  ]
-
-
-def stack(bucket: Bucket, leaves: list[jax.Array]) -> jax.Array:
-  """(size, *shape) in the working dtype."""
-  parts = [jnp.reshape(leaves[i], (count, *bucket.shape)).astype(bucket.dtype) for i, count in bucket.members]
-  return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def _paths(bucket: Bucket, tree: Any) -> list[Path | None]:
-  """Where the matrices of a bucket are leaves of the tree; None for a leaf that is a stack of them."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [leaves[i][0] if jnp.shape(leaves[i][1]) == bucket.shape else None for i, _ in bucket.members]
-
-
-def unstack(bucket: Bucket, x: jax.Array, leaves: list[jax.Array]) -> None:
-  """Writes (size, *shape) back over the leaves it came from, in their shapes and dtypes."""
-  start = 0
-  for i, count in bucket.members:
-    part = x if count == bucket.size else jax.lax.slice_in_dim(x, start, start + count)
-    leaves[i] = part.reshape(jnp.shape(leaves[i])).astype(jnp.result_type(leaves[i]))
-    start += count
 
 
 def _match(state: LiftState, buckets: list[Bucket]) -> None:
@@ -243,77 +162,6 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     root=lift(group.root),
     matrices=None if stacked is None else matrices,
   )
-
-
-def noise(key: jax.Array, tree: Any) -> Any:
-  """Random signs ξ like the leaves, ±1 each: E ξξᴴ = I, which is all that is asked of noise here.
-
-  32 of them come from one random word, where a normal number takes one; one draw serves all leaves, because a draw is
-  a loop to compile, and those of equal shape are made side by side, as they will be used.
-  """
-  leaves, treedef = jax.tree.flatten(tree)
-  groups: dict[Any, list[int]] = {}
-  for i, x in enumerate(leaves):
-    groups.setdefault((jnp.shape(x), working_dtype(jnp.result_type(x))), []).append(i)
-  words_of = lambda shape: -(-math.prod(shape) // 32)
-  ends = list(itertools.accumulate((len(own) * words_of(shape) for (shape, _), own in groups.items()), initial=0))
-  words = jax.random.bits(key, (ends[-1],), jnp.uint32)
-  for ((shape, dtype), members), (start, end) in zip(groups.items(), itertools.pairwise(ends), strict=True):
-    own = everywhere(words[start:end]).reshape(len(members), words_of(shape), 1)
-    bits = ((own >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1).reshape(len(members), -1)[:, : math.prod(shape)]
-    signs = (2 * bits.astype(dtype) - 1).reshape(len(members), *shape)
-    for row, i in enumerate(members):
-      leaves[i] = jax.lax.index_in_dim(signs, row, keepdims=False)
-  return jax.tree.unflatten(treedef, leaves)
-
-
-def damp(probe: Probe, xi: jax.Array | None, damping) -> Probe:
-  """The probe of the damped curvature.
-
-  Newton: h ← h + λ v, that is H + λI.
-  Whitening: h ← h + (λ + ε|h|) ξ with ε the machine epsilon: E hhᴴ grows by at least λ² I, so P ≤ I/λ.
-
-  Where h is exactly zero it stays so, that a fit can tell what was not seen (see ``seen_slices``).
-  """
-  h = probe.product
-  if probe.vector is not None:
-    return Probe(probe.vector, jnp.where(h != 0, h + jnp.asarray(damping, h.dtype) * probe.vector, h))
-  size = jnp.abs(h)
-  eps = jnp.finfo(h.dtype).eps
-  return Probe(None, jnp.where(h != 0, h + (jnp.asarray(damping, size.dtype) + eps * size) * xi, h))
-
-
-def sampled(probe: Probe, key: jax.Array) -> Probe:
-  """The probe with v drawn, where it was integrated out."""
-  return probe if probe.vector is not None else Probe(noise(key, probe.product), probe.product)
-
-
-def unless_zero(x: jax.Array, fit: Callable[[Probe], Any], probe: Probe, old: Any) -> Any:
-  """``fit(probe)``, or ``old`` where x is zero throughout: nothing was seen, so nothing is learned, P cannot run away.
-
-  A branch, or in a batch of matrices a choice. What enters and leaves a branch is written to memory; fused into every
-  pass of the fit and of what reads the new state, the noise and the small sums would be made anew in each: time for
-  ``xmat``, instructions to compile for ``kron``.
-  """
-  # of squares, which a library sums in one pass, no normal number so small that its square vanishes; a NaN is seen
-  larger = x * (2 / math.sqrt(tiny(x)))
-  seen = jnp.sum(jnp.real(larger * jnp.conj(larger))) != 0
-  return jax.lax.cond(seen, lambda probe, old: fit(probe), lambda probe, old: old, probe, old)
-
-
-def damped(group: Preconditioner, whitens: bool) -> Preconditioner:
-  """A group whose ``fit(state, probe, *, key)`` knows no λ, fitted on the probe of the damped curvature.
-
-  Where it ``whitens``, v is integrated out, and the place of the vector holds the noise of the damping.
-  """
-
-  def fit(state, probe, *, key, damping):
-    seen = damp(Probe(None, probe.product), probe.vector, damping) if whitens else damp(probe, None, damping)
-    # λ alone says nothing about a leaf that is not in use: 2000 such fits would leave it with P = I/λ
-    like = lambda new: jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
-    return unless_zero(probe.product, lambda seen: like(group.fit(state, seen, key=key)), seen, state)
-
-  return group._replace(fit=fit)
 
 
 def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:

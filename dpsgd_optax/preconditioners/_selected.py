@@ -4,9 +4,10 @@
 import functools
 from typing import Any
 
+from dpsgd_optax._trees.buckets import make_buckets
+from dpsgd_optax._trees.paths import filled, punched
+from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Preconditioner
-from dpsgd_optax.preconditioners._lift import make_buckets
-from dpsgd_optax.selection import Where, filled, punched, selection
 
 
 def selected(preconditioner: Preconditioner, where: Where) -> Preconditioner:

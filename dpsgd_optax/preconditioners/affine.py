@@ -16,19 +16,13 @@ import itertools
 import math
 from typing import Any
 
+from dpsgd_optax._trees.buckets import Stacked
 from dpsgd_optax.base import Preconditioner, check, check_step_size
-from dpsgd_optax.preconditioners import _arrow
-from dpsgd_optax.preconditioners._geometry import Geometry, Normalizer, eq, lipschitz
-from dpsgd_optax.preconditioners._lift import Stacked, per_leaf
-from dpsgd_optax.preconditioners._linalg import as_matrix_shape
-from dpsgd_optax.preconditioners.kron import (
-  Layout,
-  check_geometry,
-  dense_factor,
-  dense_if,
-  diagonal_factor,
-  group,
-)
+from dpsgd_optax.geometry.linalg import as_matrix_shape
+from dpsgd_optax.geometry.moves import Geometry, Normalizer, eq, lipschitz
+from dpsgd_optax.geometry.structured import arrow_identity
+from dpsgd_optax.preconditioners._factors import Layout, check_geometry, dense_factor, dense_if, diagonal_factor, group
+from dpsgd_optax.preconditioners._lift import per_leaf
 
 
 def squarest(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
@@ -139,7 +133,7 @@ def scan(
     >>> arrow.diagonal.shape, arrow.column.shape, scale.shape
     ((1, 5), (1, 5), (1, 3))
   """
-  left = _arrow.identity if bias_row else diagonal_factor
+  left = arrow_identity if bias_row else diagonal_factor
   return _lifted(_pair(left, diagonal_factor), eq, step_size, init_scale, normalizer, stacked, precision)
 
 

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._replicas import replica_axis
+from dpsgd_optax._trees.replicas import replica_axis
 from dpsgd_optax.base import Preconditioner, check_fraction, check_not_negative
-from dpsgd_optax.layers import LayerRecord, extent, feature_moments
-from dpsgd_optax.preconditioners._layers import Group, Layer, per_layer, running_weight, without_embeddings
+from dpsgd_optax.layers.find import Layer, without_embeddings
+from dpsgd_optax.layers.moments import feature_moments
+from dpsgd_optax.layers.record import LayerRecord, extent
+from dpsgd_optax.preconditioners._per_layer import Group, per_layer, running_weight
 
 
 class BatchNormState(NamedTuple):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpsgd_optax.base import Preconditioner, Probe, check, leaves_apart
+from dpsgd_optax._trees.arithmetic import leaves_apart
+from dpsgd_optax.base import Preconditioner, Probe, check
 
 
 def _ends(d: int, block_size: int) -> tuple[int, ...]:

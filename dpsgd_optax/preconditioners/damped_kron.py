@@ -13,88 +13,19 @@ This is a damping of the *factors*, in the space of P: more of it makes the step
 gradient, the opposite of damping the curvature (fitting on Hv + λv), which makes it shorter.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.base import Preconditioner, Probe, check, check_fraction, check_not_negative, check_step_size
-from dpsgd_optax.preconditioners._geometry import Factors, Geometry, Normalizer, quad, spectral
-from dpsgd_optax.preconditioners._lift import Stacked, batched, sampled, unless_zero
-from dpsgd_optax.preconditioners._linalg import as_matrix_shape, multiply
-from dpsgd_optax.preconditioners._power import kron_power
-from dpsgd_optax.preconditioners.kron import KronState, Layout, check_geometry, dense_if, initial, refit
-
-# How the damped factors are made: (mean eigenvalue of Pbar_L, of Pbar_R, c) -> (shift of P_L, of P_R, multiple of G)
-Form = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-
-
-def factored(left: jax.Array, right: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """U = (Pbar_L + sqrt(π) c I) G (Pbar_R + c/sqrt(π) I), [paper] Eq. 46; π as in Eq. 41 and arXiv:1503.05671.
-
-  π makes the two cross terms equal in trace. The reference's notebooks take the root of τ twice in places; this is
-  the consistent form, shift² = π (τ + η).
-  """
-  root = jnp.sqrt(left / right)
-  return root * c, c / root, jnp.zeros_like(c)
-
-
-def additive(left: jax.Array, right: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """U = Pbar_L G Pbar_R + c G, [paper] Eq. 36."""
-  del left, right
-  return jnp.zeros_like(c), jnp.zeros_like(c), c
-
-
-def undamped(left: jax.Array, right: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """U = Pbar_L G Pbar_R: plain PSGD."""
-  del left, right
-  return jnp.zeros_like(c), jnp.zeros_like(c), jnp.zeros_like(c)
-
-
-class Average(NamedTuple):
-  """A weighted average of the factors over time.
-
-  Attributes:
-    advance: (count, average, memory, current) -> (average, memory), each a tuple of factors; memory may be None.
-    remembers: True if the average needs a memory beside itself.
-  """
-
-  advance: Callable
-  remembers: bool
-
-
-def recursive(decay) -> Average:
-  """Pbar_t = β_t Pbar_{t−1} + (1 − β_t) P_t with β_t = min(t/(t+1), decay), t = 0, 1, …: [paper] Eq. 47.
-
-  The plain mean until t/(t+1) reaches ``decay``; the zero initial value has no weight.
-  """
-  check_fraction(decay, "average")
-
-  def advance(count, average, memory, current):
-    t = count.astype(current[0].real.dtype)
-    beta = jnp.minimum(t / (t + 1), decay)
-    mixed = tuple((beta * a + (1 - beta) * p).astype(p.dtype) for a, p in zip(average, current, strict=True))
-    return mixed, memory
-
-  return Average(advance, False)
-
-
-def two_tap(new: float, old: float) -> Average:
-  """Pbar_t = new · P_t + old · P_{t−1}: what the thesis describes and its stored runs used.
-
-  The thesis's weights, by the size of the first gradient: O(1): old 0.2 to 0.7 and new = 1 − old;
-  O(0.1): new = 1 and old = b/(1 − b), b 0.3 to 0.35; O(0.01): the same with b 0.7 to 0.9.
-  Before the first fit P is the identity.
-  """
-  check_not_negative(new, "new", "It is the weight of the current factors.")
-  check_not_negative(old, "old", "It is the weight of the previous factors.")
-
-  def advance(count, average, memory, current):
-    del count, average
-    return tuple(new * p + old * m for p, m in zip(current, memory, strict=True)), current
-
-  return Average(advance, True)
+from dpsgd_optax._trees.buckets import Stacked
+from dpsgd_optax.base import Preconditioner, Probe, check, check_not_negative, check_step_size
+from dpsgd_optax.geometry.linalg import as_matrix_shape, kron_power, multiply
+from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, quad, spectral
+from dpsgd_optax.preconditioners._damped import sampled, unless_zero
+from dpsgd_optax.preconditioners._factors import KronState, Layout, check_geometry, dense_if, initial, refit
+from dpsgd_optax.preconditioners._lift import batched
+from dpsgd_optax.tikhonov import Average, Form, factored, recursive
 
 
 class DampedKronState(NamedTuple):

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
-from dpsgd_optax.preconditioners._geometry import Geometry, pro, steps, trace
-from dpsgd_optax.preconditioners._lift import raveled, sampled
-from dpsgd_optax.preconditioners._linalg import square
-from dpsgd_optax.preconditioners._power import kron_power
-from dpsgd_optax.preconditioners._seen import in_use, unseen, waited
-from dpsgd_optax.preconditioners.kron import first_gain
+from dpsgd_optax.geometry.fit import first_gain, steps
+from dpsgd_optax.geometry.linalg import kron_power, square
+from dpsgd_optax.geometry.moves import Geometry, pro, trace
+from dpsgd_optax.geometry.seen import in_use, unseen, waited
+from dpsgd_optax.preconditioners._damped import sampled
+from dpsgd_optax.preconditioners._lift import raveled
 
 
 class DenseState(NamedTuple):

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax._trees.buckets import Stacked
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
-from dpsgd_optax.preconditioners._lift import Stacked, per_leaf, sampled
-from dpsgd_optax.preconditioners._seen import in_use, unseen, waited
+from dpsgd_optax.geometry.seen import in_use, unseen, waited
+from dpsgd_optax.preconditioners._damped import sampled
+from dpsgd_optax.preconditioners._lift import per_leaf
 
 
 class DiagonalState(NamedTuple):

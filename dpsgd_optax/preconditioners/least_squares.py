@@ -23,18 +23,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._replicas import replica_axis
+from dpsgd_optax._trees.replicas import replica_axis
 from dpsgd_optax.base import Preconditioner, check, check_fraction, check_not_negative
-from dpsgd_optax.layers import (
-  LayerRecord,
-  extended,
-  extent,
-  feature_moments,
-  frequencies,
-  gram,
-)
-from dpsgd_optax.preconditioners._layers import Group, Layer, gradients_out, per_layer, rows_in, running_weight
-from dpsgd_optax.preconditioners._linalg import lower_gram, triangular_inverse
+from dpsgd_optax.geometry.triangular import lower_gram, triangular_inverse
+from dpsgd_optax.layers.find import Layer
+from dpsgd_optax.layers.matrix import gradients_out, rows_in
+from dpsgd_optax.layers.moments import extended, feature_moments, frequencies, gram
+from dpsgd_optax.layers.record import LayerRecord, extent
+from dpsgd_optax.preconditioners._per_layer import Group, per_layer, running_weight
 
 
 class LeastSquaresState(NamedTuple):

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax._trees.arithmetic import tiny
 from dpsgd_optax.base import Preconditioner, Probe, check, check_real, check_step_size
-from dpsgd_optax.preconditioners._geometry import tracked
-from dpsgd_optax.preconditioners._lift import raveled, sampled
-from dpsgd_optax.preconditioners._linalg import tiny
-from dpsgd_optax.preconditioners._seen import in_use, unseen, waited
-from dpsgd_optax.preconditioners.kron import first_gain
+from dpsgd_optax.geometry.fit import first_gain, tracked
+from dpsgd_optax.geometry.seen import in_use, unseen, waited
+from dpsgd_optax.preconditioners._damped import sampled
+from dpsgd_optax.preconditioners._lift import raveled
 
 BALANCED_EVERY = 10  # fits
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax._trees.buckets import Stacked
 from dpsgd_optax.base import Preconditioner, Probe, check_fraction, check_not_negative
-from dpsgd_optax.preconditioners._lift import Stacked, batched
+from dpsgd_optax.preconditioners._lift import batched
 
 
 class SecondMomentState(NamedTuple):

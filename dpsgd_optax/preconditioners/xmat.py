@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax._trees.arithmetic import tiny
 from dpsgd_optax.base import Preconditioner, Probe, check, check_real
-from dpsgd_optax.preconditioners._geometry import tracked
+from dpsgd_optax.geometry.fit import first_gain, tracked
+from dpsgd_optax.geometry.seen import in_use, unseen, waited
 from dpsgd_optax.preconditioners._lift import raveled
-from dpsgd_optax.preconditioners._linalg import tiny
-from dpsgd_optax.preconditioners._seen import in_use, unseen, waited
-from dpsgd_optax.preconditioners.kron import first_gain
 
 
 class XMatState(NamedTuple):

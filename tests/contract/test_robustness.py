@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
-from dpsgd_optax.preconditioners._lift import unless_zero
-from dpsgd_optax.transform import all_finite
+from dpsgd_optax._trees.by_shape import all_finite
+from dpsgd_optax.preconditioners._damped import unless_zero
 from tests.table import OPTIMIZERS, PARAMS, Fault, compiled
 
 CALM = Fault()

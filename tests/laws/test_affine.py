@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dpsgd_optax as dpo
-from dpsgd_optax.preconditioners import _arrow
-from dpsgd_optax.preconditioners._arrow import Arrow
-from dpsgd_optax.preconditioners._geometry import eq, fit_factors, lipschitz
+from dpsgd_optax.geometry.fit import fit_factors
+from dpsgd_optax.geometry.linalg import gram, multiply, solve_adjoint, square
+from dpsgd_optax.geometry.moves import eq, lipschitz
+from dpsgd_optax.geometry.structured import Arrow, arrow_identity
+from dpsgd_optax.preconditioners._factors import Layout
 from dpsgd_optax.preconditioners._lift import LiftState
-from dpsgd_optax.preconditioners._linalg import gram, multiply, solve_adjoint, square
 from dpsgd_optax.preconditioners.affine import squarest
-from dpsgd_optax.preconditioners.kron import Layout
 
 D = 5
 
@@ -81,7 +81,7 @@ def test_arrow_heads_are_a_group(rng):
   """Closed under products and inverses, identity included: each against the explicit matrix."""
   q, other = arrow(rng), arrow(rng)
   np.testing.assert_allclose(explicit(q @ other), explicit(q) @ explicit(other), atol=1e-12)
-  np.testing.assert_array_equal(explicit(_arrow.identity(D, jnp.float64)), np.eye(D))
+  np.testing.assert_array_equal(explicit(arrow_identity(D, jnp.float64)), np.eye(D))
   inverse = np.linalg.inv(explicit(q))
   pattern = Arrow(jnp.diagonal(inverse), jnp.asarray(inverse[:, -1]).at[-1].set(0))
   np.testing.assert_allclose(explicit(pattern), inverse, atol=1e-12)
@@ -176,7 +176,7 @@ def test_training_on_transformed_features_is_training_on_the_raw_ones(name, rng)
 def test_eq_keeps_an_arrow_head_in_its_group(rng):
   """200 fits on pairs of any size: the diagonal stays positive, the last entry of the column 0."""
   fit = jax.jit(lambda q, lip, v, h: fit_factors(q, None, lip, v, h, geometry=eq, normalizer=lipschitz, step_size=0.9))
-  q, lip = (_arrow.identity(D, jnp.float64), jnp.ones(3)), jnp.zeros(2)
+  q, lip = (arrow_identity(D, jnp.float64), jnp.ones(3)), jnp.zeros(2)
   for size in np.exp(3 * rng.standard_normal(200)):
     q, lip = fit(q, lip, rng.standard_normal((D, 3)), size * rng.standard_normal((D, 3)))
   assert np.all(q[0].diagonal > 0) and q[0].column[-1] == 0 and np.all(q[1] > 0)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import dpsgd_optax as dpo
+from dpsgd_optax.geometry.fit import fit_factors
+from dpsgd_optax.geometry.moves import lipschitz, spectral
 from dpsgd_optax.preconditioners import lra, xmat
-from dpsgd_optax.preconditioners._geometry import fit_factors, lipschitz, spectral
 from dpsgd_optax.preconditioners.dense import DenseState, refit
 
 pytestmark = pytest.mark.usefixtures("x64")

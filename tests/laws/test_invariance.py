@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy.linalg import block_diag
 
 import dpsgd_optax as dpo
-from dpsgd_optax.preconditioners._geometry import fit_factors
+from dpsgd_optax.geometry.fit import fit_factors
+from dpsgd_optax.geometry.linalg import balancing, largest_diagonal, largest_entry, scaled
 from dpsgd_optax.preconditioners._lift import LiftState
-from dpsgd_optax.preconditioners._linalg import balancing, largest_diagonal, largest_entry, scaled
 from tests.table import BATCH, SIZE, draw, fit, flat, matrix, start, unflat
 
 KRON = ["kron", "kron pro", "kron eq", "kron quad", "kron qeq"]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dpsgd_optax as dpo
-from dpsgd_optax.layers import Window
-from dpsgd_optax.preconditioners._linalg import lower_gram, triangular_inverse
+from dpsgd_optax.geometry.triangular import lower_gram, triangular_inverse
+from dpsgd_optax.layers.record import Window
 
 RNG = np.random.default_rng(0)
 N, D, K = 12, 4, 3

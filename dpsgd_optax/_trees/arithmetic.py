@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dtypes, sums and choices over whole trees."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def working_dtype(dtype: Any) -> Any:
+  """The dtype of state and arithmetic for a parameter of this dtype: float32 at least."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def scalar_dtype(params: Any) -> Any:
+  """The dtype of scalars that go with these params: float32, or float64 if any of them is that wide."""
+  dtypes = [jnp.result_type(x) for x in jax.tree.leaves(params)]
+  return jnp.result_type(jnp.float32, *(jnp.finfo(d).dtype for d in dtypes if jnp.issubdtype(d, jnp.inexact)))
+
+
+def where(predicate: jax.Array, new: Any, old: Any) -> Any:
+  """The tree ``new`` where the scalar ``predicate`` holds, otherwise ``old``."""
+  return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), new, old)
+
+
+def separate(tree: Any, *others: Any) -> Any:
+  """``tree``, no two of whose leaves share a buffer, nor any with ``others``: a buffer can be donated only once."""
+  seen = {id(x) for x in jax.tree.leaves(others)}
+
+  def own(x):
+    if id(x) in seen and isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+      x = jnp.copy(x)
+    seen.add(id(x))
+    return x
+
+  return jax.tree.map(own, tree)
+
+
+def leaves_apart(tree: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+  """Every leaf as one matrix."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return [x[None] for x in leaves], lambda parts: treedef.unflatten([x[0] for x in parts])
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+  """Re⟨a, b⟩ over all leaves, in float32 at least."""
+  products = jax.tree.map(
+    lambda x, y: jnp.sum(jnp.real(jnp.conj(x) * y).astype(jnp.promote_types(jnp.real(x).dtype, jnp.float32))), a, b
+  )
+  return sum(jax.tree.leaves(products), jnp.zeros(()))
+
+
+def tiny(x: jax.Array) -> float:
+  """The smallest normal number of x's dtype: guards a division by an exact zero, in the unit of x."""
+  return float(jnp.finfo(x.dtype).tiny)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of leaves, holes in trees, and what stands opposite what."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+
+def names(path: Any) -> tuple[str, ...]:
+  """A key path as names, alike for dicts, lists, dataclasses and Flax states (a variable's value counts as itself)."""
+  if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+    path = path[:-1]
+  return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def is_hole(x: Any) -> bool:
+  return isinstance(x, optax.MaskedNode)
+
+
+def between(x: Any, full: Any, leaf: Callable, hole: Callable | None = None) -> Any:
+  """``leaf(a, b)`` over the leaves of ``x`` and ``full``; at a hole of ``x`` the hole, or ``hole(part of full)``."""
+
+  def one(a, b):
+    if is_hole(a):
+      return hole(b) if hole else a
+    return leaf(a, b)
+
+  return jax.tree.map(one, x, full, is_leaf=is_hole)
+
+
+def punched(tree: Any, mask: Any) -> Any:
+  """``tree`` with holes where the mask is False."""
+  return jax.tree.map(lambda x, chosen: x if chosen else optax.MaskedNode(), tree, mask)
+
+
+def filled(part: Any, tree: Any) -> Any:
+  """``part`` with the leaves of ``tree`` in its holes."""
+  return between(part, tree, lambda a, _: a, lambda b: b)
+
+
+def has_holes(tree: Any) -> bool:
+  """Whether the tree is a part of a larger one, as ``optax.masked`` and ``optax.partition`` show it."""
+  hole = lambda x: isinstance(x, optax.MaskedNode)
+  return any(map(hole, jax.tree.leaves(tree, is_leaf=hole)))
+
+
+def same_structure(tree: Any, other: Any, what: str, of: str) -> None:
+  """Raises unless ``tree`` has the pytree structure of ``other``."""
+  came, needed = jax.tree.structure(tree), jax.tree.structure(other)
+  if came != needed:
+    raise ValueError(f"{what} must have the structure of {of}, {needed}; got {came}.")

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OBSERVE: the diagonal of the Hessian of some parameters, all at once or one tensor in turn."""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpsgd_optax._trees.arithmetic import working_dtype
+from dpsgd_optax._trees.paths import names, punched
+from dpsgd_optax._trees.selection import Where, selection
+from dpsgd_optax.base import Curvature
+from dpsgd_optax.curvature.observers import _given_product
+from dpsgd_optax.probes import Cycle, DiagonalProbe, rademacher
+
+
+def _counts(leaves: Any) -> list[int]:
+  """How many tensors each leaf is: one for each index into its leading axes."""
+  return [math.prod(jnp.shape(x)[:-1]) for x in leaves]
+
+
+def slots(tree: Any, cycle: Cycle) -> np.ndarray:
+  """The tensor of each step of the cycle, counted through the leaves in the order of the tree; −1: none."""
+  paths = jax.tree_util.tree_leaves_with_path(tree)
+  ends = itertools.accumulate(_counts(x for _, x in paths), initial=0)
+  known = {"/".join(names(path)): range(*ends) for (path, _), ends in zip(paths, itertools.pairwise(ends), strict=True)}
+  order = list(known) if isinstance(cycle, bool) else list(cycle)
+  unknown = [name for name in order if name is not None and name not in known]
+  missing = [name for name in known if name not in order]
+  if unknown or missing:
+    wrong = f"has {unknown[0]!r}, which is none of them" if unknown else f"lacks {missing[0]!r}"
+    raise ValueError(
+      f"`cycle` must name the selected parameters, each at least once: {', '.join(known)}; it {wrong}. Type "
+      "`cycle=True` for the order of the tree, `cycle=False` to probe all of them in each step."
+    )
+  return np.array([i for name in order for i in ([-1] if name is None else known[name])], np.int32)
+
+
+def turn(tree: Any, cycle: Cycle, fits: Any) -> Any:
+  """1 on the tensors that are probed in the fit number ``fits``, 0 on the others, like ``tree``."""
+  leaves, treedef = jax.tree.flatten(tree)
+  active = [jnp.ones(jnp.shape(x), jnp.finfo(working_dtype(jnp.result_type(x))).dtype) for x in leaves]
+  if cycle is not False and leaves:
+    order = slots(tree, cycle)
+    current = jnp.asarray(order)[jnp.asarray(fits) % len(order)]
+    ends = itertools.accumulate(_counts(leaves), initial=0)
+    for i, numbers in enumerate(itertools.starmap(np.arange, itertools.pairwise(ends))):
+      shape = active[i].shape[:-1] + (1,) * (active[i].ndim > 0)
+      active[i] = active[i] * (numbers.reshape(shape) == current).astype(active[i].dtype)
+  return treedef.unflatten(active)
+
+
+def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, cycle: Cycle = False) -> Curvature:
+  """Observe v and Hv whose v ⊙ Hv estimates the diagonal of the Hessian of the selected parameters: SGD-PH.
+
+  The parameters that are not selected are held constant: the tangents of the product are those of the norm layers
+  alone, which is cheaper than a product over all parameters (``value_and_grad_then_hvp`` shares its passes with the
+  gradient; ``python -m benchmarks partial_hessian``). ``diagonal_newton`` averages and inverts what is observed.
+
+  Reads ``hvp`` or ``value_fn``, as ``newton()``. ``hvp`` is given trees with holes (``optax.MaskedNode``), as the
+  products of this package take them; your own must return the same holes. Under ``pmap`` and ``shard_map`` the product
+  is that of the local batch: wrap the optimizer in :func:`dpsgd_optax.data_parallel`.
+
+  Args:
+    probe: ``rademacher`` (unbiased), ``ones`` (row sums, as the released code) or ``exact`` (a product for each entry).
+    where: what is probed: a tree of bools, or a function of the params; None: all. Static.
+    cycle: False: everything in each fit. True: one tensor in each fit, in turn, in the order of the tree. A list of
+      paths such as "BatchNorm_0/scale": in this order, with None for a fit that probes nothing. A leaf with leading
+      axes, as of a norm layer under ``nn.scan``, is one tensor for each index into them. Static.
+
+  Raises:
+    ValueError: at trace time, if the product is missing or of another structure, if ``where`` fits nothing, or if
+      ``cycle`` does not name what it selects.
+
+  Source: arXiv:2403.02681 and its released code (``ones``, in turn); random signs: Bekas, Kokiopoulou, Saad, Appl.
+  Numer. Math. 57 (2007).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
+    >>> loss = lambda p: p["scale"][0] * p["scale"][1] + jnp.sum(p["scale"] ** 2) + jnp.sum(p["kernel"] ** 3)
+    >>> params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}  # H_ss = [[2, 1], [1, 2]]
+    >>> for probe in (dpo.ones, dpo.exact):
+    ...   observe = dpo.hessian_diagonal(probe, where=dpo.is_vector)
+    ...   seen = observe(jax.random.key(0), params, params, hvp=dpo.hvp(loss, params))
+    ...   (seen.vector["scale"] * seen.product["scale"]).tolist(), seen.product["kernel"]
+    ([3.0, 3.0], MaskedNode())
+    ([2.0, 2.0], MaskedNode())
+  """
+
+  def observe(key, updates, params, *, hvp=None, value_fn=None, value=None, fits=0, **extra):
+    del extra
+    product = _given_product("hessian_diagonal()", params, hvp, value_fn, value)
+    chosen = punched(updates, selection(updates, where))
+    return probe(key, product, turn(chosen, cycle, fits), cycle is not False)
+
+  return observe

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss, its gradient and a Hessian-vector product that share their passes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpsgd_optax._trees.matching import _at
+from dpsgd_optax._trees.paths import punched
+from dpsgd_optax._trees.selection import Where, selection
+from dpsgd_optax.base import Product
+from dpsgd_optax.curvature._tangents import _ascent, _block, _check_differentiable
+from dpsgd_optax.curvature.products import _DIFFERENCE, _explaining
+
+
+def value_and_grad_and_hvp(loss: Callable[..., Any], has_aux: bool = False) -> Callable[[optax.Params, Any], tuple]:
+  """L, g and H v in one fused pass: the forward-mode derivative of `jax.value_and_grad`.
+
+  The product shares the passes of the gradient, which is cheaper than `jax.value_and_grad` beside `hvp` wherever the
+  compiler does not merge the two by itself. Use it where the vector is known before the gradient and the product is
+  needed anyway.
+
+  Args:
+    loss: L, from the parameters to a real scalar, or to (scalar, aux) if `has_aux`.
+    has_aux: whether `loss` returns auxiliary data beside the scalar.
+
+  Returns:
+    A function (params, vector) ↦ (value, grads, product), or ((value, aux), grads, product) if `has_aux`. The gradient
+    is of all parameters, whatever holes the vector and the product have. Complex gradients come conjugated for Optax.
+
+  Raises:
+    ValueError: by that function, if the vector has another structure or shape than `params`, or if any leaf of
+      `params` is not floating point or complex.
+    TypeError: by that function, if `loss` is not a real scalar.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from dpsgd_optax.curvature.fused import value_and_grad_and_hvp
+    >>> fused = value_and_grad_and_hvp(lambda x: jnp.sum(x**3))
+    >>> value, grad, product = fused(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0]))
+    >>> float(value), grad.tolist(), product.tolist()
+    (9.0, [3.0, 12.0], [6.0, 0.0])
+  """
+
+  def fused(params, vector):
+    _check_differentiable("value_and_grad_and_hvp", jax.tree_util.tree_leaves_with_path(params))
+    block = _block("value_and_grad_and_hvp", params, vector)
+
+    def run(theta):
+      result, grads = jax.value_and_grad(loss, has_aux=has_aux)(block.join(theta))
+      value, aux = result if has_aux else (result, None)
+      return (value, _ascent(grads)), aux
+
+    with _explaining(
+      "value_and_grad_and_hvp", lambda theta: loss(block.join(theta)), block.theta, has_aux, _DIFFERENCE
+    ):
+      (value, grads), (_, hv), aux = jax.jvp(run, (block.theta,), (block.vector,), has_aux=True)
+    return ((value, aux) if has_aux else value), grads, block.restore(block.take(hv))
+
+  return fused
+
+
+def value_and_grad_then_hvp(
+  loss: Callable[..., Any], has_aux: bool = False, *, where: Where = None
+) -> Callable[[optax.Params], tuple]:
+  """L, g and the function v ↦ H v that goes on from their passes: the gradient linearized at θ.
+
+  Costs what `value_and_grad_and_hvp` does, and v may come later: it is how an optimizer that draws its own probes gets
+  its product fused with the gradient. A product that is not called costs nothing under `jit`.
+
+  Args:
+    loss: L, from the parameters to a real scalar, or to (scalar, aux) if `has_aux`.
+    has_aux: whether `loss` returns auxiliary data beside the scalar.
+    where: the parameters that v will speak of, a tree of bools or a function of the parameters; None: all. The others
+      are held constant in the product, which then carries no tangents for them. Static.
+
+  Returns:
+    A function params ↦ (value, grads, product), or ((value, aux), grads, product) if `has_aux`. The gradient is of all
+    parameters. The product takes v with holes (see the module's docstring) wherever `where` is False.
+
+  Raises:
+    ValueError: by that function, as `value_and_grad_and_hvp`, and if `where` fits nothing; by the product, if v has an
+      array where `where` is False.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> loss = lambda p: jnp.sum(p["scale"] ** 3) * p["kernel"]
+    >>> params = {"kernel": jnp.float32(2.0), "scale": jnp.array([1.0, 2.0])}
+    >>> value, grads, product = dpo.value_and_grad_then_hvp(loss, where=dpo.is_vector)(params)
+    >>> grads["scale"], product({"kernel": None, "scale": jnp.ones(2)})["scale"]  # 6 x², 12 x
+    (Array([ 6., 24.], dtype=float32), Array([12., 24.], dtype=float32))
+  """
+  name = "value_and_grad_then_hvp"
+
+  def linearized(params):
+    _check_differentiable(name, jax.tree_util.tree_leaves_with_path(params))
+    block = _block(name, params, punched(params, selection(params, where)))
+    count = len(jax.tree.leaves(params))
+    places = jax.tree.unflatten(jax.tree.structure(params), range(count))
+
+    def run(theta):
+      result, grads = jax.value_and_grad(loss, has_aux=has_aux)(block.join(theta))
+      value, aux = result if has_aux else (result, None)
+      return (value, _ascent(grads)), aux
+
+    with _explaining(name, lambda theta: loss(block.join(theta)), block.theta, has_aux, _DIFFERENCE):
+      (value, grads), push, aux = jax.linearize(run, block.theta, has_aux=True)
+
+    def product(vector):
+      part = _block(name, params, vector)
+      given = dict(zip(part.take(places), part.vector, strict=True))
+      free = block.take(places)
+      if held := sorted(given.keys() - set(free)):
+        path, _ = jax.tree_util.tree_leaves_with_path(params)[held[0]]
+        raise ValueError(
+          f"`{name}` holds the parameter at {_at(path)} constant, but the vector has an array there. Give the same "
+          "`where` to the optimizer, or leave `where` out."
+        )
+      tangents = [given[i] if i in given else jnp.zeros_like(x) for i, x in zip(free, block.theta, strict=True)]
+      _, hv = push(tangents)
+      return part.restore(part.take(hv))
+
+    return ((value, aux) if has_aux else value), grads, Product(product, params)
+
+  return linearized

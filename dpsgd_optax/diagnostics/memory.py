@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of a state, before anything is allocated."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+  """Bytes of the optimizer state for these params, by ``jax.eval_shape``: nothing is allocated.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> dpo.state_bytes(optax.adam(1e-3), jnp.zeros(1000))
+    8004
+  """
+  shapes = jax.eval_shape(tx.init, params)
+  data = lambda x: jax.eval_shape(jax.random.key_data, x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in map(data, jax.tree.leaves(shapes)))
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes that one device holds of a tree of arrays, the fullest of them, as they are sharded.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> dpo.sharding.bytes_per_device({"w": jnp.zeros((3, 4))})
+    48
+  """
+  data = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in map(data, jax.tree.leaves(tree)))

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain-array algebra of the Kronecker family: no trees, no keys, no state.
+
+Notation
+  x        a tensor of shape (d_1, …, d_k) with N elements
+  q        one factor: (d, d) dense or (d,) diagonal
+  x ×_i q  multiply along axis i;  x_(i) the mode-i unfolding, d_i × N/d_i
+  ᴴ        conjugate transpose
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpsgd_optax.geometry.structured import Arrow, LowRank, arrow_gram, arrow_largest
+
+
+def along(q: jax.Array, axis: int, ndim: int) -> jax.Array:
+  """The vector q as a tensor of ``ndim`` axes that lies along ``axis``."""
+  return q.reshape((1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
+
+
+def multiply(x: jax.Array, q: jax.Array, axis: int, precision=None) -> jax.Array:
+  """x ×_axis q."""
+  if isinstance(q, Arrow):
+    return q.multiply(x, axis)
+  if q.ndim == 1:
+    return x * along(q, axis, x.ndim)
+  letters = "abcdefghijkl"[: x.ndim]
+  moved = letters.replace(letters[axis], "z")
+  return jnp.einsum(f"{letters},z{letters[axis]}->{moved}", x, q, precision=precision)
+
+
+def solve_adjoint(x: jax.Array, q: jax.Array, axis: int) -> jax.Array:
+  """x ×_axis q⁻ᴴ, q upper triangular: a solve, never an inverse."""
+  if isinstance(q, Arrow):
+    return q.solve_adjoint(x, axis)
+  if q.ndim == 1:
+    return x / along(jnp.conj(q), axis, x.ndim)
+  moved = jnp.moveaxis(x, axis, 0)
+  solved = jax.lax.linalg.triangular_solve(
+    q, moved.reshape(q.shape[0], -1), left_side=True, lower=False, transpose_a=True, conjugate_a=True
+  )
+  return jnp.moveaxis(solved.reshape(moved.shape), 0, axis)
+
+
+def gram(x: jax.Array, axis: int, like: Any, precision=None) -> Any:
+  """x_(i) x_(i)ᴴ, (d, d), or what of it the factor ``like`` can use: its diagonal, (d,), or its arrow-head."""
+  if isinstance(like, Arrow):
+    return arrow_gram(x, axis)
+  others = [i for i in range(x.ndim) if i != axis]
+  if like.ndim == 1:
+    return jnp.sum(jnp.real(x * jnp.conj(x)), axis=others)
+  return cross_gram(x, x, axis, precision)
+
+
+def cross_gram(x: jax.Array, y: jax.Array, axis: int, precision=None) -> jax.Array:
+  """x_(i) y_(i)ᴴ, (d, d)."""
+  letters = "abcdefghijkl"[: x.ndim]
+  moved = letters.replace(letters[axis], "z")
+  return jnp.einsum(f"{letters},{moved}->{letters[axis]}z", x, jnp.conj(y), precision=precision)
+
+
+def square(q: Any, precision=None) -> Any:
+  """qᴴ q, the factor of P that belongs to the factor q of Q."""
+  if isinstance(q, Arrow):
+    return q.square()
+  if q.ndim == 1:
+    return jnp.real(q * jnp.conj(q))
+  return jnp.matmul(jnp.conj(q.T), q, precision=precision)
+
+
+def triu(e: Any) -> Any:
+  """The upper triangle, diagonal included; an arrow-head is nothing else."""
+  if isinstance(e, Arrow):
+    return e
+  return dataclasses.replace(e, upper=True) if isinstance(e, LowRank) else jnp.triu(e)
+
+
+def hermitian(x: jax.Array) -> jax.Array:
+  """(x + xᴴ) / 2."""
+  return (x + jnp.conj(x.T)) / 2
+
+
+def largest_entry(q: Any) -> jax.Array:
+  return arrow_largest(q) if isinstance(q, Arrow) else jnp.max(jnp.abs(q))
+
+
+def largest_diagonal(q: Any) -> jax.Array:
+  if isinstance(q, Arrow):
+    return jnp.max(jnp.abs(q.diagonal))
+  return jnp.max(jnp.abs(q if q.ndim == 1 else jnp.diagonal(q)))
+
+
+def balancing(factors: tuple[jax.Array, ...], size=largest_entry, gain: Any = None) -> jax.Array:
+  """The multiples that give all factors the same size, (k,); their Kronecker product stays, or grows by ``gain``.
+
+  (gain · Π n_j)^(1/k) / n_i with n_i = size(q_i), the roots first, so that the product cannot overflow. All of them in
+  one array: each scalar by itself would be a kernel to compile.
+  """
+  k = len(factors)
+  root = {1: lambda x: x, 2: jnp.sqrt}.get(k, lambda x: x ** (1 / k))
+  times = jnp.ones(k) if gain is None else jnp.broadcast_to(root(gain), k)
+  if k > 1:
+    sizes = jnp.stack([size(q) for q in factors])
+    roots = root(sizes)
+    times = times * math.prod(jnp.roll(roots, i) for i in range(k)) / sizes
+  return times
+
+
+def scaled(factors: tuple[jax.Array, ...], multiples: jax.Array) -> tuple[jax.Array, ...]:
+  """Each factor times its number."""
+  return tuple(q * multiples[i].astype(q.dtype) for i, q in enumerate(factors))
+
+
+def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+  """(…, n) as (product of the leading axes, n); a vector as a column. A conv kernel becomes (kh·kw·in, out)."""
+  if len(shape) <= 1:
+    return (math.prod(shape), 1)
+  return (math.prod(shape[:-1]), shape[-1])
+
+
+def eigen(factor: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+  """λ (d,) and V (d, d), None for a diagonal factor. Rounding may not make λ negative: at least ε max λ."""
+  if factor.ndim == 1:
+    return factor, None
+  matrix = factor if isinstance(factor, jax.Array) else multiply(jnp.eye(len(factor.diagonal), dtype=dtype), factor, 0)
+  values, vectors = jnp.linalg.eigh(matrix)
+  return jnp.maximum(values, jnp.finfo(values.dtype).eps * values[-1]), vectors
+
+
+def kron_power(p: tuple[Any, ...], x: jax.Array, exponent: Any, shift: Any = 0.0, precision: Any = None) -> jax.Array:
+  """(p_1 ⊗ … ⊗ p_k + shift I)^exponent x; x has one axis per factor."""
+  parts = [eigen(factor, x.dtype) for factor in p]
+  spectrum = jnp.ones((), parts[0][0].dtype)
+  for i, (values, vectors) in enumerate(parts):
+    spectrum = spectrum[..., None] * along(values, i, i + 1)
+    if vectors is not None:
+      x = multiply(x, jnp.conj(vectors.T), i, precision)
+  x = x * ((spectrum + shift) ** exponent).astype(spectrum.dtype)
+  for i, (_, vectors) in enumerate(parts):
+    if vectors is not None:
+      x = multiply(x, vectors, i, precision)
+  return x

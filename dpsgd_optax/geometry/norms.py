@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds of the spectral norm, and rotations towards a symmetric factor."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dpsgd_optax._trees.arithmetic import tiny
+from dpsgd_optax.geometry.linalg import largest_entry
+from dpsgd_optax.geometry.structured import Arrow, LowRank, arrow_largest
+
+
+def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
+  """A lower bound of the spectral norm ‖a‖ of a square matrix, within √2 of it in practice.
+
+  One step of the power iteration, started at the row or the column of largest norm, whichever is longer
+  (a tie: the row). Deterministic; two products of a matrix with a vector; 0 for a = 0.
+
+  Args:
+    a: (d, d); an arrow-head has its largest entry for a norm, and one of two terms its exact norm.
+    normal: True promises a aᴴ = aᴴ a (Hermitian, skew): each row is as long as its column, so that rows will do, which
+      halves what there is to compile.
+
+  Source: the bound of psgd_torch that arXiv:2402.11858 uses; same ties as there.
+  """
+  if isinstance(a, Arrow):
+    return arrow_largest(a)
+  if isinstance(a, LowRank):
+    return a.norm()
+  size = jnp.max(jnp.abs(a))
+  scale = 1 / (size + tiny(size))
+  # scaled as they are read: a copy of the matrix would cost more than all the rest; a tie goes to the row
+  squares = jnp.abs(a * scale) ** 2
+  rows = jnp.sum(squares, 1)
+  line = a[jnp.argmax(rows)][None]  # a matrix of one row: its products compile sooner than a vector's
+  if normal:
+    x = jnp.conj((jnp.conj(line) * scale) @ a.T) * scale
+    y = (x @ a) * scale
+  else:
+    columns = jnp.sum(squares, 0)
+    by_row = jnp.max(rows) >= jnp.max(columns)
+    line = jnp.where(by_row, line, a[:, jnp.argmax(columns)][None]) * scale
+    x = jnp.conj(jnp.where(by_row, jnp.conj(line) @ a.T, jnp.conj(line) @ a)) * scale
+    y = jnp.where(by_row, x @ a, x @ a.T) * scale
+  both = jnp.concatenate([x, y])
+  inner = jnp.real(jnp.matmul(both, jnp.conj(both.T), precision="highest"))  # a product compiles sooner than two sums
+  return size * jnp.sqrt(inner[1, 1]) / (jnp.sqrt(inner[0, 0]) + tiny(size))
+
+
+normal_norm_bound = functools.partial(norm_bound, normal=True)
+
+
+def norm_estimate(a: jax.Array, block: jax.Array, *, skew: bool = False) -> jax.Array:
+  """‖a‖ of a Hermitian positive (or skew) matrix by a block power iteration from given random rows.
+
+  Tighter than :func:`norm_bound` (0.97 of ‖a‖ at d = 40) and 16 times its cost for 32 rows; the reference's
+  random numbers enter as ``block``, (k, d), so that its runs can be replayed.
+
+  Source: psgd_torch 2.0.
+  """
+  size = jnp.max(jnp.abs(a)) if skew else jnp.max(jnp.real(jnp.diagonal(a)))
+  size = size + tiny(size)
+  a = a / size
+  longest = a[jnp.argmax(jnp.sum(jnp.real(a * jnp.conj(a)), 1))]
+  block = longest[None] + jnp.sign(jnp.conj(block) @ longest)[:, None] * block
+  for _ in range(2):
+    block = block @ a
+    block = block / (jnp.linalg.norm(block, axis=1, keepdims=True) + tiny(size))
+    block = block @ a
+  return size * jnp.max(jnp.linalg.norm(block, axis=1))
+
+
+def procrustes_step(q: jax.Array, norm=normal_norm_bound) -> jax.Array:
+  """Rotate q towards the nearest Hermitian positive matrix: q ← exp(aR) q to second order, R ∝ qᴴ − q.
+
+  The step a maximises tr(exp(aR) q) on its quadratic model, at most 1/8; P = qᴴ q changes by O(a⁴) only.
+
+  Source: arXiv:2402.11858 and psgd_torch 2.0 (Q^0.5 E Q^1.5).
+  """
+  r = jnp.conj(q.T) - q
+  r = r / (norm(r) + tiny(jnp.real(r)))
+  rq = r @ q
+  rrq = r @ rq
+  first, second = jnp.real(jnp.trace(rq)), jnp.real(jnp.trace(rrq))
+  negative = second < 0
+  step = jnp.where(negative, jnp.minimum(-first / jnp.where(negative, second, 1), 0.125), 0.125)
+  return q + step * (rq + step / 2 * rrq)
+
+
+def procrustes_step_3(q: jax.Array, norm=normal_norm_bound) -> jax.Array:
+  """The same to third order: a maximises tr(exp(aR) q) on its cubic model, at most 1/3; q as it is if none helps.
+
+  Source: psgd_torch 2.0 (PRO4P).
+  """
+  r = jnp.conj(q.T) - q
+  r = r / (norm(r) + tiny(jnp.real(r)))
+  rq = r @ q
+  rrq = r @ rq
+  rrrq = r @ rrq
+  t1, t2, t3 = (jnp.real(jnp.trace(x)) for x in (rq, rrq, rrrq))
+  useful = (t1 > 0) & (t3 < 0)
+  a = (-t2 - jnp.sqrt(jnp.maximum(t2 * t2 - 1.5 * t1 * t3, 0))) / (0.75 * jnp.where(useful, t3, -1))
+  a = jnp.where(useful, jnp.minimum(a, 1 / 3), 0)
+  return q + a * (rq + a / 2 * (rrq + a / 4 * rrrq))
+
+
+def procrustes(q: jax.Array, *, steps: int = 10, close: float = 1e-3) -> jax.Array:
+  """At most ``steps`` rotations of third order, until max |qᴴ − q| < close · max |q|."""
+
+  def ahead(carry):
+    q, step = carry
+    return (step < steps) & (largest_entry(jnp.conj(q.T) - q) >= close * largest_entry(q))
+
+  return jax.lax.while_loop(ahead, lambda carry: (procrustes_step_3(carry[0]), carry[1] + 1), (q, 0))[0]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer inputs of any JAX loss: its jaxpr is walked, and what is multiplied with a parameter is recorded.
+
+Notation
+  leaf     one array of the params
+  origin   which leaf a value is, but for its dtype and the order of its axes
+  call     one product of some x with a leaf: a dense layer, a convolution, or rows taken from an embedding
+  probe    zeros added to the output of a call; the derivative with respect to it is E = dloss/d(output)
+
+The walk happens while the loss is traced and leaves nothing of itself in the compiled program. Only documented
+interfaces of `jax.extend.core` are used; what depends on the version of JAX is in `evaluate`.
+
+kfac-jax finds its layers in the jaxpr too, by their patterns and by tags; here a product with a parameter is enough.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpsgd_optax._trees.paths import names
+from dpsgd_optax.layers._jaxpr import Origin, _Walk
+from dpsgd_optax.layers.record import LayerRecord, merged
+
+
+def capture(
+  loss: Callable[..., Any],
+  *,
+  has_aux: bool = False,
+  gradients: bool = False,
+  reduce: Callable[..., LayerRecord] | None = None,
+) -> Callable[..., Any]:
+  """``jax.value_and_grad`` of a loss that also returns what enters each linear layer, for any JAX code.
+
+  Recorded is every product of a value with a parameter: ``x @ w``, ``x @ w.T``, einsum, convolution, and rows of a
+  table (``table[ids]``); inside ``jit``, ``vmap`` and ``checkpoint`` too (which is then inlined: its saving of memory
+  is lost). The bias is the parameter that is added to the product. Not recorded: what happens inside ``scan``,
+  ``while_loop``, ``cond`` and functions with their own derivative, and parameters changed before the product (masked,
+  normalized, sliced). A layer without a record is named by the optimizer that misses it.
+
+  Args:
+    loss: (params, *args, **kwargs) → scalar, or (scalar, aux) if ``has_aux``.
+    has_aux: as in ``jax.value_and_grad``.
+    gradients: also return E = dloss/d(output) in the records, for methods that look at the outputs.
+    reduce: what to keep in place of the inputs: ``second_moments`` for ``gls``, ``channel_moments`` for ``bnp``.
+
+  Returns:
+    ``run(params, *args, **kwargs) -> (value, grads, layers)``; value is (loss, aux) if ``has_aux``. ``layers`` has the
+    structure of the params, with a :class:`dpsgd_optax.LayerRecord` in the place of each kernel and None elsewhere.
+    ``jax.eval_shape(lambda: run(params, batch))[2]`` is what ``layers=`` of an optimizer needs, unless the params are
+    named kernel and bias, or w and b. The params may be a whole Equinox model: the gradient of what is no array of
+    floating-point numbers (functions, integers, rates) is None.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> def loss(p, x, y):
+    ...   return jnp.mean((jnp.tanh(x @ p["first"] + p["shift"]) @ p["second"] - y) ** 2)
+    >>> params = {"first": jnp.ones((3, 4)), "shift": jnp.zeros(4), "second": jnp.ones((4, 1))}
+    >>> x, y = jnp.eye(3), jnp.zeros((3, 1))
+    >>> value, grads, layers = dpo.capture(loss)(params, x, y)
+    >>> layers["first"].inputs[0].shape, layers["first"].bias, layers["second"].inputs[0].shape
+    ((3, 3), ('shift',), (3, 4))
+    >>> tx = dpo.bnp(0.1, layers=layers)
+    >>> updates, state = tx.update(grads, tx.init(params), params, layer_inputs=layers)
+  """
+
+  def run(params, *args, **kwargs):
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    free = _differentiable([leaf for _, leaf in paths])
+    leaves, held = [paths[i][1] for i in free], {i: leaf for i, (_, leaf) in enumerate(paths) if i not in free}
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+
+    def like_params(leaves, held):
+      found = held | dict(zip(free, leaves, strict=True))
+      return jax.tree.unflatten(treedef, [found.get(i) for i in range(len(paths))])
+
+    flat = lambda leaves: loss(like_params(leaves, held), *args, **kwargs)
+    closed, shape = jax.make_jaxpr(flat, return_shape=True)(leaves)
+    origins = [Origin(i, tuple(range(len(s)))) for i, s in enumerate(shapes)]
+
+    last: Any = None
+
+    def traced(leaves, probes):
+      nonlocal last
+      last = _Walk(shapes, probes)
+      out, *_ = last.run(closed.jaxpr, closed.consts, leaves, origins, [None] * len(leaves))
+      result = jax.tree.unflatten(jax.tree.structure(shape), out)
+      value, aux = result if has_aux else (result, None)
+      return value, (aux, [call.record for call in last.calls])
+
+    if gradients:
+      jax.eval_shape(lambda leaves: traced(leaves, None), leaves)
+      probes = [None if o is None else jnp.zeros(o.shape, o.dtype) for o in last.outputs]
+      (value, (aux, records)), (grads, errors) = jax.value_and_grad(traced, argnums=(0, 1), has_aux=True)(
+        leaves, probes
+      )
+      records = [_with_gradient(record, e) for record, e in zip(records, errors, strict=True)]
+    else:
+      (value, (aux, records)), grads = jax.value_and_grad(lambda p: traced(p, None), has_aux=True)(leaves)
+    layers = _by_leaf(records, last, [names(paths[i][0]) for i in free], shapes, reduce)
+    value = (value, aux) if has_aux else value
+    return value, like_params(grads, {}), like_params(layers, {})
+
+  return run
+
+
+def _differentiable(leaves: list) -> list[int]:
+  """Which leaves are parameters. A model that is a pytree has functions, flags and rates among its leaves too."""
+  is_array = lambda x: isinstance(getattr(x, "dtype", None), np.dtype)
+  model = any(isinstance(x, bool) or not (is_array(x) or isinstance(x, int | float | complex)) for x in leaves)
+  inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact) if is_array(x) else isinstance(x, float | complex)
+  return [i for i, x in enumerate(leaves) if inexact(x) and (is_array(x) or not model)]
+
+
+def _with_gradient(record: LayerRecord, e: jax.Array | None) -> LayerRecord:
+  return record if e is None else dataclasses.replace(record, gradients=(e,))
+
+
+def _by_leaf(records, walk: _Walk, paths, shapes, reduce) -> list[LayerRecord | None]:
+  """One record for each leaf that is a kernel, its calls merged; a leaf that is used in two ways has none."""
+  found: list[LayerRecord | None] = [None] * len(paths)
+  for leaf in {call.leaf for call in walk.calls} - walk.hidden:
+    mine = [i for i, call in enumerate(walk.calls) if call.leaf == leaf]
+    ways = {(records[i].kind, records[i].kernel_shape, records[i].layout, records[i].window) for i in mine}
+    biases = {walk.calls[i].bias for i in mine}
+    if len(ways) == 1 and len(biases) == 1:
+      (bias,) = biases
+      one = merged([records[i] for i in mine])
+      one = dataclasses.replace(one, bias=None if bias is None else paths[bias])
+      depth = len(shapes[leaf]) - len(one.kernel_shape)
+      found[leaf] = one if reduce is None else reduce(one, shapes[leaf][:depth])
+  return found

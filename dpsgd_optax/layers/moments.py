@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of what enters a layer, and of the gradients of what leaves it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpsgd_optax._trees.arithmetic import working_dtype
+from dpsgd_optax.layers.record import LayerRecord, extent, output_space, pads
+
+
+def patches(record: LayerRecord, x: jax.Array) -> jax.Array:
+  """(batch, *space, channels) → (batch, *output space, window, channels), in the order of the kernel's axes.
+
+  Slices, one for each offset of the window: the same numbers as ``jax.lax.conv_general_dilated_patches``, which
+  computes them as a product and orders them (channels, window).
+  """
+  window, sizes = record.window, record.kernel_shape[:-2]
+  assert window is not None
+  space = x.shape[1:-1]
+  padding = [(low, high, d - 1) for (low, high), d in zip(pads(record, space), window.input_dilation, strict=True)]
+  padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
+  out = output_space(record, space)
+  slices = []
+  for offset in np.ndindex(*sizes):
+    start = [o * d for o, d in zip(offset, window.kernel_dilation, strict=True)]
+    limit = [a + (p - 1) * s + 1 for a, p, s in zip(start, out, window.strides, strict=True)]
+    ends = [0, *start, 0], [len(x), *limit, x.shape[-1]], [1, *window.strides, 1]
+    slices.append(jax.lax.slice(padded, *ends))
+  return jnp.stack(slices, axis=-2)
+
+
+def rows_of(record: LayerRecord, x: jax.Array, stack: tuple[int, ...] = ()) -> jax.Array:
+  """x of one call as rows: (stack · groups, rows, d), float32 at least."""
+  x = jax.lax.stop_gradient(x)
+  x = x.astype(working_dtype(x.dtype))
+  copies, d = math.prod(stack), record.width
+  if record.window is None:
+    return x.reshape(copies, -1, d)
+  axes, groups = len(record.kernel_shape) - 2, record.groups
+  found = patches(record, x.reshape(-1, *x.shape[-axes - 1 :]))
+  split = found.reshape(copies, -1, math.prod(record.kernel_shape[:-2]), groups, record.kernel_shape[-2])
+  return jnp.transpose(split, (0, 3, 1, 2, 4)).reshape(copies * groups, -1, d)
+
+
+def gradients_of(record: LayerRecord, e: jax.Array, stack: tuple[int, ...] = ()) -> jax.Array:
+  """E of one call as rows: (stack · groups, rows, k)."""
+  copies, groups = math.prod(stack), record.groups
+  out = math.prod(record.kernel_shape[record.input_axes :])
+  split = e.astype(working_dtype(e.dtype)).reshape(copies, -1, groups, out // groups)
+  return jnp.moveaxis(split, 2, 1).reshape(copies * groups, -1, out // groups)
+
+
+def extended(x: jax.Array) -> jax.Array:
+  """[x, 1]."""
+  return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+
+
+def frequencies(record: LayerRecord, stack: tuple[int, ...]) -> jax.Array:
+  """How often each entry of an embedding occurs: (stack, d), summing to 1."""
+  copies, d = math.prod(stack), record.width
+  ids = jnp.concatenate([x.reshape(copies, -1) for x in record.inputs], axis=1)
+  count = jax.vmap(lambda i: jnp.zeros(d, jnp.float32).at[i].add(1.0, mode="drop"))(ids)
+  return count / ids.shape[1]
+
+
+def gram(record: LayerRecord, stack: tuple[int, ...] = ()) -> jax.Array:
+  """S of the extended input, (stack · groups, d + 1, d + 1), symmetric; the mean over all rows of all calls."""
+  if record.gram is not None:
+    return record.gram
+  total = jnp.zeros(())
+  for x in record.inputs:
+    a = extended(rows_of(record, x, stack))
+    total = total + jnp.einsum("mni,mnj->mij", a, a, precision="highest")
+  return total / extent(record, stack).rows
+
+
+def feature_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> tuple[jax.Array, jax.Array]:
+  """Means of x and (x − mean)² by input feature, (stack · groups, d).
+
+  Of a convolution: by channel, over batch and space, repeated for each offset of the window. Exact for the patches
+  but for what the padding adds.
+  """
+  if record.mean is not None and record.square is not None:
+    return record.mean, jnp.maximum(record.square - record.mean**2, 0)
+  if not record.inputs:
+    raise ValueError(
+      "a record of second moments has no moments by channel. Type `reduce=channel_moments`, or no `reduce`."
+    )
+  copies = math.prod(stack)
+  channels = record.width if record.window is None else record.kernel_shape[-2] * record.groups
+  flat = [jax.lax.stop_gradient(x).astype(working_dtype(x.dtype)).reshape(copies, -1, channels) for x in record.inputs]
+  x = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+  mean = jnp.mean(x, axis=1)
+  variance = jnp.mean((x - mean[:, None]) ** 2, axis=1)
+  if record.window is None:
+    return mean, variance
+  repeat = lambda m: jnp.broadcast_to(
+    m.reshape(copies * record.groups, 1, -1),
+    (copies * record.groups, math.prod(record.kernel_shape[:-2]), record.kernel_shape[-2]),
+  ).reshape(copies * record.groups, -1)
+  return repeat(mean), repeat(variance)
+
+
+def without_inputs(record: LayerRecord, stack: tuple[int, ...], **moments: Any) -> LayerRecord:
+  return dataclasses.replace(record, inputs=(), **moments, **extent(record, stack)._asdict())
+
+
+def second_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> LayerRecord:
+  """The record with S in place of the inputs, where S is the smaller: for ``reduce=`` of a provider, with ``gls``.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from dpsgd_optax.layers.record import LayerRecord
+    >>> from dpsgd_optax.layers.moments import second_moments
+    >>> record = LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
+    >>> second_moments(record).gram.shape
+    (1, 4, 4)
+  """
+  size = extent(record, stack)
+  if record.kind == "embed" or not record.inputs or size.rows * record.width <= (record.width + 1) ** 2:
+    return record
+  return without_inputs(record, stack, gram=gram(record, stack))
+
+
+def channel_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> LayerRecord:
+  """The record with the means of x and x² by feature in place of the inputs: for ``reduce=``, with ``bnp``.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from dpsgd_optax.layers.record import LayerRecord
+    >>> from dpsgd_optax.layers.moments import channel_moments
+    >>> record = LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
+    >>> channel_moments(record).mean.shape
+    (1, 3)
+  """
+  if record.kind == "embed" or not record.inputs:
+    return record
+  mean, variance = feature_moments(record, stack)
+  return without_inputs(record, stack, mean=mean, square=variance + mean**2)

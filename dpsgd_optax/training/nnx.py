@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What enters each layer of an nnx model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpsgd_optax.layers.record import LayerRecord, Window, merged
+from dpsgd_optax.training.linen import _spread
+
+
+def call_with_layer_inputs(
+  model: nnx.Module, *args: Any, reduce: Callable[..., LayerRecord] | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
+  """Calls an nnx model and returns also what enters each linear layer. The model stays as it is.
+
+  Recorded are `nnx.Linear`, `nnx.LinearGeneral` (and so attention) and `nnx.Conv`. For the time of the call their
+  attributes `dot_general` and `conv_general_dilated` are functions that record; nnx has no hooks. Inside `nnx.scan`,
+  `nnx.vmap` and `nnx.remat` use `dpsgd_optax.capture`.
+
+  Args:
+    model: a live module: the argument of a loss under `nnx.value_and_grad`, or `nnx.merge(graphdef, params, …)`.
+    *args, **kwargs: of the call.
+    reduce: as in `with_layer_inputs`.
+
+  Returns:
+    (what the model returns, tree of `LayerRecord`), each record in the place of its kernel in `nnx.state(model)`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
+    >>> from flax import nnx
+    >>> from dpsgd_optax import training
+    >>> model, x = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
+    >>> optimizer = nnx.Optimizer(model, dpo.bnp(0.1), wrt=nnx.Param)
+    >>> @nnx.jit
+    ... def train_step(model, optimizer):
+    ...   def loss(model):
+    ...     pred, inputs = training.call_with_layer_inputs(model, x)
+    ...     return jnp.mean((pred - 1.0) ** 2), inputs
+    ...   (value, inputs), grads = nnx.value_and_grad(loss, has_aux=True)(model)
+    ...   optimizer.update(model, grads, layer_inputs=inputs)
+    ...   return value
+    >>> first = train_step(model, optimizer)
+    >>> bool(train_step(model, optimizer) < first)
+    True
+  """
+  sown: dict[tuple[str, ...], list[LayerRecord]] = {}
+  changed = []
+  try:
+    for path, module in nnx.iter_modules(model):
+      where = tuple(map(str, path))
+      for kind, attribute, recording in NNX:
+        if isinstance(module, kind):
+          changed.append((module, attribute, getattr(module, attribute)))
+          calls = sown.setdefault((*where, "kernel"), [])
+          bias = None if module.bias is None else (*where, "bias")
+          setattr(module, attribute, recording(changed[-1][-1], module, bias, calls))
+    out = model(*args, **kwargs)
+  finally:
+    for module, attribute, original in changed:
+      setattr(module, attribute, original)
+  inputs: dict[str, Any] = {}
+  for path, calls in sown.items():
+    if calls:
+      here = inputs
+      for name in path[:-1]:
+        here = here.setdefault(name, {})
+      here[path[-1]] = merged(calls) if reduce is None else reduce(merged(calls))
+  return out, inputs
+
+
+def _recording_dot(dot_general: Callable, module: Any, bias: tuple[str, ...] | None, calls: list) -> Callable:
+  dot_general = dot_general or jax.lax.dot_general
+
+  def recording(x, kernel, dimension_numbers, **kwargs):
+    (axes, _), (batch, _) = dimension_numbers
+    if not batch:
+      rows = jnp.moveaxis(jax.lax.stop_gradient(x), axes, range(-len(axes), 0))
+      calls.append(LayerRecord((rows,), kernel_shape=kernel.shape, input_axes=len(axes), bias=bias))
+    return dot_general(x, kernel, dimension_numbers, **kwargs)
+
+  return recording
+
+
+def _recording_conv(conv: Callable, module: Any, bias: tuple[str, ...] | None, calls: list) -> Callable:
+  def recording(x, kernel, strides, padding, *, lhs_dilation, rhs_dilation, feature_group_count, **kwargs):
+    if module.mask is None:
+      pads = padding if isinstance(padding, str) else tuple(map(tuple, padding))
+      window = Window(_spread(strides, kernel.ndim - 2), pads, lhs_dilation, rhs_dilation, feature_group_count)
+      seen = (jax.lax.stop_gradient(x),)
+      calls.append(
+        LayerRecord(seen, kind="conv", kernel_shape=kernel.shape, input_axes=kernel.ndim - 1, bias=bias, window=window)
+      )
+    more = {"lhs_dilation": lhs_dilation, "rhs_dilation": rhs_dilation, "feature_group_count": feature_group_count}
+    return conv(x, kernel, strides, padding, **more, **kwargs)
+
+  return recording
+
+
+NNX: list[tuple[type, str, Callable]] = [
+  (nnx.Linear, "dot_general", _recording_dot),
+  (nnx.LinearGeneral, "dot_general", _recording_dot),
+  (nnx.Conv, "conv_general_dilated", _recording_conv),
+]

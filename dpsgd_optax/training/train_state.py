@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A train state that hands extra arguments on."""
+
+from typing import Any
+
+import optax
+from flax.training import train_state
+
+from dpsgd_optax.base import forward_extra_args
+
+
+class TrainState(train_state.TrainState):
+  """Flax's `TrainState`, whose `apply_gradients` forwards extra arguments to the transform.
+
+  A drop-in for it: without `extra_args` it is the same. Flax's overwrite-with-gradient collection (fp8) is handled by
+  Flax's own code; the transform then sees only the collection `params`, so that `hvp` and `value_fn` have to be
+  functions of that collection.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+    >>> from dpsgd_optax import training
+    >>> x, model = jnp.ones((4, 3)), nn.Dense(1)
+    >>> state = training.TrainState.create(
+    ...   apply_fn=model.apply,
+    ...   params=model.init(jax.random.key(0), x)["params"],
+    ...   tx=optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(9)),
+    ... )
+    >>> @jax.jit
+    ... def train_step(state):
+    ...   loss = lambda p: jnp.mean((state.apply_fn({"params": p}, x) - 1.0) ** 2)
+    ...   value, grads = jax.value_and_grad(loss)(state.params)
+    ...   extra = {"value": value, "value_fn": loss, "grad": grads}
+    ...   return state.apply_gradients(grads=grads, extra_args=extra), value
+    >>> state, first = train_step(state)
+    >>> state, second = train_step(state)
+    >>> bool(second < first), int(state.step)
+    (True, 2)
+  """
+
+  def apply_gradients(self, *, grads: Any, extra_args: dict[str, Any] | None = None, **kwargs: Any) -> "TrainState":
+    """One step: `updates, opt_state = tx.update(grads, opt_state, params, **extra_args)`, then apply the updates.
+
+    Args:
+      grads: gradients with the structure of `params`.
+      extra_args: keyword arguments of the transform's `update`: `value`, `value_fn`, `hvp`, `refresh`, ... A transform
+        that takes none ignores them. `optax.MultiSteps(tx, k)` hands them on; add
+        `accumulating=state.opt_state.mini_step < k - 1`, so that the k - 1 calls whose result it throws away compute no
+        product and no fit.
+      **kwargs: attributes of the state to be replaced, as in Flax.
+
+    Returns:
+      The state after the step, `step` incremented by one.
+    """
+    tx = forward_extra_args(self.tx)
+
+    def update(updates, state, params=None):
+      return tx.update(updates, state, params, **(extra_args or {}))
+
+    bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
+    stepped = super(TrainState, bound).apply_gradients(grads=grads, **kwargs)
+    return stepped.replace(tx=kwargs.get("tx", self.tx))

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large a gradient may be where it enters, and a step where it leaves.
+
+Notation
+  g, ‖g‖   the gradient of one matrix and its norm
+  s        running mean of ‖g‖
+  c        the largest ‖g‖ / s
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype
+from dpsgd_optax._trees.by_shape import map_by_shape, safe_norm
+from dpsgd_optax._trees.mesh import on_mesh
+from dpsgd_optax.base import check, check_fraction, check_learning_rate, check_not_negative
+
+Matrices = Callable[[Any], tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]]
+"""tree -> (an array (count, *shape) for each leaf, the way back): what is clipped together, and what apart."""
+
+
+def _over(function: Callable[..., jax.Array], parts: list[jax.Array], *rest: list[jax.Array]) -> list[jax.Array]:
+  """Equal parts at once; on a mesh one by one, for to put them side by side may be to send them."""
+  return (jax.tree.map if on_mesh() else map_by_shape)(function, parts, *rest)
+
+
+class ClipSpikesState(NamedTuple):
+  """Attributes:
+  sizes: (matrices,), float32 (float64 for such params), s of each; 0 before its first gradient that is not zero.
+  clipped: (), int32, steps on which something was clipped.
+  """
+
+  sizes: jax.Array
+  clipped: jax.Array
+
+
+def clip_spikes(
+  max_jump: float = 4.0, decay: float = 0.9, matrices: Matrices | None = None
+) -> optax.GradientTransformationExtraArgs:
+  """g ← g · min(1, c s / ‖g‖): a gradient that is suddenly much longer than those before it is shortened.
+
+  It stands before momentum and fit. A gradient of 1000 times the usual size would stay in a momentum of 0.9 for 50
+  steps, and one of 1e18 for 380; shortened to c = 4 times the usual size it is forgotten within 10. A lasting change of
+  size is followed: s grows by a factor of 1 + (c − 1)(1 − decay) in a step, 1.3 with the defaults.
+
+  Each matrix has an s of its own, so that a spike in one layer leaves the others as they are. The first gradient is
+  never clipped. A zero gradient leaves s as it is. One whose length overflows becomes zero; one that is not finite
+  stays so, to be skipped by what comes after.
+
+  Args:
+    max_jump: c > 1.
+    decay: weight kept by the running mean s, in [0, 1).
+    matrices: what counts as a matrix, ``Preconditioner.matrices``; None: every leaf.
+
+  Raises:
+    ValueError: for a ``max_jump`` of 1 or below, or a decay outside [0, 1).
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> tx = dpo.clip_spikes(max_jump=4.0)
+    >>> state = tx.init(jnp.zeros(2))
+    >>> for scale in (1.0, 1.0, 1000.0):
+    ...   updates, state = tx.update(scale * jnp.array([0.6, 0.8]), state)
+    >>> updates.round(3), int(state.clipped)
+    (Array([2.4, 3.2], dtype=float32), 1)
+  """
+  more_than_one = "It is the largest ratio of a gradient's norm to the running mean of the norms. Try 4, or None."
+  check(lambda x: x > 1, max_jump, "max_jump", "above 1", more_than_one)
+  check_fraction(decay, "decay")
+  cut = leaves_apart if matrices is None else matrices
+
+  def init(params):
+    dtype = scalar_dtype(params)
+    counts = jax.eval_shape(lambda tree: cut(tree)[0], params)
+    return ClipSpikesState(jnp.zeros(sum(x.shape[0] for x in counts), dtype), jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None, **extra):
+    del params, extra
+    parts, join = cut(updates)
+    sizes = state.sizes
+    if sum(map(len, parts)) != len(sizes):
+      raise ValueError(
+        "the updates must have the leaves that the params had at `init`. "
+        f"Matrices at `init`: {len(sizes)}; now: {sum(map(len, parts))}. Call `init` again for other params."
+      )
+    if not parts:
+      return updates, state
+    known = sizes > 0
+    # ratios are measured in units of s: no square of a usual gradient overflows, nor vanishes
+    unit = jnp.where(known, 1 / jnp.where(known, sizes, 1), 1)
+    ends = list(itertools.accumulate(len(x) for x in parts))
+    of_parts = lambda x: jnp.split(x, ends[:-1])
+    wide = lambda x: jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)
+
+    def squares(x, unit):
+      scaled = jnp.abs(x).astype(wide(x)) * unit.astype(wide(x)).reshape(-1, *(1,) * (x.ndim - 1))
+      return jnp.sum(scaled * scaled, axis=range(1, x.ndim)).astype(sizes.dtype)
+
+    ratio = jnp.sqrt(jnp.concatenate(_over(squares, parts, of_parts(unit))))
+    jumps = known & (ratio > max_jump)
+    finite = jnp.isfinite(ratio)
+    scale = jnp.where(jumps, jnp.where(finite, max_jump / jnp.where(jumps, ratio, 1), 0), 1)
+    grown = jnp.where(known, sizes * (decay + (1 - decay) * jnp.minimum(ratio, max_jump)), ratio)
+    kept = jnp.where((ratio > 0) & (finite | jumps), grown, sizes).astype(sizes.dtype)
+    times = lambda x, a: x * a.astype(jnp.finfo(x.dtype).dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    clipped = state.clipped + jnp.any(jumps).astype(jnp.int32)
+    return join(_over(times, parts, of_parts(scale))), ClipSpikesState(kept, clipped)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+LARGEST_ENTRY = 10  # times the largest root mean square
+
+
+def clip_matrices(max_rms: Any, matrices: Matrices | None = None) -> optax.GradientTransformation:
+  """Every matrix scaled so that its root mean square is at most ``max_rms``, its entries cut to 10 times that before.
+
+  Of whitened gradients an entry beyond 20 is one whose P had grown on tiny gradients before. Uncut it would be all that
+  is left of its matrix: Adam cannot do so, whose entries stay below 1 / √(1 − b2) = 32.
+
+  Args:
+    max_rms: number.
+    matrices: as in :func:`clip_spikes`.
+  """
+
+  def clipped(x):
+    size, largest = jnp.abs(x), LARGEST_ENTRY * max_rms
+    x = jnp.where(size > largest, x * (largest / jnp.where(size > largest, size, 1)).astype(size.dtype), x)
+    clip = optax.clip_by_block_rms(max_rms)
+    return jnp.asarray(clip.update(x, clip.init(x))[0], x.dtype)
+
+  def update(updates, params):
+    del params
+    if matrices is None:
+      return map_by_shape(clipped, updates)
+    parts, join = matrices(updates)
+    return join(_over(jax.vmap(clipped), parts))
+
+  return optax.stateless(update)
+
+
+class ClippedLearningRateState(NamedTuple):
+  """Attributes:
+  count: (), int32.
+  rate: (), float32 (float64 for such params), the learning rate of the last step after clipping.
+  """
+
+  count: jax.Array
+  rate: jax.Array
+
+
+def clipped_learning_rate(
+  learning_rate: optax.ScalarOrSchedule, max_norm: float | None = None
+) -> optax.GradientTransformationExtraArgs:
+  """updates ← −a · updates with a = learning_rate · min(max_norm / ‖updates‖, 1): DPSGD's Eq. 48, in one place.
+
+  The same step as ``optax.chain(optax.clip_by_global_norm(max_norm), optax.scale_by_learning_rate(…))``; what this
+  adds is ``rate`` = a in the state, which ``newton_model`` needs to predict the reduction of the step really taken.
+
+  Args:
+    learning_rate: number or schedule.
+    max_norm: the largest ‖updates‖₂ over all leaves before the learning rate; None: 0.1 · √(number of elements), the
+      paper's; ``jnp.inf``: no clipping.
+
+  Raises:
+    ValueError: for a negative learning rate or a ``max_norm`` that is not positive.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> tx = dpo.clipped_learning_rate(0.5, max_norm=1.0)
+    >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+    >>> updates, float(optax.tree.get(state, "rate"))
+    (Array([-0.3, -0.4], dtype=float32), 0.10000000149011612)
+  """
+  check_learning_rate(learning_rate)
+  if max_norm is not None:
+    check_not_negative(max_norm, "max_norm", "It bounds ‖updates‖₂. Use `jnp.inf` for no bound.")
+
+  def init(params):
+    return ClippedLearningRateState(jnp.zeros((), jnp.int32), jnp.zeros((), scalar_dtype(params)))
+
+  def update(updates, state, params=None, **extra):
+    del params, extra
+    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+    size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(updates))
+    bound = 0.1 * math.sqrt(size) if max_norm is None else max_norm
+    norm = safe_norm(updates)
+    a = jnp.asarray(rate, norm.dtype) * jnp.where(
+      norm > bound, bound / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny), 1
+    )
+    scaled = jax.tree.map(lambda x: (-a * x).astype(x.dtype), updates)
+    return scaled, ClippedLearningRateState(optax.safe_increment(state.count), a.astype(state.rate.dtype))
+
+  return optax.GradientTransformationExtraArgs(init, update)
