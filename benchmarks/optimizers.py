@@ -60,7 +60,7 @@ OPTIMIZERS = {
   ),
   "sgd_ph_released": Method(
     dpo.sgd_ph,
-    {"where": training.is_norm_param, "probe": dpo.ones, "cycle": True, "signed": False},
+    {"where": training.is_norm_param, "probe": dpo.probes.ones, "cycle": True, "signed": False},
     newton=True,
     keyed=True,
   ),

@@ -45,7 +45,7 @@ PRECONDITIONERS: dict[str, Callable[[], dpo.Preconditioner]] = {
   "scaw": dpo.scaw,
   "dense": dpo.dense,
   "dense eq": partial(dpo.dense, geometry=dpo.eq),
-  "dense gl": partial(dpo.dense, geometry=dpo.gl),
+  "dense gl": partial(dpo.dense, geometry=dpo.geometry.gl),
   "lra": dpo.lra,
   "xmat": dpo.xmat,
   "damped_kron": dpo.damped_kron,

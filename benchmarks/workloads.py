@@ -307,7 +307,7 @@ def layered(work: Workload) -> dict[str, tuple[Any, ...]]:
     return lambda carry, params, batch: (carry, captured(reduce)(params, batch)), jnp.zeros(()), params, batch
 
   def products(carry: Any, inputs: Any) -> tuple[Any, Any]:
-    moments = lambda record: None if record is None else dpo.second_moments(record, ())
+    moments = lambda record: None if record is None else dpo.layers.second_moments(record, ())
     return carry, jax.tree.map(moments, inputs, is_leaf=is_record)
 
   def step(tx: optax.GradientTransformationExtraArgs) -> tuple[Any, ...]:
@@ -321,7 +321,7 @@ def layered(work: Workload) -> dict[str, tuple[Any, ...]]:
 
   return {
     "gradient and inputs": of_gradient(None),
-    "gradient and second moments": of_gradient(dpo.second_moments),
+    "gradient and second moments": of_gradient(dpo.layers.second_moments),
     "second moments of the inputs": (products, jnp.zeros(()), inputs),
     "bnp": step(dpo.bnp(RATE, layers=inputs)),
     "gls": step(dpo.gls(RATE, layers=inputs, fallback=optax.sgd(RATE))),

@@ -39,7 +39,7 @@ class Preconditioner(NamedTuple):
     matrices: ``(updates) -> (parts, join)``, the matrices that have a P of their own, such as each layer of a stack or
       each block: parts is a list of arrays (count, *shape), and ``join(parts)`` is the tree again; None: the leaves.
     meaning: what names and shapes in the state do not say, such as "geometry=quad"; "": nothing. The lifts keep it in
-      the structure of the state, for :func:`dpsgd_optax.check_state_layout`.
+      the structure of the state, for :func:`dpsgd_optax.diagnostics.check_state_layout`.
 
   Example:
     A preconditioner of one number, ‖v‖ / ‖Hv‖:

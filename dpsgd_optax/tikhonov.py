@@ -29,12 +29,6 @@ def additive(left: jax.Array, right: jax.Array, c: jax.Array) -> tuple[jax.Array
   return jnp.zeros_like(c), jnp.zeros_like(c), c
 
 
-def undamped(left: jax.Array, right: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """U = Pbar_L G Pbar_R: plain PSGD."""
-  del left, right
-  return jnp.zeros_like(c), jnp.zeros_like(c), jnp.zeros_like(c)
-
-
 class Average(NamedTuple):
   """A weighted average of the factors over time.
 

@@ -100,7 +100,7 @@ runs = {
   "SGD": train(optax.sgd(0.3), False),
   "Adam": train(optax.adam(3e-3), False),
   "GLS": train(dpo.gls(0.3), True),
-  "GLS at SGD's step length": train(dpo.gls(0.3, match=dpo.match_total), True),
+  "GLS at SGD's step length": train(dpo.gls(0.3, match=dpo.layers.match_total), True),
 }
 
 # %%

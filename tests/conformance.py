@@ -53,11 +53,11 @@ TRANSFORMS = {
   "raveled": whitened(lambda: dpo.raveled(scaling())),
   "clipped_learning_rate": unkeyed(lambda: dpo.clipped_learning_rate(0.1)),
   "add_gradient_norm_penalty": unkeyed(lambda: dpo.add_gradient_norm_penalty(0.1), "hvp"),
-  "sharpness_aware": unkeyed(lambda: dpo.sharpness_aware(0.1), "value_fn"),
-  "add_l1_penalty": unkeyed(lambda: dpo.add_l1_penalty(0.1)),
-  "proximal_l1": unkeyed(lambda: dpo.proximal_l1(0.1, 0.1)),
-  "proximal_l2": unkeyed(lambda: dpo.proximal_l2(0.1, 0.1)),
-  "clip_output_change": unkeyed(lambda: dpo.clip_output_change(), "layer_inputs"),
+  "sharpness_aware": unkeyed(lambda: dpo.penalties.sharpness_aware(0.1), "value_fn"),
+  "add_l1_penalty": unkeyed(lambda: dpo.penalties.add_l1_penalty(0.1)),
+  "proximal_l1": unkeyed(lambda: dpo.penalties.proximal_l1(0.1, 0.1)),
+  "proximal_l2": unkeyed(lambda: dpo.penalties.proximal_l2(0.1, 0.1)),
+  "clip_output_change": unkeyed(lambda: dpo.layers.clip_output_change(), "layer_inputs"),
   "clip_spikes": unkeyed(lambda: dpo.clip_spikes()),
 }
 """Those that are no optimizers by themselves, each alone."""
@@ -278,10 +278,12 @@ INJECTED = {
   ),
   "dpsgd": Injected(
     dpo.dpsgd,
-    {"learning_rate": 0.1, "average": 0.6, "eta": 1e-4, "max_update_norm": 0.3, "damping": 0.8, "factor": 0.9}
-    | {"max_damping": 0.8, "step_size": 0.2},
-    ("every", "judge_every", "repeats", "key", "form", "geometry", "normalizer", "curvature", "model", "max_size")
-    + ("max_vector_size", "stacked", "reject"),
+    {"learning_rate": 0.1, "max_update_norm": 0.3, "damping": 0.8, "factor": 0.9},
+    ("preconditioner", "curvature", "every", "judge_every", "key", "bounds", "model", "reject"),
+  ),
+  "dpsgd, its factors": Injected(
+    lambda average, eta, step_size: dpo.dpsgd(0.1, dpo.damped_kron(average=average, eta=eta, step_size=step_size)),
+    {"average": 0.6, "eta": 1e-4, "step_size": 0.2},
   ),
   "bnp": Injected(
     dpo.bnp,
@@ -309,10 +311,10 @@ INJECTED = {
   ),
   "clipped_learning_rate": Injected(dpo.clipped_learning_rate, {"learning_rate": 0.1, "max_norm": 0.5}),
   "add_gradient_norm_penalty": Injected(dpo.add_gradient_norm_penalty, {"strength": 0.1}, ("preconditioned",)),
-  "sharpness_aware": Injected(dpo.sharpness_aware, {"radius": 0.1}, ("preconditioned", "normalize")),
-  "add_l1_penalty": Injected(dpo.add_l1_penalty, {"strength": 0.1}, ("power",)),
-  "proximal_l1": Injected(dpo.proximal_l1, {"strength": 0.1, "learning_rate": 0.1}, ("power", "mask")),
-  "proximal_l2": Injected(dpo.proximal_l2, {"strength": 0.1, "learning_rate": 0.1}, ("power", "mask")),
+  "sharpness_aware": Injected(dpo.penalties.sharpness_aware, {"radius": 0.1}, ("preconditioned", "normalize")),
+  "add_l1_penalty": Injected(dpo.penalties.add_l1_penalty, {"strength": 0.1}, ("power",)),
+  "proximal_l1": Injected(dpo.penalties.proximal_l1, {"strength": 0.1, "learning_rate": 0.1}, ("power", "mask")),
+  "proximal_l2": Injected(dpo.penalties.proximal_l2, {"strength": 0.1, "learning_rate": 0.1}, ("power", "mask")),
 }
 
 
@@ -492,11 +494,11 @@ PLAIN_FORMS = {
   "gradient penalty": functools.partial(dpo.add_gradient_norm_penalty, 0.01),
   "clipped_learning_rate": functools.partial(dpo.clipped_learning_rate, 0.1),
   "add_gradient_norm_penalty": functools.partial(dpo.add_gradient_norm_penalty, 0.1),
-  "sharpness_aware": functools.partial(dpo.sharpness_aware, 0.1),
-  "add_l1_penalty": functools.partial(dpo.add_l1_penalty, 0.1),
-  "proximal_l1": functools.partial(dpo.proximal_l1, 0.1, 0.1),
-  "proximal_l2": functools.partial(dpo.proximal_l2, 0.1, 0.1),
-  "clip_output_change": functools.partial(dpo.clip_output_change, 0.1),
+  "sharpness_aware": functools.partial(dpo.penalties.sharpness_aware, 0.1),
+  "add_l1_penalty": functools.partial(dpo.penalties.add_l1_penalty, 0.1),
+  "proximal_l1": functools.partial(dpo.penalties.proximal_l1, 0.1, 0.1),
+  "proximal_l2": functools.partial(dpo.penalties.proximal_l2, 0.1, 0.1),
+  "clip_output_change": functools.partial(dpo.layers.clip_output_change, 0.1),
   "clip_spikes": functools.partial(dpo.clip_spikes, 8.0),
 }
 """Constructors with their arguments, of the rows that are not made by one themselves."""

@@ -251,7 +251,7 @@ def test_a_whole_run_in_one_scan_equals_the_steps_one_by_one():
 
   params, state = run(place(on, network(), row.specs), place(on, batch(), P("data")))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, ran(name, 8).params)
-  assert dpo.sharding.bytes_per_device(state) == dpo.sharding.bytes_per_device(ran(name, 8).state)
+  assert dpo.diagnostics.bytes_per_device(state) == dpo.diagnostics.bytes_per_device(ran(name, 8).state)
 
 
 @pytest.mark.slow

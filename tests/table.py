@@ -31,6 +31,11 @@ def scaling() -> dpo.Preconditioner:
   return dpo.Preconditioner(lambda x: jnp.ones(x.shape, x.dtype), fit, lambda p, x: p * x)
 
 
+def undamped(left, right, c):
+  """A `form` of a user's own: U = Pbar_L G Pbar_R, whatever the damping."""
+  return 0 * c, 0 * c, 0 * c
+
+
 PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "diagonal": dpo.diagonal,
   "kron": dpo.kron,
@@ -39,12 +44,12 @@ PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "kron quad": functools.partial(dpo.kron, geometry=dpo.quad, max_skew=jnp.inf),
   "kron qeq": functools.partial(dpo.kron, geometry=dpo.qeq, max_skew=jnp.inf),
   "kron qep": functools.partial(dpo.kron, geometry=dpo.qep, max_skew=jnp.inf),
-  "kron quad4p": functools.partial(dpo.kron, geometry=dpo.quad4p, max_skew=jnp.inf),
-  "kron pro4p": functools.partial(dpo.kron, geometry=dpo.pro4p, max_skew=jnp.inf),
+  "kron quad4p": functools.partial(dpo.kron, geometry=dpo.geometry.quad4p, max_skew=jnp.inf),
+  "kron pro4p": functools.partial(dpo.kron, geometry=dpo.geometry.pro4p, max_skew=jnp.inf),
   "dense": dpo.dense,
   "dense qeq": functools.partial(dpo.dense, geometry=dpo.qeq),
   "dense eq": functools.partial(dpo.dense, geometry=dpo.eq),
-  "dense gl": functools.partial(dpo.dense, geometry=dpo.gl),
+  "dense gl": functools.partial(dpo.dense, geometry=dpo.geometry.gl),
   "affine": functools.partial(dpo.affine, max_skew=jnp.inf),
   "scan": dpo.scan,
   "scaw": dpo.scaw,
@@ -52,8 +57,8 @@ PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "lra rank 0": functools.partial(dpo.lra, rank=0),
   "xmat": dpo.xmat,
   "damped_kron factored": dpo.damped_kron,
-  "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.additive),
-  "damped_kron undamped": functools.partial(dpo.damped_kron, form=dpo.undamped, average=None, geometry=dpo.eq),
+  "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.tikhonov.additive),
+  "damped_kron undamped": functools.partial(dpo.damped_kron, form=undamped, average=None, geometry=dpo.eq),
   "raveled": lambda **_: dpo.raveled(scaling()),
   "blocked": lambda **options: dpo.blocked(dpo.kron(max_skew=jnp.inf, **options), 2),  # w in two blocks, 2 x 2, 1 x 2
   "second_moment": lambda **_: dpo.second_moment(),
@@ -176,7 +181,9 @@ OPTIMIZERS = {
     bound=0.1 * 0.1 * SIZE**0.5,
   ),
   "dpsgd undamped": Row(
-    functools.partial(dpo.dpsgd, 0.1, damping=None, average=None), frozenset({"hvp"}), bound=0.1 * 0.1 * SIZE**0.5
+    functools.partial(dpo.dpsgd, 0.1, dpo.damped_kron(average=None), damping=None),
+    frozenset({"hvp"}),
+    bound=0.1 * 0.1 * SIZE**0.5,
   ),
   "levenberg_marquardt": Row(marquardt, frozenset({"value", "value_fn"}), takes_key=False, skips="rejected"),
   "chain": Row(chained, frozenset({"hvp"})),

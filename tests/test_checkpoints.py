@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import dpsgd_optax as dpo
+from dpsgd_optax.diagnostics.checkpoint import STATE_VERSION
 from tests.conformance import CALM, ROWS, TRANSFORMS, same, transform
 from tests.table import OPTIMIZERS, PARAMS, compiled
 
@@ -43,9 +44,9 @@ def test_every_state_continues_bit_for_bit_after_orbax(tmp_path):
 @pytest.mark.parametrize("name", ROWS)
 def test_the_layout_of_a_state_survives_json_and_fits_its_own_optimizer(name):
   state = jax.eval_shape(transform(name).init, PARAMS)
-  saved = json.loads(json.dumps(dpo.state_layout(state)))
-  assert saved["state_version"] == dpo.STATE_VERSION and set(saved["versions"]) == {"dpsgd_optax", "optax", "jax"}
-  dpo.check_state_layout(saved, jax.eval_shape(ROWS[name].make().init, PARAMS))
+  saved = json.loads(json.dumps(dpo.diagnostics.state_layout(state)))
+  assert saved["state_version"] == STATE_VERSION and set(saved["versions"]) == {"dpsgd_optax", "optax", "jax"}
+  dpo.diagnostics.check_state_layout(saved, jax.eval_shape(ROWS[name].make().init, PARAMS))
 
 
 def shapes_of(tx):
@@ -66,7 +67,7 @@ REFUSED = {
   "an older layout": (
     lambda saved: {**saved, "state_version": 0},
     lambda: shapes_of(dpo.psgd(0.1)),
-    ("layout version 0", f"reads {dpo.STATE_VERSION}"),
+    ("layout version 0", f"reads {STATE_VERSION}"),
   ),
   "the first layout": (
     lambda saved: {name: saved[name] for name in ("versions", "leaves")} | {"state_version": 1},
@@ -84,10 +85,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_state_that_does_not_fit_is_refused_with_a_way_out(case):
   change, now, words = REFUSED[case]
-  saved = {**dpo.state_layout(shapes_of(dpo.psgd(0.1)))}
+  saved = {**dpo.diagnostics.state_layout(shapes_of(dpo.psgd(0.1)))}
   saved["versions"] = {**saved["versions"], "dpsgd_optax": "0.0.9"}
   with pytest.raises(ValueError) as error:
-    dpo.check_state_layout(change(saved), now())
+    dpo.diagnostics.check_state_layout(change(saved), now())
   message = str(error.value)
   for word in (*words, "dpsgd_optax 0.0.9", "pip install dpsgd_optax==0.0.9", "tx.init(params)"):
     assert word in message, message
@@ -107,20 +108,20 @@ MEANINGS = {
 @pytest.mark.parametrize("name", MEANINGS)
 def test_a_state_of_another_geometry_is_refused_though_its_shapes_are_the_same(name, wrapped):
   saved, here = (shapes_of(wrapped(dpo.psgd(0.1, MEANINGS[name](geometry=g)))) for g in (dpo.qeq, dpo.quad))
-  assert dpo.state_layout(saved)["leaves"] == dpo.state_layout(here)["leaves"]
-  dpo.check_state_layout(dpo.state_layout(saved), saved)
+  assert dpo.diagnostics.state_layout(saved)["leaves"] == dpo.diagnostics.state_layout(here)["leaves"]
+  dpo.diagnostics.check_state_layout(dpo.diagnostics.state_layout(saved), saved)
   with pytest.raises(
     ValueError, match=r"fitted with geometry=qeq.* in the checkpoint and geometry=quad.* here.*arguments"
   ):
-    dpo.check_state_layout(dpo.state_layout(saved), here)
+    dpo.diagnostics.check_state_layout(dpo.diagnostics.state_layout(saved), here)
 
 
 def test_a_state_of_another_form_is_refused_and_cannot_be_used():
-  tx, other = dpo.dpsgd(0.1), dpo.dpsgd(0.1, form=dpo.additive)
+  tx, other = dpo.dpsgd(0.1), dpo.dpsgd(0.1, dpo.damped_kron(form=dpo.tikhonov.additive))
   with pytest.raises(
     ValueError, match=r"geometry=quad, form=factored in the checkpoint and geometry=quad, form=additive"
   ):
-    dpo.check_state_layout(dpo.state_layout(shapes_of(tx)), shapes_of(other))
+    dpo.diagnostics.check_state_layout(dpo.diagnostics.state_layout(shapes_of(tx)), shapes_of(other))
   with pytest.raises(
     ValueError, match=r"with geometry=quad, form=factored was given to one with .*form=additive.*tx.init"
   ):
@@ -134,13 +135,13 @@ def test_the_meaning_is_a_part_of_the_structure_that_every_library_keeps():
   by_flax = flax.serialization.from_bytes(tx.init(PARAMS), flax.serialization.to_bytes(state))
   for again in (by_flax, pickle.loads(pickle.dumps(state)), optax.tree.map_params(tx, lambda x: x, state)):
     assert jax.tree.structure(again) == jax.tree.structure(state)
-    dpo.check_state_layout(dpo.state_layout(state), again)
+    dpo.diagnostics.check_state_layout(dpo.diagnostics.state_layout(state), again)
 
 
 @pytest.mark.parametrize("saved", [None, {}, "0.1.0"])
 def test_a_checkpoint_without_layout_is_refused(saved):
   with pytest.raises(ValueError, match=r"needs the layout.*state_layout\(opt_state\).*tx\.init\(params\)"):
-    dpo.check_state_layout(saved, shapes_of(dpo.psgd(0.1)))
+    dpo.diagnostics.check_state_layout(saved, shapes_of(dpo.psgd(0.1)))
 
 
 TRAINING = """
@@ -161,13 +162,13 @@ with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_k
   if done:
     found = manager.restore(done, args=ocp.args.Composite(
       now=ocp.args.StandardRestore(jax.eval_shape(lambda: now)), layout=ocp.args.JsonRestore()))
-    dpo.check_state_layout(found.layout, now[1])
+    dpo.diagnostics.check_state_layout(found.layout, now[1])
     now = found.now
   print("from", done, flush=True)
   for step in range(done + 1, steps + 1):
     now = train_step(*now)
     manager.save(step, args=ocp.args.Composite(
-      now=ocp.args.StandardSave(now), layout=ocp.args.JsonSave(dpo.state_layout(now[1]))))
+      now=ocp.args.StandardSave(now), layout=ocp.args.JsonSave(dpo.diagnostics.state_layout(now[1]))))
     print("step", step, flush=True)
 print("end", [x.tobytes().hex() for x in jax.tree.leaves(jax.device_get((now[0], now[1][0].preconditioner)))])
 """

@@ -103,7 +103,7 @@ def curve(update, error, state, *draws):
 
 @functools.cache
 def dense_curves(which):
-  geometry = dpo.gl if which == "legacyGL" else GEOMETRIES[which]
+  geometry = dpo.geometry.gl if which == "legacyGL" else GEOMETRIES[which]
 
   def one(v, h, sizes, target):
     eye = jnp.eye(len(target))

@@ -13,6 +13,7 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax.layers.record import Window
+from dpsgd_optax.preconditioners.batch_norm import expected_scale
 
 PAPER = dict(debias=False, within_batch=True)
 
@@ -73,7 +74,7 @@ def test_the_golden_convolution(x64, name):
   inputs = dpo.LayerRecord(
     (jnp.asarray(record["conv/H"]),), kind="conv", kernel_shape=(3, 3, 3, 4), input_axes=3, window=window
   )
-  q2 = dpo.expected_scale if name == "patch" else 1.0
+  q2 = expected_scale if name == "patch" else 1.0
   p = dpo.batch_norm(decay=0.0, relative_damping=1e-2, q2=q2, **PAPER)
   tx = dpo.scale_by_preconditioner(p, dpo.layer_inputs(), damping=1e-4)
   updates, state = tx.update(grads, tx.init(grads), layer_inputs={"kernel": inputs})

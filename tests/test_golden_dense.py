@@ -37,7 +37,7 @@ def with_rows(geometry, blocks):
   norms = [functools.partial(norm_estimate, block=jnp.asarray(rows), skew=True) for rows in blocks]
   if geometry is dpo.pro:
     return geometry._replace(move=lambda q, e, mu: procrustes_step(q - mu * (e @ q), norms[0]))
-  if geometry is dpo.pro4p:
+  if geometry is dpo.geometry.pro4p:
     return geometry._replace(move=lambda q, e, mu: functools.reduce(procrustes_step_3, norms, q - mu * (e @ q)))
   return geometry
 
@@ -63,7 +63,7 @@ def test_five_updates_equal_psgd_torch(name, precision):
     new = refit(
       DenseState(q, (), lip), v, damped, geometry=with_rows(geometry, blocks), step_size=meta["lr"], low_rank=True
     )
-    close = 1e-3 if geometry is dpo.pro4p and precision == "f32" else TOLERANCE[precision]
+    close = 1e-3 if geometry is dpo.geometry.pro4p and precision == "f32" else TOLERANCE[precision]
     assert error(new.q, z[f"t{t}/Q"]) <= close
     assert error(new.lipschitz[0], z[f"t{t}/L"]) <= close
     assert error(preconditioned(geometry, jnp.asarray(z[f"t{t}/Q"]), g), z[f"t{t}/Pg"]) <= TOLERANCE[precision]
@@ -82,7 +82,7 @@ def test_legacy_updates_equal_psgd_torch(name, precision):
   """GL with its inverse kept, and upper triangular, each with both normalisers; no memory in L."""
   z, meta = case(f"legacy_{precision}", name)
   first, general = "1st" in name or name == "dense_fn", "gl" in name
-  geometry = dpo.gl if general else dpo.eq
+  geometry = dpo.geometry.gl if general else dpo.eq
   normalizer = trace._replace(memory=0.0)
   if first:
     normalizer = Normalizer(frobenius, 0.0, trace.size) if general else spectral

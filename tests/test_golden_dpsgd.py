@@ -22,7 +22,7 @@ from tests.table import counted
 GOLDEN = Path(__file__).parent / "golden" / "dpsgd"
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 SHAPES = ["s4x3", "s3x7", "s1x6", "s6x1", "s8x8", "s5x2", "s1x1"]
-RULES = {"maxabs": dpo.max_abs, "specnorm": dpo.spectral}
+RULES = {"maxabs": dpo.geometry.max_abs, "specnorm": dpo.geometry.spectral}
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -104,7 +104,7 @@ def damped_state(p, params, q, damping):
 def test_damping_equals_eq_36_and_eq_46(shape, form):
   z = load("damping")
   p = dpo.damped_kron(
-    average=None, eta=float(z["eta"]), form={"absorbed": dpo.factored, "additive": dpo.additive}[form]
+    average=None, eta=float(z["eta"]), form={"absorbed": dpo.tikhonov.factored, "additive": dpo.tikhonov.additive}[form]
   )
   g = jnp.asarray(z[f"{shape}_G"])
   for j, tau in enumerate(z["taus"]):
@@ -115,13 +115,13 @@ def test_damping_equals_eq_36_and_eq_46(shape, form):
 @pytest.mark.parametrize("average", ["recursive", "two_tap"])
 def test_averages_equal_eq_47_and_the_notebooks_mix(average):
   z = load("ema")
-  rule = dpo.recursive(float(z["beta_max"]))
+  rule = dpo.tikhonov.recursive(float(z["beta_max"]))
   mean = memory = (jnp.zeros((4, 4)), jnp.zeros((3, 3)))
   for t in range(6):
     current = tuple(jnp.asarray(q[t].T @ q[t]) for q in (z["QL"], z["QR"]))
     if average == "two_tap":
       beta = z["paper_betas"][t]
-      rule = dpo.two_tap(1 - beta, beta)
+      rule = dpo.tikhonov.two_tap(1 - beta, beta)
     mean, memory = rule.advance(jnp.asarray(t), mean, memory, current)
     name = {"recursive": "paper_recursive", "two_tap": "nb_undamped_2tap"}[average]
     np.testing.assert_allclose(mean[0], z[f"{name}_PL"][t], **CLOSE)
@@ -212,20 +212,22 @@ def test_dpsgd_follows_the_canonical_trajectories(problem, kind):
   def make(hyper):
     return dpo.dpsgd(
       hyper["alpha"],
+      dpo.damped_kron(
+        average=hyper["beta_max"],
+        eta=hyper["eta"],
+        step_size=hyper["precond_step"],
+        form={"absorbed": dpo.tikhonov.factored, "additive": dpo.tikhonov.additive}[form],
+        normalizer=RULES[rule],
+        repeats=repeats,
+        geometry=dpo.eq,
+      ),
+      replay,
       every=hyper["T1"],
-      average=hyper["beta_max"],
-      eta=hyper["eta"],
       max_update_norm=hyper["nu"],
       judge_every=hyper["T2"],
       damping=hyper["tau0"],
-      max_damping=hyper["tau_max"],
+      bounds=(hyper["eta"], hyper["tau_max"]),
       factor=hyper["omega"],
-      step_size=hyper["precond_step"],
-      form={"absorbed": dpo.factored, "additive": dpo.additive}[form],
-      normalizer=RULES[rule],
-      repeats=repeats,
-      geometry=dpo.eq,
-      curvature=replay,
     )
 
   run = trajectory_program(problem, make)
@@ -251,13 +253,10 @@ def test_without_damping_and_averaging_dpsgd_is_the_authors_psgd(problem):
   def make(hyper):
     return dpo.dpsgd(
       hyper["alpha"],
-      average=None,
+      dpo.damped_kron(average=None, geometry=dpo.eq, normalizer=dpo.geometry.max_abs, step_size=0.01),
+      replay,
       damping=None,
       max_update_norm=0.1 * size**0.5,
-      geometry=dpo.eq,
-      normalizer=dpo.max_abs,
-      step_size=0.01,
-      curvature=replay,
     )
 
   for t, params, _, value in trajectory_program(problem, make)(z, {"alpha": jnp.asarray(float(z["alpha"]))}):

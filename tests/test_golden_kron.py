@@ -26,8 +26,8 @@ GEOMETRIES = {
   "QEQ": dpo.qeq,
   "Q0.5EQ1.5": dpo.pro,
   "QUAD": dpo.quad,
-  "QUAD4P": dpo.quad4p,
-  "PRO4P": dpo.pro4p,
+  "QUAD4P": dpo.geometry.quad4p,
+  "PRO4P": dpo.geometry.pro4p,
 }
 CRITERIA = ["newton", "whiten"]
 LAYOUTS = {
@@ -60,7 +60,7 @@ def replayed(geometry, dense, blocks):
     rotations = []
     if geometry is dpo.pro:
       rotations = [left.pop(0)]
-    elif geometry is dpo.pro4p:
+    elif geometry is dpo.geometry.pro4p:
       later = sum(w is not None for w in dense[i + 1 :])
       while left and left[0].shape[1] == width and not (later and _belongs_to_the_next(left, dense[i + 1 :], width)):
         rotations.append(left.pop(0))
@@ -70,7 +70,7 @@ def replayed(geometry, dense, blocks):
   if geometry is dpo.pro:
     rotate = lambda q: procrustes_step(q, functools.partial(norm_estimate, block=next(moves)[0], skew=True))
     geometry = geometry._replace(move=lambda q, e, mu: rotate(q - mu * (e @ q)))
-  if geometry is dpo.pro4p:
+  if geometry is dpo.geometry.pro4p:
     geometry = geometry._replace(move=lambda q, e, mu: _rotate_often(q - mu * (e @ q), next(moves)))
   return geometry, norms
 
@@ -105,7 +105,7 @@ def replayed_update(geometry, q, lip, v, x, record, *, step_size, damping, integ
     None if v is None else jnp.asarray(v),
     jnp.asarray(h),
     geometry=replayed_geometry,
-    normalizer=dpo.lipschitz,
+    normalizer=dpo.geometry.lipschitz,
     step_size=step_size,
     norms=norms,
   )

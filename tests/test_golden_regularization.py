@@ -23,9 +23,9 @@ TOLERANCE = dict(rtol=1e-12, atol=1e-12)
 
 decay, l1, gradient, sam = (
   optax.add_decayed_weights,
-  dpo.add_l1_penalty,
+  dpo.penalties.add_l1_penalty,
   dpo.add_gradient_norm_penalty,
-  dpo.sharpness_aware,
+  dpo.penalties.sharpness_aware,
 )
 step = optax.scale_by_learning_rate
 
@@ -46,15 +46,15 @@ ADAM = {
   "l2_orig_stats": lambda: adam(before=[decay(L2)]),
   "l2_orig_nostats": lambda: adam(decay(L2)),
   "l2_intr": lambda: adam(behind=[decay(L2), step(LR)]),
-  "l2_intr_prox": lambda: adam(after=dpo.proximal_l2(L2, LR, power=1), behind=[]),
-  "l2_orig_prox": lambda: adam(after=dpo.proximal_l2(L2, LR, power=0), behind=[]),
+  "l2_intr_prox": lambda: adam(after=dpo.penalties.proximal_l2(L2, LR, power=1), behind=[]),
+  "l2_orig_prox": lambda: adam(after=dpo.penalties.proximal_l2(L2, LR, power=0), behind=[]),
   "l1_orig_stats": lambda: adam(before=[l1(L1)]),
   "l1_orig_nostats": lambda: adam(l1(L1)),
   "l1_intr": lambda: adam(after=l1(L1, power=1)),
-  "l1_intr_prox": lambda: adam(after=dpo.proximal_l1(L1, LR, power=1), behind=[]),
-  "l1_orig_prox": lambda: adam(after=dpo.proximal_l1(L1, LR, power=0), behind=[]),
+  "l1_intr_prox": lambda: adam(after=dpo.penalties.proximal_l1(L1, LR, power=1), behind=[]),
+  "l1_orig_prox": lambda: adam(after=dpo.penalties.proximal_l1(L1, LR, power=0), behind=[]),
   "l1_decoupled": lambda: adam(behind=[l1(L1), step(LR)]),
-  "l1_decoupled_prox": lambda: adam(behind=[dpo.proximal_l1(L1, LR)]),
+  "l1_decoupled_prox": lambda: adam(behind=[dpo.penalties.proximal_l1(L1, LR)]),
   "gr_orig": lambda: adam(gradient(GR)),
   "gr_intr": lambda: adam(gradient(GR, preconditioned=True)),
   "gr_orig_fd": lambda: adam(gradient(GR)),

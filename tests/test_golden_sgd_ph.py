@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
+from dpsgd_optax.preconditioners.diagonal_newton import cycle_count
 
 
 @functools.cache
@@ -68,7 +69,7 @@ def curvatures(state, chosen):
 def trained(net, cycle, params, x, y, numbers):
   """Every step's loss, gradient, parameters, momentum and h. The hyper-parameters are traced: one program for a net."""
   where = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(k.key for k in path) in cycle, params)
-  options = dict(probe=dpo.ones, cycle=cycle, signed=False, bias_correction=dpo.by_cycles(len(cycle)))
+  options = dict(probe=dpo.probes.ones, cycle=cycle, signed=False, bias_correction=cycle_count(len(cycle)))
   tx = dpo.sgd_ph(where=where, **numbers, **options)
 
   def step(carry, batch):
@@ -122,7 +123,7 @@ def test_the_exact_probe_finds_the_true_diagonal_of_the_record_and_the_row_sums_
   x, y = golden()["conv_default/x"][0], golden()["conv_default/y"][0]
   loss = lambda p: jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(conv(p, x), y))
   where = jax.tree.map(lambda _: False, params) | {"bn1": {"weight": True, "bias": False}}
-  observe = dpo.hessian_diagonal(dpo.exact, where=where)
+  observe = dpo.hessian_diagonal(dpo.probes.exact, where=where)
   seen = jax.jit(lambda p: observe(jax.random.key(0), p, p, hvp=dpo.hvp(loss, p)).product["bn1"]["weight"])(params)
   sums, diagonal = (golden()[f"conv_default/probe_{kind}"][0, : len(seen)] for kind in ("rowsum", "true_diag"))
   np.testing.assert_allclose(seen, diagonal, rtol=1e-9, atol=1e-13)

@@ -264,7 +264,7 @@ class Scaled(nn.Module):
 def test_a_layer_of_the_users_own_can_be_registered():
   seen = lambda module, x: dpo.LayerRecord((2 * x,), kernel_shape=(x.shape[-1], 2))
   forward = training.with_layer_inputs(
-    nn.Sequential([Scaled()]).apply, record={Scaled: ("matrix", seen)}, reduce=dpo.second_moments
+    nn.Sequential([Scaled()]).apply, record={Scaled: ("matrix", seen)}, reduce=dpo.layers.second_moments
   )
   params = {"layers_0": {"matrix": jnp.ones((3, 2))}}
   x = jnp.arange(24.0).reshape(8, 3)

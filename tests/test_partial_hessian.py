@@ -14,6 +14,7 @@ from flax import nnx
 
 import dpsgd_optax as dpo
 from dpsgd_optax import training
+from dpsgd_optax.preconditioners.diagonal_newton import cycle_count
 from dpsgd_optax.training.norm_layers import is_norm_param
 
 KEY = jax.random.PRNGKey(0)
@@ -96,12 +97,12 @@ def test_the_row_sums_of_a_classifier_bias_are_zero_and_its_diagonal_is_not(x64)
   logits = normal(6, 16, 3)
   loss, bias = lambda b: cross_entropy(logits + b), 0.1 * normal(7, 3)
   seen = {}
-  for probe in (dpo.ones, dpo.exact):
+  for probe in (dpo.probes.ones, dpo.probes.exact):
     observed = dpo.hessian_diagonal(probe)(KEY, bias, bias, hvp=dpo.hvp(loss, bias))
     seen[probe] = observed.vector * observed.product
   p = jax.nn.softmax(logits + bias)
-  close(seen[dpo.ones], np.zeros(3))
-  close(seen[dpo.exact], np.mean(p * (1 - p), 0))
+  close(seen[dpo.probes.ones], np.zeros(3))
+  close(seen[dpo.probes.exact], np.mean(p * (1 - p), 0))
 
 
 def test_between_norm_layers_the_product_with_the_parameters_themselves_is_minus_the_gradient(x64):
@@ -202,14 +203,14 @@ def test_a_cycle_probes_one_tensor_in_each_fit_and_a_stack_slice_by_slice(x64, o
       expected["vector"][part] = 1
       expected["sums"][part] = MATRIX[part, part].sum(1)
       expected["diagonal"][part] = np.diag(MATRIX)[part]
-    for probe, kind in ((dpo.ones, "sums"), (dpo.exact, "diagonal")):
+    for probe, kind in ((dpo.probes.ones, "sums"), (dpo.probes.exact, "diagonal")):
       close(observed(probe, cycle, fits), [expected["vector"], expected[kind]])
 
 
 def test_all_at_once_ones_sees_all_blocks_and_exact_none_but_the_diagonal(x64):
-  close(observed(dpo.ones)[1], MATRIX.sum(1))
-  close(observed(dpo.exact)[1], np.diag(MATRIX))
-  vector, estimate = observed(dpo.rademacher)
+  close(observed(dpo.probes.ones)[1], MATRIX.sum(1))
+  close(observed(dpo.probes.exact)[1], np.diag(MATRIX))
+  vector, estimate = observed(dpo.probes.rademacher)
   close(np.abs(vector), np.ones(8))
   close(estimate, vector * (MATRIX @ vector))
 
@@ -250,7 +251,7 @@ def test_only_visits_count_and_before_the_first_the_step_is_that_of_sgd(x64):
   state = fitted(p, [idle, idle, seen, idle])
   close(multiplier(p, state), 1e-4 / (0.1 * np.abs(D) + 1e-4))
   close(multiplier(p, p.advance(state, damping=1.0)), 1e-4 / (0.1 * np.abs(D) + 1))
-  p = dpo.diagonal_newton(scale=1e-3, bias_correction=dpo.by_cycles(2))
+  p = dpo.diagonal_newton(scale=1e-3, bias_correction=cycle_count(2))
   c = 1 - 0.9 ** (4 // 2 + 1)
   close(multiplier(p, fitted(p, [idle, idle, seen, idle])), 1e-3 * c / (0.1 * np.abs(D) + 1e-4))
 
@@ -367,7 +368,7 @@ def test_a_stack_of_norm_layers_is_trained_as_the_layers_apart(x64):
     return cross_entropy(x @ HEAD)
 
   cycle = [f"{name}/{leaf}" for leaf in ("bias", "scale") for name in names]
-  options = dict(b1=0.5, probe=dpo.ones)
+  options = dict(b1=0.5, probe=dpo.probes.ones)
   found, _ = trained(dpo.sgd_ph(0.1, None, cycle=cycle, **options), apart, lambda p: of_layers(p.values()), steps=6)
   layer = lambda p, i: jax.tree.map(lambda x: x[i], p["norms"])
   loss = lambda p: of_layers([layer(p, i) for i in range(2)])
@@ -532,7 +533,7 @@ CALLS = {
   "tau": (lambda: dpo.sgd_ph(0.1, is_norm_param, tau=-1.0), "tau", "-1.0"),
   "hessian decay": (lambda: dpo.sgd_ph(0.1, is_norm_param, hessian_decay=1.5), "hessian_decay", "1.5"),
   "weight decay": (lambda: dpo.sgd_ph(0.1, is_norm_param, weight_decay=-1.0), "weight_decay", "-1.0"),
-  "length of a cycle": (lambda: dpo.by_cycles(0), "length", "at least 1"),
+  "length of a cycle": (lambda: cycle_count(0), "length", "at least 1"),
   "decay": (lambda: dpo.diagonal_newton(decay=1.0), "decay", "[0, 1)"),
   "scale": (lambda: dpo.diagonal_newton(scale=-1.0), "scale", "-1.0"),
   "a vector where the product holds": (

@@ -14,6 +14,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import dpsgd_optax as dpo
+from dpsgd_optax.transforms.fitted import Fitted
 from tests.table import PARAMS, SIZE
 
 LAM, RATE = 0.3, 0.2
@@ -24,7 +25,7 @@ ROWS = {
   "kron": functools.partial(dpo.kron, max_skew=jnp.inf),
   "kron diagonal": functools.partial(dpo.kron, max_skew=0),
   "damped_kron factored": dpo.damped_kron,
-  "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.additive, max_vector_size=None),
+  "damped_kron additive": functools.partial(dpo.damped_kron, form=dpo.tikhonov.additive, max_vector_size=None),
   "dense": dpo.dense,
   "lra": functools.partial(dpo.lra, rank=2),
   "xmat": dpo.xmat,
@@ -65,7 +66,7 @@ def case(name):
       return p.fit(state, dpo.Probe(v, jax.tree.map(lambda a, b: 2 * a + b, h, v)), key=key, damping=0.1), None
 
     state, _ = jax.lax.scan(fit, p.init(PARAMS), keys)
-    fitted = dpo.Fitted(p, state, PARAMS)
+    fitted = Fitted(p, state, PARAMS)
     columns = lambda f: jax.vmap(lambda e: ravel_pytree(f(unflat(e)))[0])(jnp.eye(SIZE)).T
     found = {
       "P": columns(fitted.apply),
@@ -77,17 +78,17 @@ def case(name):
     scale = functools.partial(dpo.scale_by_preconditioner, held(p, state), dpo.whitening())
     found |= {
       "l2": one_update(optax.chain(scale(), optax.add_decayed_weights(LAM))),
-      "l1": one_update(scale(after=dpo.add_l1_penalty(LAM, power=1))),
-      "l1 prox": one_update(scale(after=dpo.proximal_l1(LAM, RATE, power=1))),
-      "l2 prox": one_update(scale(after=dpo.proximal_l2(LAM, RATE, power=1))),
+      "l1": one_update(scale(after=dpo.penalties.add_l1_penalty(LAM, power=1))),
+      "l1 prox": one_update(scale(after=dpo.penalties.proximal_l1(LAM, RATE, power=1))),
+      "l2 prox": one_update(scale(after=dpo.penalties.proximal_l2(LAM, RATE, power=1))),
       "gradient": one_update(scale(direction=dpo.gradient_norm(LAM))),
       "gradient, momentum": one_update(scale(momentum=dpo.add_gradient_norm_penalty(LAM, preconditioned=True))),
-      "sharpness": one_update(scale(momentum=dpo.sharpness_aware(0.1, preconditioned=True))),
-      "l2, s=0": one_update(scale(after=dpo.add_l2_penalty(LAM, power=0))),
-      "l2, s=1": one_update(scale(after=dpo.add_l2_penalty(LAM, power=1))),
+      "sharpness": one_update(scale(momentum=dpo.penalties.sharpness_aware(0.1, preconditioned=True))),
+      "l2, s=0": one_update(scale(after=dpo.penalties.add_l2_penalty(LAM, power=0))),
+      "l2, s=1": one_update(scale(after=dpo.penalties.add_l2_penalty(LAM, power=1))),
     }
     if name in POWERS:
-      found["l2, s=0.3"] = one_update(scale(after=dpo.add_l2_penalty(LAM, power=0.3)))
+      found["l2, s=0.3"] = one_update(scale(after=dpo.penalties.add_l2_penalty(LAM, power=0.3)))
 
     def penalised(theta):
       g = jax.grad(loss)(theta)
@@ -203,10 +204,10 @@ def test_proximal_l1_gives_exact_zeros_and_the_explicit_form_does_not():
 
   scaled = lambda *parts: optax.chain(*parts, optax.scale_by_learning_rate(rate))
   forms = {
-    ("prox", 1): adam(after=dpo.proximal_l1(0.5, rate, power=1)),
-    ("prox", 0): adam(after=dpo.proximal_l1(0.5, rate, power=0)),
-    ("explicit", 1): scaled(adam(after=dpo.add_l1_penalty(0.5, power=1))),
-    ("explicit", 0): scaled(adam(after=dpo.add_l1_penalty(0.5, power=0))),
+    ("prox", 1): adam(after=dpo.penalties.proximal_l1(0.5, rate, power=1)),
+    ("prox", 0): adam(after=dpo.penalties.proximal_l1(0.5, rate, power=0)),
+    ("explicit", 1): scaled(adam(after=dpo.penalties.add_l1_penalty(0.5, power=1))),
+    ("explicit", 0): scaled(adam(after=dpo.penalties.add_l1_penalty(0.5, power=0))),
   }
   found = jax.jit(lambda x: {key: train(tx, x) for key, tx in forms.items()})(jnp.array([1.0, 0.5, 0.3, -0.4, 0.2]))
   for (form, _), params in found.items():
@@ -222,7 +223,7 @@ def test_the_threshold_of_a_diagonal_preconditioner_is_a_power_of_it(s):
   q = params - RATE * p * grads
   level = RATE * LAM * p ** (1 - s / 2)
   expected = np.sign(q) * np.maximum(np.abs(q) - level, 0), q / (1 + RATE * LAM * p ** (1 - s))
-  for prox, value in zip((dpo.proximal_l1, dpo.proximal_l2), expected, strict=True):
+  for prox, value in zip((dpo.penalties.proximal_l1, dpo.penalties.proximal_l2), expected, strict=True):
     tx = adam(after=prox(LAM, RATE, power=s))
     updates, _ = tx.update(jnp.asarray(grads, jnp.float32), tx.init(params), jnp.asarray(params, jnp.float32))
     np.testing.assert_allclose(params + updates, value, rtol=1e-4, atol=1e-6)
@@ -265,13 +266,13 @@ def test_fits_on_gradients_reach_the_damped_root_of_their_second_moment():
 
 MASK = {"b": False, "w": True}
 MASKED = {
-  "optax.masked, after": lambda p: dict(after=optax.masked(dpo.add_l1_penalty(LAM, power=p), MASK)),
-  "optax.masked, momentum": lambda p: dict(momentum=optax.masked(dpo.add_l1_penalty(LAM), MASK)),
+  "optax.masked, after": lambda p: dict(after=optax.masked(dpo.penalties.add_l1_penalty(LAM, power=p), MASK)),
+  "optax.masked, momentum": lambda p: dict(momentum=optax.masked(dpo.penalties.add_l1_penalty(LAM), MASK)),
   "optax.masked, hvp": lambda p: dict(
     momentum=optax.masked(dpo.add_gradient_norm_penalty(LAM, preconditioned=True), MASK)
   ),
-  "mask=": lambda p: dict(after=dpo.proximal_l1(LAM, 0.1, power=p, mask=MASK)),
-  "mask=, callable": lambda p: dict(after=dpo.proximal_l2(LAM, 0.1, power=p, mask=lambda tree: MASK)),
+  "mask=": lambda p: dict(after=dpo.penalties.proximal_l1(LAM, 0.1, power=p, mask=MASK)),
+  "mask=, callable": lambda p: dict(after=dpo.penalties.proximal_l2(LAM, 0.1, power=p, mask=lambda tree: MASK)),
 }
 
 
@@ -291,7 +292,7 @@ def test_the_strength_may_be_a_schedule_of_the_steps():
   """The third step has strength 2, wherever the penalty stands."""
   grow = lambda count: count * 1.0
   terms = {
-    "l1": (dpo.add_l1_penalty(grow), np.sign(theta)),
+    "l1": (dpo.penalties.add_l1_penalty(grow), np.sign(theta)),
     "direction": (
       dpo.scale_by_preconditioner(dpo.second_moment(), dpo.whitening(), direction=dpo.gradient_norm(grow)),
       None,
@@ -319,7 +320,7 @@ def test_injected_strengths_and_powers_give_the_plain_run():
       dpo.second_moment(0.9),
       dpo.whitening(),
       momentum=dpo.add_gradient_norm_penalty(strength),
-      after=dpo.proximal_l1(strength, rate, power=power),
+      after=dpo.penalties.proximal_l1(strength, rate, power=power),
     )
 
   numbers = dict(strength=0.2, power=0.7, rate=0.1)
@@ -329,11 +330,11 @@ def test_injected_strengths_and_powers_give_the_plain_run():
 
 def test_the_penalties_are_zero_at_strength_zero_and_where_there_is_no_gradient():
   zero = jax.tree.map(jnp.zeros_like, PARAMS)
-  tx = dpo.sharpness_aware(0.1)
+  tx = dpo.penalties.sharpness_aware(0.1)
   bowl = lambda p: optax.tree.vdot(p, p)
   updates, _ = tx.update(zero, tx.init(zero), zero, value_fn=bowl)
   assert all(np.all(x == 0) for x in jax.tree.leaves(updates))
-  tx = dpo.sharpness_aware(0.0)
+  tx = dpo.penalties.sharpness_aware(0.0)
   updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value_fn=bowl)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b), updates, PARAMS)
 
@@ -348,16 +349,16 @@ def refused(tx, **extra):
 
 bare = dpo.kron()._replace(power=None)
 BAD = {
-  "strength": (lambda: dpo.add_l1_penalty(-1.0), "strength", "-1.0", "Try"),
-  "l2 strength": (lambda: dpo.add_l2_penalty(-1.0, power=1), "strength", "-1.0"),
+  "strength": (lambda: dpo.penalties.add_l1_penalty(-1.0), "strength", "-1.0", "Try"),
+  "l2 strength": (lambda: dpo.penalties.add_l2_penalty(-1.0, power=1), "strength", "-1.0"),
   "gradient strength": (lambda: dpo.add_gradient_norm_penalty(-0.5), "strength", "-0.5"),
   "direction strength": (lambda: dpo.gradient_norm(-0.5), "strength", "-0.5"),
-  "radius": (lambda: dpo.sharpness_aware(-0.05), "radius", "-0.05"),
-  "proximal rate": (lambda: dpo.proximal_l1(0.1, -0.1), "learning_rate", "-0.1"),
+  "radius": (lambda: dpo.penalties.sharpness_aware(-0.05), "radius", "-0.05"),
+  "proximal rate": (lambda: dpo.penalties.proximal_l1(0.1, -0.1), "learning_rate", "-0.1"),
   "decay": (lambda: dpo.second_moment(1.0), "decay", "[0, 1)"),
   "eps": (lambda: dpo.second_moment(eps=-1e-8), "eps", "-1e-08"),
-  "outside": (refused(dpo.add_l1_penalty(0.1, power=1)), "`add_l1_penalty(power=1)`", "fitted", "after=…"),
-  "outside, prox": (refused(dpo.proximal_l2(0.1, 0.1, power=0)), "proximal_l2", "after=…"),
+  "outside": (refused(dpo.penalties.add_l1_penalty(0.1, power=1)), "`add_l1_penalty(power=1)`", "fitted", "after=…"),
+  "outside, prox": (refused(dpo.penalties.proximal_l2(0.1, 0.1, power=0)), "proximal_l2", "after=…"),
   "outside, gradient": (
     refused(dpo.add_gradient_norm_penalty(0.1, preconditioned=True), hvp=lambda v: v),
     "preconditioned=True",
@@ -369,26 +370,31 @@ BAD = {
     "`gradient_norm`",
     "hvp=hvp(loss, params)",
   ),
-  "no value_fn": (refused(dpo.sharpness_aware(0.1)), "value_fn=loss"),
+  "no value_fn": (refused(dpo.penalties.sharpness_aware(0.1)), "value_fn=loss"),
   "masked loss": (
-    refused(optax.masked(dpo.sharpness_aware(0.1), MASK), value_fn=loss),
+    refused(optax.masked(dpo.penalties.sharpness_aware(0.1), MASK), value_fn=loss),
     "masked",
     "add_gradient_norm_penalty",
   ),
   "no params": (
-    lambda: dpo.add_l1_penalty(0.1).update(PARAMS, dpo.add_l1_penalty(0.1).init(PARAMS)),
+    lambda: dpo.penalties.add_l1_penalty(0.1).update(PARAMS, dpo.penalties.add_l1_penalty(0.1).init(PARAMS)),
     "params",
     "None",
     "update(grads, state, params)",
   ),
   "prox of a dense P": (
-    refused(scaled(dpo.kron(), after=dpo.proximal_l1(0.1, 0.1, power=0))),
+    refused(scaled(dpo.kron(), after=dpo.penalties.proximal_l1(0.1, 0.1, power=0))),
     "power=0",
     "diagonal",
     "power=1",
   ),
-  "no power": (refused(scaled(dpo.lra(), after=dpo.add_l2_penalty(0.1, power=0.5))), "0.5", "power=1", "kron"),
-  "no root": (refused(scaled(bare, after=dpo.add_l1_penalty(0.1, power=1))), "root", "second_moment"),
+  "no power": (
+    refused(scaled(dpo.lra(), after=dpo.penalties.add_l2_penalty(0.1, power=0.5))),
+    "0.5",
+    "power=1",
+    "kron",
+  ),
+  "no root": (refused(scaled(bare, after=dpo.penalties.add_l1_penalty(0.1, power=1))), "root", "second_moment"),
 }
 
 

@@ -53,7 +53,7 @@ def test_the_factors_take_half_the_bytes():
   assert bytes_of(state_dtype=jnp.bfloat16) < 0.51 * bytes_of()
 
 
-@pytest.mark.parametrize("geometry", [dpo.quad4p, dpo.pro4p])
+@pytest.mark.parametrize("geometry", [dpo.geometry.quad4p, dpo.geometry.pro4p])
 def test_p_itself_is_not_kept_in_half_precision(geometry):
   with pytest.raises(ValueError, match=r"`state_dtype` must be float32 at least .* got bfloat16.*geometry="):
     dpo.kron(geometry=geometry, state_dtype=jnp.bfloat16)

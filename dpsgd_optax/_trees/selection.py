@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpsgd_optax._trees.paths import is_hole, names
-from dpsgd_optax.training.norm_layers import is_norm_param
 
 Where = Any | Callable[[Any], Any] | None
 
@@ -68,14 +67,14 @@ def is_vector(params: Any) -> Any:
 
 
 _USUAL = {
-  is_norm_param: "`where=dpsgd_optax.training.is_norm_param` for the norm layers of a Flax, Haiku or Equinox model",
-  is_vector: "`where=dpsgd_optax.is_vector` for every 1-D parameter",
+  "is_norm_param": "`where=dpsgd_optax.training.is_norm_param` for the norm layers of a Flax, Haiku or Equinox model",
+  "is_vector": "`where=dpsgd_optax.is_vector` for every 1-D parameter",
 }
 
 
 def _usual(where: Where) -> str:
   """What else could be typed."""
-  others = [words for choice, words in _USUAL.items() if choice is not where]
+  others = [words for name, words in _USUAL.items() if name != getattr(where, "__name__", None)]
   return f"Type {', '.join(others)}, or give a tree of bools like the params."
 
 

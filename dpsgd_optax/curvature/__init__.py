@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OBSERVE."""
+"""OBSERVE: what a preconditioner is fitted on, and the products it is made of."""

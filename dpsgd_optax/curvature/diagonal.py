@@ -82,7 +82,7 @@ def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, 
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
     >>> loss = lambda p: p["scale"][0] * p["scale"][1] + jnp.sum(p["scale"] ** 2) + jnp.sum(p["kernel"] ** 3)
     >>> params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}  # H_ss = [[2, 1], [1, 2]]
-    >>> for probe in (dpo.ones, dpo.exact):
+    >>> for probe in (dpo.probes.ones, dpo.probes.exact):
     ...   observe = dpo.hessian_diagonal(probe, where=dpo.is_vector)
     ...   seen = observe(jax.random.key(0), params, params, hvp=dpo.hvp(loss, params))
     ...   (seen.vector["scale"] * seen.product["scale"]).tolist(), seen.product["kernel"]

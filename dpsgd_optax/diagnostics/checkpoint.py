@@ -34,14 +34,14 @@ def state_layout(opt_state: Any) -> dict[str, Any]:
   Example:
     >>> import json, jax, jax.numpy as jnp, dpsgd_optax as dpo
     >>> tx, params = dpo.psgd(0.1, dpo.diagonal()), jnp.ones(3)
-    >>> saved = json.dumps(dpo.state_layout(tx.init(params)))  # with Orbax: ocp.args.JsonSave(…)
-    >>> dpo.check_state_layout(json.loads(saved), jax.eval_shape(tx.init, params))
-    >>> dpo.check_state_layout(json.loads(saved), jax.eval_shape(tx.init, jnp.ones(5)))
+    >>> saved = json.dumps(dpo.diagnostics.state_layout(tx.init(params)))  # with Orbax: ocp.args.JsonSave(…)
+    >>> dpo.diagnostics.check_state_layout(json.loads(saved), jax.eval_shape(tx.init, params))
+    >>> dpo.diagnostics.check_state_layout(json.loads(saved), jax.eval_shape(tx.init, jnp.ones(5)))
     Traceback (most recent call last):
       ...
     ValueError: the saved optimizer state does not fit the optimizer and params at hand: ...
     >>> kron = lambda geometry: jax.eval_shape(dpo.psgd(0.1, dpo.kron(geometry=geometry)).init, params)
-    >>> dpo.check_state_layout(dpo.state_layout(kron(dpo.eq)), kron(dpo.quad))
+    >>> dpo.diagnostics.check_state_layout(dpo.diagnostics.state_layout(kron(dpo.eq)), kron(dpo.quad))
     Traceback (most recent call last):
       ...
     ValueError: ... fitted with geometry=eq in the checkpoint and geometry=quad here. ...
@@ -94,10 +94,9 @@ def _path(path: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-  from dpsgd_optax import __version__
 
-  found = {"dpsgd_optax": __version__}
-  for name in ("optax", "jax"):
+  found = {}
+  for name in ("dpsgd_optax", "optax", "jax"):
     try:
       found[name] = version(name)
     except PackageNotFoundError:

@@ -27,7 +27,7 @@ def bytes_per_device(tree: Any) -> int:
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo
-    >>> dpo.sharding.bytes_per_device({"w": jnp.zeros((3, 4))})
+    >>> dpo.diagnostics.bytes_per_device({"w": jnp.zeros((3, 4))})
     48
   """
   data = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x

@@ -1,2 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a factor of P moves."""
+"""How the factors of a Kronecker product move: arrays only, no trees, no keys, no λ.
+
+``kron(geometry=…, normalizer=…)`` and its relatives take these values. A geometry says where the probe is looked at and
+how a factor moves on its Lie group, a normalizer what the step is divided by.
+"""
+
+from dpsgd_optax.geometry.moves import (
+  Geometry,
+  Normalizer,
+  eq,
+  gl,
+  lipschitz,
+  max_abs,
+  pro,
+  pro4p,
+  qep,
+  qeq,
+  quad,
+  quad4p,
+  spectral,
+)
+
+__all__ = ["Geometry", "Normalizer"]  # the types
+__all__ += ["eq", "gl", "pro", "pro4p", "qep", "qeq", "quad", "quad4p"]  # geometries
+__all__ += ["lipschitz", "max_abs", "spectral"]  # normalizers

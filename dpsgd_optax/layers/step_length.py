@@ -23,7 +23,6 @@ from dpsgd_optax.layers.find import Layer, find_layers, matched
 from dpsgd_optax.layers.matrix import as_matrix, from_matrix
 from dpsgd_optax.layers.moments import extended, gram, rows_of
 from dpsgd_optax.layers.record import LayerRecord, extent
-from dpsgd_optax.transforms.precondition import plain
 
 Match = Callable[[Any, Any, list[Layer]], Any]
 """(gradient, preconditioned gradient, layers) -> the second, rescaled."""
@@ -57,11 +56,12 @@ def match_total(updates: Any, done: Any, layers: list[Layer]) -> Any:
   return jax.tree.unflatten(treedef, u)
 
 
-def matched_length(match: Match, layers: Any = None, inner: Callable = plain) -> Callable:
-  """A ``direction`` for ``scale_by_preconditioner``: that of ``inner``, rescaled by ``match``."""
+def matched_length(match: Match, layers: Any = None, inner: Callable | None = None) -> Callable:
+  """A ``direction`` for ``scale_by_preconditioner``: that of ``inner`` (None: P), rescaled by ``match``."""
 
   def direction(apply, updates, params, **extra):
-    return match(updates, inner(apply, updates, params, **extra), find_layers(updates, layers))
+    done = apply(updates) if inner is None else inner(apply, updates, params, **extra)
+    return match(updates, done, find_layers(updates, layers))
 
   return direction
 
@@ -96,7 +96,7 @@ def clip_output_change(
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo
-    >>> tx, params = dpo.clip_output_change(0.1), {"w": jnp.ones((2, 1))}
+    >>> tx, params = dpo.layers.clip_output_change(0.1), {"w": jnp.ones((2, 1))}
     >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0]])
     >>> tx.update({"w": jnp.ones((2, 1))}, tx.init(params), params, layer_inputs={"w": x})[0]["w"].T
     Array([[0.1, 0.1]], dtype=float32)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains of the parts."""
+"""Ready-made optimizers: chains of the parts, one file each."""

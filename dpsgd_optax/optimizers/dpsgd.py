@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DPSGD."""
+"""DPSGD: damped, averaged Kronecker factors, their damping chosen by Levenberg and Marquardt's rule."""
 
 from collections.abc import Callable
 
 import jax
 import optax
 
-from dpsgd_optax._trees.buckets import Stacked
-from dpsgd_optax.base import Curvature, check_not_negative, check_period
+from dpsgd_optax.base import Curvature, Preconditioner, check_not_negative, check_period, is_static
 from dpsgd_optax.curvature.observers import newton
-from dpsgd_optax.geometry.moves import Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners.damped_kron import damped_kron
-from dpsgd_optax.tikhonov import Average, Form, factored, undamped
 from dpsgd_optax.transforms.clipping import clipped_learning_rate
 from dpsgd_optax.transforms.injection import static_arguments
 from dpsgd_optax.transforms.levenberg_marquardt import levenberg_marquardt
@@ -20,43 +17,22 @@ from dpsgd_optax.transforms.reduction_models import newton_model
 
 
 @static_arguments(
-  "every",
-  "key",
-  "judge_every",
-  "form",
-  "geometry",
-  "normalizer",
-  "repeats",
-  "curvature",
-  "model",
-  "max_size",
-  "max_vector_size",
-  "stacked",
-  unless_given=("damping",),
+  "preconditioner", "curvature", "every", "key", "judge_every", "bounds", "model", unless_given=("damping",)
 )
 def dpsgd(
   learning_rate: optax.ScalarOrSchedule,
+  preconditioner: Preconditioner | None = None,
+  curvature: Curvature | None = None,
   *,
   every: int | optax.Schedule = 1,
-  average: float | Average | None = 0.7,
-  eta: float = 1e-5,
   max_update_norm: float | None = None,
   key: int | jax.Array = 0,
   judge_every: int = 5,
   damping: float | None = 1.0,
   factor: float | None = None,
-  max_damping: float | None = None,
-  form: Form = factored,
-  geometry: Geometry = quad,
-  normalizer: Normalizer = spectral,
-  step_size: float = 0.1,
-  repeats: int = 1,
-  curvature: Curvature | None = None,
+  bounds: tuple[float, float] | None = None,
   model: Callable = newton_model,
   reject: bool = False,
-  max_size: float = 2048,
-  max_vector_size: float | None = 1024,
-  stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Damped preconditioned SGD (not differentially private SGD): PSGD with damped, averaged Kronecker factors.
 
@@ -85,28 +61,20 @@ def dpsgd(
 
   Args:
     learning_rate: α, number or schedule.
+    preconditioner: ``damped_kron()`` if None: how the factors move, are averaged (β), damped (η, Eq. 36 or 46) and laid
+      out are its arguments. Static.
+    curvature: what the factors are fitted on; ``newton()`` if None. Static.
     every: T1, the period of the fits.
-    average: β, the largest weight of the old average, in [0, 1); None: no averaging; ``two_tap(new, old)``: the mix of
-      the thesis.
-    eta: η, added to τ under the root, and the least τ.
     max_update_norm: ν, the largest norm of U; None: 0.1 √N, N the number of parameters; ``jnp.inf``: no clipping.
     key: int or PRNG key of the probes.
     judge_every: T2, the period of the Levenberg-Marquardt rule.
     damping: τ_0; None: the factors are not damped, nothing is judged, and the optimizer is (averaged) PSGD.
     factor: ω; None: (20/19)^T2.
-    max_damping: τ_max; None: τ_0. A larger one can run away: more τ is a longer step is a worse ratio is more τ.
-    form: ``factored`` (Eq. 46) or ``additive`` (Eq. 36).
-    geometry: how the factors move; the paper's is ``eq``.
-    normalizer: ``spectral``; the paper's runs used ``max_abs`` with ``step_size=0.01``.
-    step_size: μ of the factors, in (0, 1].
-    repeats: moves per probe.
-    curvature: what the factors are fitted on; None: ``newton()``. Static.
+    bounds: the least and the largest τ; None: 1e-5, which is η, and τ_0. With ``factor`` < 1 a larger ceiling
+      can run away: more damping lengthens the step, which worsens the ratio, which raises the damping.
     model: predicted reduction: ``newton_model`` (the paper's, for the step really taken), ``half_slope``,
       ``quadratic_model``.
     reject: zero a judged step on which the loss rose, and turn τ down.
-    max_size: a longer side of a matrix gets a diagonal factor. Static.
-    max_vector_size: longer vectors get a diagonal factor; None: vectors take the plain gradient. Static.
-    stacked: leaves that hold a stack of layers, see :func:`dpsgd_optax.per_leaf`.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. ``damping`` (τ), ``ratio``, ``predicted``,
@@ -139,30 +107,24 @@ def dpsgd(
   """
   check_period(judge_every, "judge_every")
   check_not_negative(damping, "damping", "It is τ_0. Try 1.0, or None for undamped factors.")
-  p = damped_kron(
-    average=average,
-    eta=eta,
-    form=undamped if damping is None else form,
-    geometry=geometry,
-    normalizer=normalizer,
-    step_size=step_size,
-    repeats=repeats,
-    max_size=max_size,
-    max_vector_size=max_vector_size,
-    stacked=stacked,
-  )
   inner = optax.chain(
-    scale_by_preconditioner(p, newton() if curvature is None else curvature, every=every, key=key),
+    scale_by_preconditioner(
+      damped_kron() if preconditioner is None else preconditioner,
+      newton() if curvature is None else curvature,
+      every=every,
+      damping=None,
+      key=key,
+    ),
     clipped_learning_rate(learning_rate, max_update_norm),
   )
   if damping is None:
     return optax.with_extra_args_support(inner)
-  omega = (20 / 19) ** judge_every if factor is None else factor
+  least = min(1e-5, damping) if is_static(damping) else 1e-5
   return levenberg_marquardt(
     inner,
     damping=damping,
-    factor=omega,
-    bounds=(eta, damping if max_damping is None else max_damping),
+    factor=(20 / 19) ** judge_every if factor is None else factor,
+    bounds=(least, damping) if bounds is None else bounds,
     every=judge_every,
     model=model,
     reject=reject,

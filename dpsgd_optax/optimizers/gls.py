@@ -15,7 +15,7 @@ from dpsgd_optax.preconditioners._per_layer import per_layer
 from dpsgd_optax.preconditioners.least_squares import group as least_squares_group
 from dpsgd_optax.transforms._control import keep_dtype
 from dpsgd_optax.transforms.injection import static_arguments
-from dpsgd_optax.transforms.precondition import plain, scale_by_preconditioner
+from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
 
 @static_arguments("match", "every", "fallback", "max_size", "axis_name", "layers")
@@ -116,7 +116,7 @@ def gls(
       "and no sum over devices. Type `b1=None` (and put `optax.trace` after it), `every=1`, `axis_name=None`."
     )
   group = least_squares_group(decay=decay, output_damping=output_damping, max_size=max_size, axis_name=axis_name)
-  direction = through_outputs(group, layers) if from_outputs else plain
+  direction = through_outputs(group, layers) if from_outputs else None
   parts = [
     scale_by_preconditioner(
       per_layer(group, layers),

@@ -75,7 +75,7 @@ def psgd(
       positive, or a ``max_jump`` of 1 or below.
 
   Source: arXiv:2402.04553, arXiv:2402.11858. The paper's own PSGD, as it is compared with DPSGD, is
-  ``dpsgd(…, damping=None, average=None)``.
+  ``dpsgd(lr, damped_kron(average=None), damping=None)``.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo

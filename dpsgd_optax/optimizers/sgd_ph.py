@@ -19,7 +19,7 @@ from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import check, check_fraction, check_learning_rate, check_not_negative
 from dpsgd_optax.curvature.diagonal import hessian_diagonal
 from dpsgd_optax.preconditioners._selected import selected
-from dpsgd_optax.preconditioners.diagonal_newton import Terms, by_visits, diagonal_newton
+from dpsgd_optax.preconditioners.diagonal_newton import Terms, diagonal_newton, visit_count
 from dpsgd_optax.probes import Cycle, DiagonalProbe, rademacher
 from dpsgd_optax.transforms._control import keep_dtype
 from dpsgd_optax.transforms.injection import static_arguments
@@ -59,7 +59,7 @@ def sgd_ph(
   probe: DiagonalProbe = rademacher,
   cycle: Cycle = False,
   signed: bool = True,
-  bias_correction: Terms = by_visits,
+  bias_correction: Terms = visit_count,
   every: int | optax.Schedule = 1,
   key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -102,7 +102,7 @@ def sgd_ph(
     cycle: False: all selected tensors in each step; True: one in each step, in turn; a list of paths: in this order.
       Less noise of one tensor in another, and estimates that are as old as the cycle is long. Static.
     signed: see :func:`dpsgd_optax.diagonal_newton`. Static.
-    bias_correction: ``by_visits``, or ``by_cycles(M)``. Static.
+    bias_correction: ``visit_count``, or ``cycle_count(M)``. Static.
     every: probe on every ``every``-th step; int or schedule.
     key: int or PRNG key of the probes.
 
@@ -115,7 +115,7 @@ def sgd_ph(
       time, for a missing ``hvp`` or a ``cycle`` that does not fit.
 
   Departures from the released code, which is ``probe=ones, cycle=[…, None], signed=False,
-  bias_correction=by_cycles(M)``: random signs and their signed mean; the exact bias correction; with
+  bias_correction=cycle_count(M)``: random signs and their signed mean; the exact bias correction; with
   ``training.is_norm_param`` the biases of dense and convolution layers are first order. That code also spends a step of
   each cycle on the last 1-D tensor and updates it as first order: a None in the cycle. Without momentum it breaks; this
   does not.

@@ -125,7 +125,7 @@ def sharpness_aware(
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
     >>> loss, params = lambda x: jnp.sum(x**2) / 2, jnp.array([3.0, 4.0])
-    >>> tx = dpo.sharpness_aware(0.5)
+    >>> tx = dpo.penalties.sharpness_aware(0.5)
     >>> tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)[0]
     Array([3.3, 4.4], dtype=float32)
   """

@@ -112,7 +112,7 @@ def add_l1_penalty(strength: optax.ScalarOrSchedule, *, power: Any = None) -> op
 
   Example:
     >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
-    >>> tx = optax.chain(dpo.add_l1_penalty(0.5), optax.sgd(1.0))
+    >>> tx = optax.chain(dpo.penalties.add_l1_penalty(0.5), optax.sgd(1.0))
     >>> params = jnp.array([2.0, -3.0, 0.0])
     >>> tx.update(jnp.zeros(3), tx.init(params), params)[0]
     Array([-0.5,  0.5, -0. ], dtype=float32)
@@ -152,7 +152,7 @@ def add_l2_penalty(strength: optax.ScalarOrSchedule, *, power: Any) -> optax.Gra
 
   Example:
     >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
-    >>> after = dpo.add_l2_penalty(0.1, power=0.5)
+    >>> after = dpo.penalties.add_l2_penalty(0.1, power=0.5)
     >>> tx = dpo.scale_by_preconditioner(dpo.second_moment(), dpo.whitening(), after=after)
     >>> params = jnp.ones(2)
     >>> tx.update(jnp.array([1.0, 0.01]), tx.init(params), params)[0].round(3)  # 1 + 0.1 / sqrt(|g|)

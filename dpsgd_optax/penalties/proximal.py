@@ -77,7 +77,7 @@ def proximal_l1(
 
   Example:
     >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
-    >>> after = dpo.proximal_l1(0.25, learning_rate=0.5, power=1)
+    >>> after = dpo.penalties.proximal_l1(0.25, learning_rate=0.5, power=1)
     >>> tx = dpo.scale_by_preconditioner(dpo.second_moment(), dpo.whitening(), after=after)
     >>> params = jnp.array([1.0, 0.5625])
     >>> updates, _ = tx.update(jnp.ones(2), tx.init(params), params)
@@ -127,7 +127,7 @@ def proximal_l2(
 
   Example:
     >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
-    >>> tx, params = dpo.proximal_l2(1.0, learning_rate=0.25), jnp.array([1.0, 2.0])
+    >>> tx, params = dpo.penalties.proximal_l2(1.0, learning_rate=0.25), jnp.array([1.0, 2.0])
     >>> updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
     >>> params + updates
     Array([0.8, 1.6], dtype=float32)

@@ -21,7 +21,7 @@ def damp(probe: Probe, xi: jax.Array | None, damping) -> Probe:
 
   Where h is exactly zero it stays so, that a fit can tell what was not seen (see ``seen_slices``).
   """
-  h = probe.product
+  h, damping = probe.product, 0.0 if damping is None else damping
   if probe.vector is not None:
     return Probe(probe.vector, jnp.where(h != 0, h + jnp.asarray(damping, h.dtype) * probe.vector, h))
   size = jnp.abs(h)

@@ -71,7 +71,7 @@ def damped_kron(
     average: β_max of Eq. 47 in [0, 1), or an :class:`Average` such as ``two_tap(0.7, 0.3)``; None: no averaging,
       and none kept in the state.
     eta: η, added to τ under the root; in squared units of P.
-    form: ``factored`` (Eq. 46), ``additive`` (Eq. 36) or ``undamped``.
+    form: ``tikhonov.factored`` (Eq. 46) or ``tikhonov.additive`` (Eq. 36).
     geometry: how the factors move; the default needs matrix products only, the paper's is ``eq`` (triangular solves).
     normalizer: ``spectral`` (with step_size 0.1) or ``max_abs`` (the paper's runs, with step_size 0.01).
     step_size: of the fit, in (0, 1].
@@ -130,8 +130,10 @@ def damped_kron(
     mean, memory = state.kron.p, state.memory
     if average is not None:
       mean, memory = average.advance(state.count, state.average, memory, state.kron.p)
-    c = jnp.sqrt(jnp.asarray(damping + eta, state.shifts.dtype))
-    shifts = jnp.stack(form(_mean_eigenvalue(mean[0]), _mean_eigenvalue(mean[1]), c))
+    shifts = jnp.zeros_like(state.shifts)
+    if damping is not None:
+      c = jnp.sqrt(jnp.asarray(damping + eta, shifts.dtype))
+      shifts = jnp.stack(form(_mean_eigenvalue(mean[0]), _mean_eigenvalue(mean[1]), c))
     kept = None if average is None else mean
     return DampedKronState(state.kron, state.count + 1, kept, memory, shifts.astype(state.shifts.dtype))
 

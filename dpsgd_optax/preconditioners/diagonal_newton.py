@@ -39,13 +39,13 @@ class DiagonalNewtonState(NamedTuple):
 Terms = Callable[[jax.Array, jax.Array], jax.Array]  # (n, t) -> k
 
 
-def by_visits(visits: jax.Array, fits: jax.Array) -> jax.Array:
+def visit_count(visits: jax.Array, fits: jax.Array) -> jax.Array:
   """k = max(n, 1): the terms that the mean of this tensor really has. The exact bias correction."""
   del fits
   return jnp.maximum(visits, 1)
 
 
-def by_cycles(length: int) -> Terms:
+def cycle_count(length: int) -> Terms:
   """k = ⌊t / length⌋ + 1, the same for all tensors: the released code's bias correction.
 
   Off by one for tensors that come late in the cycle: up to 1.9 times too large a step in the first cycle at μ = 0.9.
@@ -62,7 +62,7 @@ def diagonal_newton(
   decay: float = 0.9,
   scale: float = 1.0,
   signed: bool = True,
-  bias_correction: Terms = by_visits,
+  bias_correction: Terms = visit_count,
   stacked: Stacked = None,
 ) -> Preconditioner:
   """P = τ c / (|h| + λ), entry by entry: Newton's step for a diagonal Hessian. Memory: one copy of the parameters.
@@ -84,7 +84,7 @@ def diagonal_newton(
     scale: τ ≥ 0, the ratio of this step to that of plain SGD with the same learning rate.
     signed: True: the mean is of s, and its absolute value is taken where it is used: the noise of random signs averages
       out. False: of |s|, as the released code has it: never below |E s|, and above it by the noise. Static.
-    bias_correction: (n, t) → k in c = 1 − μᵏ: ``by_visits``, or ``by_cycles(M)``, the released code's. Static.
+    bias_correction: (n, t) → k in c = 1 − μᵏ: ``visit_count``, or ``cycle_count(M)``, the released code's. Static.
     stacked: see :func:`dpsgd_optax.per_leaf`: each layer of a stack has visits of its own.
 
   Raises:

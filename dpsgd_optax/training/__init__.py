@@ -1,2 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flax."""
+"""Flax: train states, what enters each layer, norm layers. The only room that imports Flax; import it by name.
+
+The package itself does not import this room.
+"""
+
+from dpsgd_optax.training.cadence import host_cadence
+from dpsgd_optax.training.linen import LAYER_INPUTS, with_layer_inputs
+from dpsgd_optax.training.nnx import call_with_layer_inputs
+from dpsgd_optax.training.norm_layers import WeightNorm, is_norm_param
+from dpsgd_optax.training.train_state import TrainState
+
+__all__ = ["TrainState", "host_cadence"]  # the loop
+__all__ += ["LAYER_INPUTS", "call_with_layer_inputs", "with_layer_inputs"]  # what enters each layer
+__all__ += ["WeightNorm", "is_norm_param"]  # norm layers

@@ -100,7 +100,7 @@ def with_layer_inputs(
     apply: `model.apply`.
     record: layers of your own: class ↦ (name of its kernel, recorder), where recorder(module, *args, **kwargs) of its
       `__call__` returns a `LayerRecord` whose `bias` is a tuple with the name of the bias, or None.
-    reduce: what leaves the forward pass in place of the inputs: `dpsgd_optax.second_moments` for `gls`,
+    reduce: what leaves the forward pass in place of the inputs: `dpsgd_optax.layers.second_moments` for `gls`,
       `channel_moments` for `bnp`; saves memory where the activations are not kept anyway (remat, accumulation).
 
   Returns:

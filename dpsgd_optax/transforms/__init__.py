@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""THE STEP."""
+"""THE STEP: the Optax transforms around a preconditioner."""

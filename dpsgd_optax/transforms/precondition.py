@@ -24,12 +24,6 @@ from dpsgd_optax.transforms.fitted import Fitted
 from dpsgd_optax.transforms.injection import static_arguments
 
 
-def plain(apply: Callable, updates: Any, params: Any, **extra: Any) -> Any:
-  """The default direction: P @ updates."""
-  del params, extra
-  return apply(updates)
-
-
 def annealed_probability(
   peak: float = 1.0, floor: float = 0.03, flat: int = 500, decay: float = 0.001
 ) -> optax.Schedule:
@@ -112,7 +106,7 @@ def scale_by_preconditioner(
   every: int | optax.Schedule = 1,
   damping: Any = 0.0,
   momentum: optax.GradientTransformation | None = None,
-  direction: Callable = plain,
+  direction: Callable | None = None,
   after: optax.GradientTransformation | None = None,
   before: optax.GradientTransformation | None = None,
   key: int | jax.Array = 0,
@@ -122,7 +116,8 @@ def scale_by_preconditioner(
 
   One step: ``before`` acts on the gradient, P is fitted on what it returns; ``momentum``, P (by way of ``direction``)
   and ``after`` then act in this order. The last three see P: ``momentum`` and ``after`` as the extra argument
-  ``fitted``, a :class:`dpsgd_optax.Fitted`. A step that is skipped leaves the states of all of them as they were.
+  ``fitted``, a :class:`dpsgd_optax.transforms.fitted.Fitted`. A step that is skipped leaves all their states as they
+  were.
 
   Fitting comes before applying, so that a step already profits from what it observed. Every extra argument of
   ``update`` is handed to the curvature, with ``damping`` and ``fits``, the number of fits so far; those it does not
@@ -135,13 +130,14 @@ def scale_by_preconditioner(
       running sum of the probabilities passes a whole number (exact long-run rate, see ``annealed_probability``).
     damping: λ ≥ 0, number or schedule, given to ``fit``; what it means is the preconditioner's to say. The extra
       argument ``damping`` of ``update`` (set by ``levenberg_marquardt``) overrides it.
+      None leaves the factors of ``damped_kron`` undamped; for the Lie groups it is 0.
     momentum: an optax transform between the gradient and P: ``momentum=optax.ema(0.9)`` fits on raw gradients and
       preconditions their average; ``optax.chain(optax.ema(0.9), scale_by_preconditioner(…))`` fits on the average.
       None: none. If the fit is on the average, divide the learning rate by √((1+β)/(1−β)).
-    direction: (apply, updates, params, **extra) → preconditioned updates; the default applies P. Extra arguments are
+    direction: (apply, updates, params, **extra) → preconditioned updates; None applies P. Extra arguments are
       those of ``update``, ``fitted`` and ``count``, the number of the step. Static.
     after: an optax transform after P, for what must see both P and the step: penalties in preconditioned variables,
-      and the learning rate where they are proximal (see :func:`dpsgd_optax.proximal_l1`). None: none.
+      and the learning rate where they are proximal (see :func:`dpsgd_optax.penalties.proximal_l1`). None: none.
     before: an optax transform of the gradient that everything else sees, such as :func:`dpsgd_optax.clip_spikes`. None:
       none.
     key: int or PRNG key of the probes; lives in the state. Same key, same run.
@@ -252,7 +248,10 @@ def scale_by_preconditioner(
     fitted = Fitted(shown, new, gradient)
     seen = {**extra, "fitted": fitted}
     averaged, moved = momentum.update(gradient, state.momentum, params, **seen)
-    applied = direction(fitted.apply, averaged, params, **{**seen, "count": state.count})
+    if direction is None:
+      applied = fitted.apply(averaged)
+    else:
+      applied = direction(fitted.apply, averaged, params, **seen, count=state.count)
     same_structure(applied, updates, "what the direction returns", "the updates")
     applied, done = after.update(applied, state.after, params, **seen)
     usable = jnp.array(True)

@@ -111,10 +111,10 @@ def train(folder: Path, epochs: int, fresh=start):
   with ocp.CheckpointManager(folder.absolute()) as manager:
     first = 0
     if (last := manager.latest_step()) is not None:
-      dpo.check_state_layout(json.loads((folder / "layout.json").read_text()), state.opt_state)
+      dpo.diagnostics.check_state_layout(json.loads((folder / "layout.json").read_text()), state.opt_state)
       state = manager.restore(last, args=ocp.args.StandardRestore(jax.eval_shape(lambda x: x, state)))
       first = last + 1
-    (folder / "layout.json").write_text(json.dumps(dpo.state_layout(state.opt_state)))
+    (folder / "layout.json").write_text(json.dumps(dpo.diagnostics.state_layout(state.opt_state)))
     for number in range(first, epochs):
       state, value = epoch(state, number)
       manager.save(number, args=ocp.args.StandardSave(state))

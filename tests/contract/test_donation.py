@@ -52,7 +52,7 @@ WRAPPED = {
   "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
   "levenberg_marquardt of MultiSteps": lambda tx: dpo.levenberg_marquardt(optax.MultiSteps(tx, 2)),
   "partition": lambda tx: optax.partition({"a": tx, "b": optax.adam(0.1)}, {"w": "a", "b": "b"}),
-  "two in a chain": lambda tx: optax.chain(tx, dpo.clipped_learning_rate(0.1), dpo.proximal_l2(0.1, 0.1)),
+  "two in a chain": lambda tx: optax.chain(tx, dpo.clipped_learning_rate(0.1), dpo.penalties.proximal_l2(0.1, 0.1)),
   "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
 }
 
@@ -110,7 +110,7 @@ def test_the_sharded_optimizer_can_be_donated(name):
     params, state = run(params, state)
 
 
-@pytest.mark.parametrize("make", [lambda lam, key: dpo.dpsgd(0.1, damping=lam, max_damping=2.0, key=key)])
+@pytest.mark.parametrize("make", [lambda lam, key: dpo.dpsgd(0.1, damping=lam, bounds=(1e-5, 2.0), key=key)])
 def test_arrays_that_were_given_to_the_constructor_are_not_donated(make):
   """λ and key of the caller stay alive: a second `init` finds them."""
   lam, key = jnp.float32(1.0), jax.random.key(3)

@@ -276,7 +276,7 @@ def test_b1_replicas_make_the_step_of_the_whole_batch():
 
 def test_b1_the_derivatives_of_a_loss_are_averaged_even_where_it_is_all_that_was_given():
   """`pmean` of a loss has the local gradient and the local product; only `value_fn` is given here."""
-  tx = dpo.data_parallel(optax.chain(dpo.sharpness_aware(0.1), dpo.psgd(0.1, dpo.kron(), dpo.newton())), "i")
+  tx = dpo.data_parallel(optax.chain(dpo.penalties.sharpness_aware(0.1), dpo.psgd(0.1, dpo.kron(), dpo.newton())), "i")
 
   def replica(x):
     local = lambda p: jnp.mean(jax.lax.pmean((x @ p["w"] + p["b"]) ** 2, "i"))

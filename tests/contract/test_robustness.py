@@ -204,7 +204,7 @@ def test_reject_zeroes_a_step_that_raises_the_loss_and_moves_the_damping():
 def test_a_rejected_step_of_dpsgd_turns_the_damping_down():
   """More damping of the factors is a longer step: away from it."""
   params = jnp.array([1.0, -2.0])
-  tx = dpo.dpsgd(100.0, max_update_norm=jnp.inf, reject=True, judge_every=1, max_damping=2.0)
+  tx = dpo.dpsgd(100.0, max_update_norm=jnp.inf, reject=True, judge_every=1, bounds=(1e-5, 2.0))
 
   @jax.jit
   def step(state):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both dampings, and the rule that chooses them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dpsgd_optax as dpo
-from tests.table import BATCH, SIZE, draw, fit, flat, matrix, start, unflat
+from tests.table import BATCH, PARAMS, PRECONDITIONERS, SIZE, draw, fit, flat, matrix, start, unflat
 
 H = np.array([[2.0, 0.5], [0.5, 1.0]], np.float32)
 NEWTON = optax.stateless(lambda updates, _: jnp.linalg.solve(H, updates))  # P = H⁻¹
@@ -67,6 +68,21 @@ def test_damping_does_nothing_to_undamped_factors():
   v, h = (np.repeat(flat(draw(k, 5, 1)), BATCH, 1) for k in (1, 2))
   p = matrix(name, fit(name, start(name), unflat(v), unflat(h), damping=TAUS))
   np.testing.assert_array_equal(p, np.repeat(p[:1], BATCH, 0))
+
+
+def test_factors_without_damping_are_undamped():
+  """`damping=None` is U = Pbar_L G Pbar_R, whatever form and η are."""
+  found = []
+  for p, tau in (
+    (PRECONDITIONERS["damped_kron undamped"](), 0.1),
+    (dpo.damped_kron(average=None, geometry=dpo.eq), None),
+  ):
+    state = p.init(PARAMS)
+    for k in range(5):
+      v, h = (optax.tree.random_like(jax.random.key(10 * k + i), PARAMS) for i in (1, 2))
+      state = p.fit(state, dpo.Probe(v, h), key=jax.random.key(k), damping=tau)
+    found.append(p.apply(state, PARAMS))
+  chex.assert_trees_all_close(*found, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["diagonal", "kron", "kron eq", "kron quad", "kron qeq"])

@@ -138,7 +138,7 @@ def test_qeq_on_q_is_quad_on_p():
     v,
     h,
     geometry=dpo.qeq,
-    normalizer=dpo.lipschitz,
+    normalizer=dpo.geometry.lipschitz,
     step_size=step_size,
   )
   left = np.eye(4) - step_size / float(lip[0]) * (np.outer(p @ h, p @ h) - np.outer(v, v))
@@ -195,7 +195,7 @@ def test_multiples_of_the_factors_may_be_taken_after_the_move(name):
   v, h = jnp.asarray(rng.standard_normal((2, 4, 3)), jnp.float32)
   multiples = jnp.asarray([4.0, 1 / 16])
   of = lambda factors: (tuple(geometry.factor_of_p(x) for x in factors), jnp.zeros(2), v, h)
-  options = dict(geometry=geometry, normalizer=dpo.lipschitz, step_size=0.3)
+  options = dict(geometry=geometry, normalizer=dpo.geometry.lipschitz, step_size=0.3)
   expected, lip = fit_factors(scaled(q, multiples), *of(scaled(q, multiples)), **options)
   new, found = fit_factors(q, *of(scaled(q, multiples)), multiples=multiples, **options)
   for a, b in zip((*new, found), (*expected, lip), strict=True):

@@ -146,7 +146,9 @@ def test_the_inverse_of_a_triangular_matrix_by_blocks_is_the_inverse(size):
   close(lower_gram(found), np.linalg.inv(root @ root.T))
 
 
-@pytest.mark.parametrize("options", [{"decay": None}, {"decay": 0.5}, {"decay": None, "match": dpo.match_layers}])
+@pytest.mark.parametrize(
+  "options", [{"decay": None}, {"decay": 0.5}, {"decay": None, "match": dpo.layers.match_layers}]
+)
 def test_the_step_made_from_output_gradients_is_that_made_from_the_gradient(options):
   """P g = (P Ãᵀ) E for g = ÃᵀE, in the dual and in the primal form, also with the length of the gradient."""
   x, params = X[:3], {"w": W, "b": B}
@@ -273,13 +275,13 @@ def test_equal_layers_are_solved_as_if_they_were_alone():
     close(stacked(together[name]), stacked(alone))
 
 
-@pytest.mark.parametrize("match", [dpo.match_layers, dpo.match_total])
+@pytest.mark.parametrize("match", [dpo.layers.match_layers, dpo.layers.match_total])
 def test_a_matched_step_is_as_long_as_that_of_sgd(match):
   grads = {"one": {"w": W, "b": B}, "two": {"w": 0.1 * W, "b": -B}}
   tx = dpo.gls(0.3, match=match)
   updates, _ = tx.update(grads, tx.init(grads), grads, layer_inputs={"one": X, "two": X**2})
   close(optax.tree.norm(updates), 0.3 * optax.tree.norm(grads))
-  if match is dpo.match_layers:
+  if match is dpo.layers.match_layers:
     close(optax.tree.norm(updates["two"]), 0.3 * optax.tree.norm(grads["two"]))
 
 
@@ -288,7 +290,7 @@ def test_the_trust_region_bounds_the_change_of_the_outputs():
   params, steps = {"w": W, "b": B}, {"w": RNG.standard_normal((D, K)), "b": RNG.standard_normal(K)}
   rms = lambda z: np.sqrt(np.mean(z**2))
   for rows, inputs in ((X, {"w": X}), (X[:2], {"w": X[:2]})):
-    tx = dpo.clip_output_change(0.1)
+    tx = dpo.layers.clip_output_change(0.1)
     done, _ = tx.update(steps, tx.init(params), params, layer_inputs=inputs)
     close(rms(rows @ done["w"] + done["b"]), 0.1 * rms(rows @ W + B))
     small = jax.tree.map(lambda x: 1e-3 * x, steps)
@@ -423,7 +425,7 @@ def test_shards_average_to_the_statistics_of_the_whole_batch(make):
 def test_reduced_records_are_the_records(make):
   """`reduce=` in the forward pass changes nothing but the memory."""
   record = dpo.LayerRecord((X,), kernel_shape=(D, K), bias=("b",))
-  reduced = (dpo.channel_moments if make is dpo.batch_norm else dpo.second_moments)(record)
+  reduced = (dpo.layers.channel_moments if make is dpo.batch_norm else dpo.layers.second_moments)(record)
   assert not reduced.inputs and (reduced.rows, reduced.examples) == (N, N)
   grads = {"w": W, "b": B}
   close(stacked(step(make(), grads, {"w": reduced}, 0.1)), stacked(step(make(), grads, {"w": record}, 0.1)))
@@ -468,7 +470,7 @@ def test_layers_are_solved_while_the_norms_take_the_partial_hessian():
   params = jax.tree.map(jnp.asarray, {"layer": {"w": W, "b": B}, "norm": {"scale": np.full(K, 1.5)}})
   value = lambda p: jnp.mean(((X @ p["layer"]["w"] + p["layer"]["b"]) * p["norm"]["scale"] - Y) ** 2)
   grads, norms = jax.grad(value)(params), functools.partial(jax.tree.map, lambda _: True)  # all that it is given
-  solver, partial = dpo.gls(0.1), dpo.sgd_ph(0.1, norms, probe=dpo.exact)
+  solver, partial = dpo.gls(0.1), dpo.sgd_ph(0.1, norms, probe=dpo.probes.exact)
   both = optax.partition({"layer": solver, "norm": partial}, {"layer": "layer", "norm": "norm"})
   hvp = dpo.hvp(lambda p: value(params | p), {"norm": params["norm"]})
   whole = dpo.hvp(value, params)
