@@ -19,7 +19,7 @@ def scalar_dtype(params: Any) -> Any:
   return jnp.result_type(jnp.float32, *(jnp.finfo(d).dtype for d in dtypes if jnp.issubdtype(d, jnp.inexact)))
 
 
-def where(predicate: jax.Array, new: Any, old: Any) -> Any:
+def select(predicate: jax.Array, new: Any, old: Any) -> Any:
   """The tree ``new`` where the scalar ``predicate`` holds, otherwise ``old``."""
   return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), new, old)
 
@@ -43,7 +43,7 @@ def leaves_apart(tree: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]]
   return [x[None] for x in leaves], lambda parts: treedef.unflatten([x[0] for x in parts])
 
 
-def _dot(a: Any, b: Any) -> jax.Array:
+def dot(a: Any, b: Any) -> jax.Array:
   """Re⟨a, b⟩ over all leaves, in float32 at least."""
   products = jax.tree.map(
     lambda x, y: jnp.sum(jnp.real(jnp.conj(x) * y).astype(jnp.promote_types(jnp.real(x).dtype, jnp.float32))), a, b

@@ -81,7 +81,7 @@ def stack(bucket: Bucket, leaves: list[jax.Array]) -> jax.Array:
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _paths(bucket: Bucket, tree: Any) -> list[Path | None]:
+def bucket_paths(bucket: Bucket, tree: Any) -> list[Path | None]:
   """Where the matrices of a bucket are leaves of the tree; None for a leaf that is a stack of them."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [leaves[i][0] if jnp.shape(leaves[i][1]) == bucket.shape else None for i, _ in bucket.members]

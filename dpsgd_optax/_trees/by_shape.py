@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from dpsgd_optax._trees.mesh import on_mesh, spec_of
 
-SMALL = 4096  # for the sum of fewer numbers XLA makes a kernel on a CPU, slow to compile; of more, it calls a library
+MIN_LIBRARY_SUM = 4096  # XLA on a CPU calls a library for longer sums; each shorter one is a kernel to compile
+  4096  # for the sum of fewer numbers XLA makes a kernel on a CPU, slow to compile; of more, it calls a library
+)
 FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
 LARGE = 2**16  # numbers in a leaf whose copy takes longer, over a training, than its kernels take to compile
 
@@ -59,7 +61,7 @@ def all_finite(tree: Any) -> jax.Array:
   A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x)]
-  little = lambda x: jnp.size(x) < SMALL and not on_mesh()
+  little = lambda x: jnp.size(x) < MIN_LIBRARY_SUM and not on_mesh()
   parts = stacks([x for x in leaves if not little(x)])
   if side_by_side := [jnp.reshape(x, -1) for x in leaves if little(x)]:
     parts.append(jnp.concatenate(side_by_side))

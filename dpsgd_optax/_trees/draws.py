@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import working_dtype
-from dpsgd_optax._trees.mesh import everywhere
+from dpsgd_optax._trees.mesh import replicated
 
 
 def normal_like(key: jax.Array, tree: Any) -> Any:
@@ -47,7 +47,7 @@ def noise(key: jax.Array, tree: Any) -> Any:
   ends = list(itertools.accumulate((len(own) * words_of(shape) for (shape, _), own in groups.items()), initial=0))
   words = jax.random.bits(key, (ends[-1],), jnp.uint32)
   for ((shape, dtype), members), (start, end) in zip(groups.items(), itertools.pairwise(ends), strict=True):
-    own = everywhere(words[start:end]).reshape(len(members), words_of(shape), 1)
+    own = replicated(words[start:end]).reshape(len(members), words_of(shape), 1)
     bits = ((own >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1).reshape(len(members), -1)[:, : math.prod(shape)]
     signs = (2 * bits.astype(dtype) - 1).reshape(len(members), *shape)
     for row, i in enumerate(members):

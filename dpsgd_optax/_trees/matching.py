@@ -12,10 +12,10 @@ from dpsgd_optax._trees.paths import names
 def opposite(params: Any, tree: Any) -> list:
   """The leaves of the params that stand opposite the leaves of a tree, which may have holes."""
   leaves = jax.tree.leaves(params)
-  return [leaves[i] for i in _matched("the tree of updates", params, tree)[1] if i is not None]
+  return [leaves[i] for i in match_leaves("the tree of updates", params, tree)[1] if i is not None]
 
 
-def _matched(what: str, params: Any, vector: Any) -> tuple[list, list[int | None]]:
+def match_leaves(what: str, params: Any, vector: Any) -> tuple[list, list[int | None]]:
   """The slots of the vector, and the index of the parameter opposite each of them; None at a hole.
 
   By position where the two trees are alike, a leaf in a box (of Flax: a tree of one leaf named `value`) counting as the
@@ -86,5 +86,5 @@ def _mismatch(what, params, vector) -> str:
   )
 
 
-def _at(path) -> str:
+def place(path) -> str:
   return f"`{jax.tree_util.keystr(path)}`" if path else "the root"

@@ -89,7 +89,7 @@ def spec_of(path: Path) -> PartitionSpec | None:
   return None if split is None else split.specs.get(path, PartitionSpec())
 
 
-def everywhere(x: jax.Array) -> jax.Array:
+def replicated(x: jax.Array) -> jax.Array:
   """x, whole, on every device: for what is cheaper to draw everywhere than to send in pieces."""
   split = _active.get()
   return x if split is None else jax.lax.with_sharding_constraint(x, NamedSharding(split.mesh, PartitionSpec()))

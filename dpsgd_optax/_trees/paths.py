@@ -19,7 +19,7 @@ def is_hole(x: Any) -> bool:
   return isinstance(x, optax.MaskedNode)
 
 
-def between(x: Any, full: Any, leaf: Callable, hole: Callable | None = None) -> Any:
+def map_with_holes(x: Any, full: Any, leaf: Callable, hole: Callable | None = None) -> Any:
   """``leaf(a, b)`` over the leaves of ``x`` and ``full``; at a hole of ``x`` the hole, or ``hole(part of full)``."""
 
   def one(a, b):
@@ -30,14 +30,14 @@ def between(x: Any, full: Any, leaf: Callable, hole: Callable | None = None) -> 
   return jax.tree.map(one, x, full, is_leaf=is_hole)
 
 
-def punched(tree: Any, mask: Any) -> Any:
+def with_holes(tree: Any, mask: Any) -> Any:
   """``tree`` with holes where the mask is False."""
   return jax.tree.map(lambda x, chosen: x if chosen else optax.MaskedNode(), tree, mask)
 
 
-def filled(part: Any, tree: Any) -> Any:
+def fill_holes(part: Any, tree: Any) -> Any:
   """``part`` with the leaves of ``tree`` in its holes."""
-  return between(part, tree, lambda a, _: a, lambda b: b)
+  return map_with_holes(part, tree, lambda a, _: a, lambda b: b)
 
 
 def has_holes(tree: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.matching import _at, _is_hole, _matched
+from dpsgd_optax._trees.matching import _is_hole, match_leaves
 
 
 class _Block(NamedTuple):
@@ -22,7 +22,7 @@ class _Block(NamedTuple):
 
 def _block(name: str, params, vector) -> _Block:
   """Match the vector with the parameters, or say where they part."""
-  slots, places = _matched(f"`{name}`", params, vector)
+  slots, places = match_leaves(f"`{name}`", params, vector)
   leaves, treedef = jax.tree.flatten(params)
   active = [i for i in places if i is not None]
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)]
@@ -69,12 +69,12 @@ def _cast(name, path, v, x):
   v = jnp.asarray(v)
   if v.shape != x.shape:
     raise ValueError(
-      f"`{name}` needs a vector with the shapes of the parameters; at {_at(path)} the parameter has shape "
+      f"`{name}` needs a vector with the shapes of the parameters; at {place(path)} the parameter has shape "
       f"{x.shape} and the vector {v.shape}. Draw it as `optax.tree.random_like(key, params)`."
     )
   if jnp.iscomplexobj(v) and not jnp.iscomplexobj(x):
     raise ValueError(
-      f"`{name}` cannot move a real parameter in a complex direction: at {_at(path)} the parameter is {x.dtype} "
+      f"`{name}` cannot move a real parameter in a complex direction: at {place(path)} the parameter is {x.dtype} "
       f"and the vector {v.dtype}. Pass the real part."
     )
   return v.astype(x.dtype)
@@ -84,13 +84,13 @@ def _check_differentiable(name, leaves_with_path):
   for path, x in leaves_with_path:
     if not hasattr(x, "dtype") and not isinstance(x, bool | int | float | complex):
       raise ValueError(
-        f"`{name}` differentiates floating-point or complex parameters, but the leaf at {_at(path)} is a "
+        f"`{name}` differentiates floating-point or complex parameters, but the leaf at {place(path)} is a "
         f"{type(x).__name__}. Let the loss be a function of the arrays alone; of an Equinox model: "
         "`params, static = eqx.partition(model, eqx.is_inexact_array)`, `lambda p: loss(eqx.combine(p, static))`."
       )
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise ValueError(
-        f"`{name}` differentiates floating-point or complex parameters, but the leaf at {_at(path)} is {dtype}. "
+        f"`{name}` differentiates floating-point or complex parameters, but the leaf at {place(path)} is {dtype}. "
         "Keep it out of the parameters that the loss is a function of, or put `optax.MaskedNode()` there in the vector."
       )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpsgd_optax._trees.arithmetic import working_dtype
-from dpsgd_optax._trees.paths import names, punched
+from dpsgd_optax._trees.paths import names, with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Curvature
 from dpsgd_optax.curvature.observers import _given_product
@@ -39,7 +39,7 @@ def slots(tree: Any, cycle: Cycle) -> np.ndarray:
   return np.array([i for name in order for i in ([-1] if name is None else known[name])], np.int32)
 
 
-def turn(tree: Any, cycle: Cycle, fits: Any) -> Any:
+def active_tensors(tree: Any, cycle: Cycle, fits: Any) -> Any:
   """1 on the tensors that are probed in the fit number ``fits``, 0 on the others, like ``tree``."""
   leaves, treedef = jax.tree.flatten(tree)
   active = [jnp.ones(jnp.shape(x), jnp.finfo(working_dtype(jnp.result_type(x))).dtype) for x in leaves]
@@ -93,7 +93,7 @@ def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, 
   def observe(key, updates, params, *, hvp=None, value_fn=None, value=None, fits=0, **extra):
     del extra
     product = _given_product("hessian_diagonal()", params, hvp, value_fn, value)
-    chosen = punched(updates, selection(updates, where))
-    return probe(key, product, turn(chosen, cycle, fits), cycle is not False)
+    chosen = with_holes(updates, selection(updates, where))
+    return probe(key, product, active_tensors(chosen, cycle, fits), cycle is not False)
 
   return observe

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.matching import _at
-from dpsgd_optax._trees.paths import punched
+from dpsgd_optax._trees.paths import with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Product
 from dpsgd_optax.curvature._tangents import _ascent, _block, _check_differentiable
@@ -97,7 +96,7 @@ def value_and_grad_then_hvp(
 
   def linearized(params):
     _check_differentiable(name, jax.tree_util.tree_leaves_with_path(params))
-    block = _block(name, params, punched(params, selection(params, where)))
+    block = _block(name, params, with_holes(params, selection(params, where)))
     count = len(jax.tree.leaves(params))
     places = jax.tree.unflatten(jax.tree.structure(params), range(count))
 
@@ -116,7 +115,7 @@ def value_and_grad_then_hvp(
       if held := sorted(given.keys() - set(free)):
         path, _ = jax.tree_util.tree_leaves_with_path(params)[held[0]]
         raise ValueError(
-          f"`{name}` holds the parameter at {_at(path)} constant, but the vector has an array there. Give the same "
+          f"`{name}` holds the parameter at {place(path)} constant, but the vector has an array there. Give the same "
           "`where` to the optimizer, or leave `where` out."
         )
       tangents = [given[i] if i in given else jnp.zeros_like(x) for i, x in zip(free, block.theta, strict=True)]

@@ -48,7 +48,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.matching import _matched
+from dpsgd_optax._trees.matching import match_leaves
 from dpsgd_optax.base import Product
 from dpsgd_optax.curvature._tangents import _ascent, _block, _drop_aux, _gradient
 
@@ -216,7 +216,7 @@ def stepped(params: Any, step: Any) -> Any:
   functions and other static fields of a model that is a pytree. Leaves are matched as in the products.
   """
   leaves, treedef = jax.tree.flatten(params)
-  slots, places = _matched("the step", params, step)
+  slots, places = match_leaves("the step", params, step)
   for i, s in zip(places, slots, strict=True):
     if i is not None:
       leaves[i] = jnp.asarray(leaves[i] + s, jnp.result_type(leaves[i]))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.paths import filled, names, punched
+from dpsgd_optax._trees.paths import fill_holes, names, with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.curvature.products import hvp
 
@@ -54,12 +54,12 @@ def diagonality(
     >>> {name: (round(float(of.share), 3), float(of.error)) for name, of in found.items()}  # [[2, 2], [2, 2]]
     {'bias': (0.0, 0.0), 'scale': (0.707, 1.0)}
   """
-  chosen = punched(params, selection(params, where))
+  chosen = with_holes(params, selection(params, where))
   leaves, treedef = jax.tree.flatten(chosen)
   paths = jax.tree_util.tree_leaves_with_path(chosen)
 
   def loss_of(i):
-    return lambda leaf: loss(filled(treedef.unflatten([*leaves[:i], leaf, *leaves[i + 1 :]]), params))
+    return lambda leaf: loss(fill_holes(treedef.unflatten([*leaves[:i], leaf, *leaves[i + 1 :]]), params))
 
   found = {}
   for i, (path, x) in enumerate(paths):

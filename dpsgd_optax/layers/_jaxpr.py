@@ -130,7 +130,7 @@ def _rows_taken(eqn: core.JaxprEqn, side: int, origin: Origin, ids: Any) -> Call
 PRODUCTS = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _rows_taken}
 
 
-class _Walk:
+class Interpreter:
   """One evaluation of a jaxpr, with origins beside the values."""
 
   def __init__(self, shapes: Sequence[tuple[int, ...]], probes: Sequence[jax.Array | None] | None):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpsgd_optax._trees.paths import names
-from dpsgd_optax.layers._jaxpr import Origin, _Walk
+from dpsgd_optax.layers._jaxpr import Interpreter, Origin
 from dpsgd_optax.layers.record import LayerRecord, merged
 
 
@@ -85,7 +85,7 @@ def capture(
 
     def traced(leaves, probes):
       nonlocal last
-      last = _Walk(shapes, probes)
+      last = Interpreter(shapes, probes)
       out, *_ = last.run(closed.jaxpr, closed.consts, leaves, origins, [None] * len(leaves))
       result = jax.tree.unflatten(jax.tree.structure(shape), out)
       value, aux = result if has_aux else (result, None)
@@ -119,7 +119,7 @@ def _with_gradient(record: LayerRecord, e: jax.Array | None) -> LayerRecord:
   return record if e is None else dataclasses.replace(record, gradients=(e,))
 
 
-def _by_leaf(records, walk: _Walk, paths, shapes, reduce) -> list[LayerRecord | None]:
+def _by_leaf(records, walk: Interpreter, paths, shapes, reduce) -> list[LayerRecord | None]:
   """One record for each leaf that is a kernel, its calls merged; a leaf that is used in two ways has none."""
   found: list[LayerRecord | None] = [None] * len(paths)
   for leaf in {call.leaf for call in walk.calls} - walk.hidden:

@@ -78,7 +78,7 @@ class Leaf(NamedTuple):
   dtype: Any
 
 
-def _leaves(tree: Any) -> tuple[dict[tuple[str, ...], Leaf], set[tuple[str, ...]]]:
+def leaves_by_name(tree: Any) -> tuple[dict[tuple[str, ...], Leaf], set[tuple[str, ...]]]:
   """Leaves by name, and the names of the holes that `optax.masked` and `optax.partition` leave."""
   make_buckets(tree)  # for its message about integer leaves
   hole = lambda x: isinstance(x, optax.MaskedNode)
@@ -108,7 +108,7 @@ def find_layers(tree: Any, spec: Any = None) -> list[Layer]:
   with the bias beside it named bias or b; as many of the kernel's last axes belong to the output as the bias
   has, one if there is none.
   """
-  leaves, holes = _leaves(tree)
+  leaves, holes = leaves_by_name(tree)
   if spec is None:
     return [_by_name(path, leaf, leaves) for path, leaf in leaves.items() if path and _is_kernel(path, leaf)]
   return [
@@ -173,7 +173,7 @@ def _listed(paths: Any) -> str:
 
 def matched(layers: list[Layer], records: Any, tree: Any) -> list[LayerRecord]:
   """The record of each layer. Raises for a layer without one, a record without a layer, and for shapes that differ."""
-  leaves, holes = _leaves(tree)
+  leaves, holes = leaves_by_name(tree)
   given = records_by_name(records)
   found: dict[int, LayerRecord] = {}
   kernels = {layer.path: i for i, layer in enumerate(layers)}

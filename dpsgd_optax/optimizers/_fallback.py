@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from dpsgd_optax.layers.find import SPEC, Leaf, _leaves, find_layers
+from dpsgd_optax.layers.find import SPEC, Leaf, find_layers, leaves_by_name
 
 
 def with_fallback(core: Any, fallback: Any, spec: Any, *, vectors: bool) -> Any:
@@ -27,7 +27,7 @@ def with_fallback(core: Any, fallback: Any, spec: Any, *, vectors: bool) -> Any:
 
   def init(params):
     ours = covered(params)
-    rest = ["/".join(path) for path, leaf in _leaves(params)[0].items() if _is_rest(path, leaf, ours, vectors)]
+    rest = ["/".join(path) for path, leaf in leaves_by_name(params)[0].items() if _is_rest(path, leaf, ours, vectors)]
     if rest:
       raise ValueError(
         f"there is no layer that the leaves {rest} belong to. Name the transform that trains them, with its learning "

@@ -14,7 +14,7 @@ from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer
 from dpsgd_optax.geometry.seen import in_use, slices_waited, unseen
 from dpsgd_optax.preconditioners._damped import sampled
 
-SMALL = 64  # numbers: an axis of 8 or less has a dense factor for nothing, that of a vector too
+ALWAYS_DENSE = 64  # numbers: an axis of 8 or less has a dense factor for nothing, that of a vector too
 
 
 class KronState(NamedTuple):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import working_dtype
-from dpsgd_optax._trees.buckets import Bucket, Stacked, _paths, make_buckets, stack, unstack
+from dpsgd_optax._trees.buckets import Bucket, Stacked, bucket_paths, make_buckets, stack, unstack
 from dpsgd_optax._trees.draws import noise
 from dpsgd_optax._trees.mesh import as_leaves, divided
 from dpsgd_optax.base import Preconditioner, Probe
@@ -36,7 +36,7 @@ class LiftState(NamedTuple):
   meaning: Any = ()
 
 
-def _match(state: LiftState, buckets: list[Bucket]) -> None:
+def check_same_leaves(state: LiftState, buckets: list[Bucket]) -> None:
   have = {k: jax.tree.leaves(v) for k, v in state.buckets.items()} if isinstance(state.buckets, dict) else {}
   same = set(have) == {b.name for b in buckets} and all(
     not have[b.name] or have[b.name][0].shape[0] == b.size for b in buckets
@@ -99,7 +99,7 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
 
   def fit(state, probe, *, key, damping):
     buckets = {b.name: b for b in make_buckets(probe.product, stacked)}
-    _match(state, list(buckets.values()))
+    check_same_leaves(state, list(buckets.values()))
     if not buckets:
       return state
     products = jax.tree.leaves(probe.product)
@@ -109,7 +109,7 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
 
     def run(i, name, old):
       bucket = buckets[name]
-      paths = _paths(bucket, probe.product)
+      paths = bucket_paths(bucket, probe.product)
       vector = None if vectors is None else as_leaves(stack(bucket, vectors), paths)
       product = as_leaves(stack(bucket, products), paths)
 
@@ -124,10 +124,10 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     """``of_one(state, x, *more)`` on every matrix: `apply`, `power` or `root` of the group."""
     leaves, treedef = jax.tree.flatten(updates)
     buckets = make_buckets(updates, stacked)
-    _match(state, buckets)
+    check_same_leaves(state, buckets)
     for bucket in buckets:
       run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)
-      paths = _paths(bucket, updates)
+      paths = bucket_paths(bucket, updates)
       done = run(state.buckets[bucket.name], as_leaves(stack(bucket, leaves), paths))
       unstack(bucket, as_leaves(done, paths), leaves)
     return jax.tree.unflatten(treedef, leaves)

@@ -12,7 +12,7 @@ from dpsgd_optax._trees.mesh import as_leaves
 from dpsgd_optax.base import Preconditioner
 from dpsgd_optax.layers.find import Layer, find_layers, matched
 from dpsgd_optax.layers.matrix import as_matrix, from_parts
-from dpsgd_optax.preconditioners._lift import LiftState, _match, over_matrices
+from dpsgd_optax.preconditioners._lift import LiftState, check_same_leaves, over_matrices
 
 
 class Group(NamedTuple):
@@ -81,7 +81,7 @@ def per_layer(group: Group, spec: Any = None) -> Preconditioner:
     layers = find_layers(observation.like, spec)
     records = dict(zip(layers, matched(layers, observation.records, observation.like), strict=True))
     buckets = make_layer_buckets(layers, group)
-    _match(state, buckets)
+    check_same_leaves(state, buckets)
     new = {}
     for bucket in buckets:
       seen = [group.observe(layer, records[layer]) for layer in bucket.layers]
@@ -94,7 +94,7 @@ def per_layer(group: Group, spec: Any = None) -> Preconditioner:
     layers = find_layers(updates, spec)
     leaves, treedef = jax.tree.flatten(updates)
     buckets = make_layer_buckets(layers, group)
-    _match(state, buckets)
+    check_same_leaves(state, buckets)
     for bucket in buckets:
       parts = [as_matrix(layer, leaves) for layer in bucket.layers]
       x = as_leaves(parts[0] if len(parts) == 1 else jnp.concatenate(parts))

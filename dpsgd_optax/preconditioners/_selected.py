@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 from dpsgd_optax._trees.buckets import make_buckets
-from dpsgd_optax._trees.paths import filled, punched
+from dpsgd_optax._trees.paths import fill_holes, with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Preconditioner
 
@@ -14,14 +14,14 @@ def selected(preconditioner: Preconditioner, where: Where) -> Preconditioner:
   """``preconditioner`` on the leaves where ``where`` says so. Its observations have holes in place of the others."""
 
   def part(tree: Any) -> Any:
-    return punched(tree, selection(tree, where))
+    return with_holes(tree, selection(tree, where))
 
   def init(params):
     make_buckets(params)  # for its message about integer leaves
     return preconditioner.init(part(params))
 
   def product(of_part, state, updates, *more):
-    return filled(of_part(state, part(updates), *more), updates)
+    return fill_holes(of_part(state, part(updates), *more), updates)
 
   lift = lambda of_part: of_part and functools.partial(product, of_part)
   return preconditioner._replace(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from dpsgd_optax._trees.buckets import Stacked
 from dpsgd_optax.base import Preconditioner, check, check_step_size, is_static
 from dpsgd_optax.geometry.moves import Geometry, Normalizer, lipschitz, pro
-from dpsgd_optax.preconditioners._factors import SMALL, KronState, Layout, check_geometry, dense_if, group
+from dpsgd_optax.preconditioners._factors import ALWAYS_DENSE, KronState, Layout, check_geometry, dense_if, group
 from dpsgd_optax.preconditioners._lift import per_leaf
 
 
@@ -133,7 +133,7 @@ def kron(
   def layout(shape: tuple[int, ...]) -> Layout:
     kept = tuple(d for d in shape if d > 1) or (1,)
     size = math.prod(kept)
-    counted = max(size, SMALL)
+    counted = max(size, ALWAYS_DENSE)
     return Layout(kept, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * counted) for d in kept))
 
   options = dict(geometry=geometry, step_size=step_size, normalizer=normalizer, precision=precision)

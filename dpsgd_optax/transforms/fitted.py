@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import working_dtype
-from dpsgd_optax._trees.paths import between
+from dpsgd_optax._trees.paths import map_with_holes
 from dpsgd_optax.base import Preconditioner, is_static
 
 
@@ -57,7 +57,7 @@ class Fitted:
     if is_static(exponent) and exponent in (0, 1):
       return self.apply(x) if exponent else x
     if self._preconditioner.diagonal:
-      return between(x, self.diagonal, lambda a, d: a * d**exponent)
+      return map_with_holes(x, self.diagonal, lambda a, d: a * d**exponent)
     if self._preconditioner.power is None:
       raise ValueError(
         f"a power of P is needed (exponent {exponent}), but this preconditioner has no `power`. Type `power=1` (in the "
@@ -77,5 +77,5 @@ class Fitted:
     return self._block(self._preconditioner.root, x, inverse)
 
   def _block(self, product: Callable, x: Any, *more: Any) -> Any:
-    filled = between(x, self._like, lambda a, _: a, lambda like: jax.tree.map(jnp.zeros_like, like))
-    return between(x, product(self._state, filled, *more), lambda _, b: b)
+    filled = map_with_holes(x, self._like, lambda a, _: a, lambda like: jax.tree.map(jnp.zeros_like, like))
+    return map_with_holes(x, product(self._state, filled, *more), lambda _, b: b)

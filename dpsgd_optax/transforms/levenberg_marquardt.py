@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.arithmetic import scalar_dtype, separate, where
+from dpsgd_optax._trees.arithmetic import scalar_dtype, select, separate
 from dpsgd_optax._trees.paths import has_holes
 from dpsgd_optax.base import check, check_not_negative, check_period, forward_extra_args, is_static
 from dpsgd_optax.curvature.products import check_scalar, stepped
@@ -213,7 +213,7 @@ def levenberg_marquardt(
     shrunk = (old * jnp.minimum(factor, 1 / jnp.asarray(factor, old.dtype))).astype(old.dtype)
     back = jnp.where(old > initial, jnp.maximum(shrunk, jnp.asarray(initial, old.dtype)), old)
     unjudged = (jnp.where(known, back, old), *record[1:])
-    return where(judged, (adapted, ratio, actual, predicted), unjudged)
+    return select(judged, (adapted, ratio, actual, predicted), unjudged)
 
   def loss_at(value_fn, params, hvp, value):
     """step ↦ loss(θ + step), with θ in full; None if only looking back is left."""
@@ -269,7 +269,7 @@ def levenberg_marquardt(
     if loss is None:  # look back at the step that waits for its verdict
       waiting = (jnp.abs(state.previous) < nobody(dtype)) & finite
       judged = verdict(record, state.previous, (state.previous - value).astype(dtype), state.predicted)
-      record = where(waiting, judged, record)
+      record = select(waiting, judged, record)
 
     passed = {k: v for k, v in {"value": value, "value_fn": value_fn, "hvp": hvp}.items() if v is not None}
     passed |= {} if accumulating is False else {"accumulating": accumulating}
@@ -293,12 +293,14 @@ def levenberg_marquardt(
         turned = jnp.clip(record[0] * back, *bounds).astype(dtype)
         new = verdict(record, before, actual, predict())
         new = (jnp.where(lost & reject, turned, new[0]), *new[1:])
-        return where(jnp.isfinite(before), new, record), lost  # a loss that was lost before the step says nothing of it
+        return select(
+          jnp.isfinite(before), new, record
+        ), lost  # a loss that was lost before the step says nothing of it
 
       record, stop = choose(due, look, lambda: (record, stop))
 
     # a loss that is not finite leaves the inner state as it was; a rejected step does not, its gradient was sound
-    moved = where(finite, moved, state.inner)
+    moved = select(finite, moved, state.inner)
     taken = finite & ~stop
     step = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), step)
     rejected = state.rejected + (~taken).astype(jnp.int32)

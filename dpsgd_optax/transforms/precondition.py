@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.arithmetic import separate, where
+from dpsgd_optax._trees.arithmetic import select, separate
 from dpsgd_optax._trees.by_shape import all_finite, map_by_shape
 from dpsgd_optax._trees.paths import same_structure
 from dpsgd_optax.base import (
@@ -259,7 +259,7 @@ def scale_by_preconditioner(
       # of a gradient that is not finite P g is neither; a fit that was dropped says nothing against the step
       usable = all_finite((strength, applied))
       applied = map_by_shape(lambda x: jnp.where(usable, x, jnp.zeros_like(x)), applied)
-      moved, done, prepared = where(usable, (moved, done, prepared), (state.momentum, state.after, state.before))
+      moved, done, prepared = select(usable, (moved, done, prepared), (state.momentum, state.after, state.before))
     applied = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), applied, updates)
     due = jnp.asarray(due)
     return applied, ScaleByPreconditionerState(

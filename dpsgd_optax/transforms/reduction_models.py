@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from dpsgd_optax._trees.arithmetic import _dot
+from dpsgd_optax._trees.arithmetic import dot
 
 
 def half_slope(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
@@ -18,7 +18,7 @@ def half_slope(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any 
     1.0
   """
   del hvp, rate
-  return -_dot(grads, step) / 2
+  return -dot(grads, step) / 2
 
 
 def newton_model(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
@@ -41,7 +41,7 @@ def newton_model(grads: Any, step: Any, hvp: Callable | None = None, *, rate: An
       "`newton_model` needs the learning rate of the step, but no state of the inner transform has a field `rate`. "
       "End it in `clipped_learning_rate(...)`, or pass `model=quadratic_model` or `model=half_slope`."
     )
-  return -_dot(grads, step) * (1 - rate / 2)
+  return -dot(grads, step) * (1 - rate / 2)
 
 
 def quadratic_model(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
@@ -61,4 +61,4 @@ def quadratic_model(grads: Any, step: Any, hvp: Callable | None = None, *, rate:
       "`quadratic_model` needs a Hessian-vector product, but `update` received neither `hvp` nor `value_fn`. "
       "Pass `hvp=hvp(loss, params)`."
     )
-  return -_dot(grads, step) - _dot(step, hvp(step)) / 2
+  return -dot(grads, step) - dot(step, hvp(step)) / 2
