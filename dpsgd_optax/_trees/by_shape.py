@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from dpsgd_optax._trees.mesh import on_mesh, spec_of
 
 MIN_LIBRARY_SUM = 4096  # XLA on a CPU calls a library for longer sums; each shorter one is a kernel to compile
-  4096  # for the sum of fewer numbers XLA makes a kernel on a CPU, slow to compile; of more, it calls a library
-)
 FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
 LARGE = 2**16  # numbers in a leaf whose copy takes longer, over a training, than its kernels take to compile
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.matching import _is_hole, match_leaves
+from dpsgd_optax._trees.matching import _is_hole, match_leaves, place
 
 
 class _Block(NamedTuple):

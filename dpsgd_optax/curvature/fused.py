@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax._trees.matching import place
 from dpsgd_optax._trees.paths import with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Product
