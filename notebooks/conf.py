@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sphinx: `make docs` builds the pages, the notebooks and the reference into build/docs."""
 
+import inspect
 import pathlib
 import re
 import sys
@@ -8,6 +9,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import dpsgd_optax
+from dpsgd_optax import training
 
 project = "dpsgd_optax"
 author = "The dpsgd_optax developers"
@@ -24,30 +26,19 @@ html_theme_options = {"page_width": "1080px"}
 
 
 def pages(app):
-  """One page of the reference, a section for each group of names, so that no public name can be left out."""
-  groups = {
-    "Optimizers": ("dpsgd", "psgd", "sgd_ph", "bnp", "gls"),
-    "Preconditioners": (
-      "kron affine scan scaw dense diagonal xmat lra damped_kron diagonal_newton second_moment least_squares batch_norm"
-    ).split(),
-    "Curvatures and products": (
-      "whitening newton hessian_diagonal layer_inputs hvp ggnvp hvp_finite_difference value_and_grad_and_hvp"
-    ).split(),
-  }
-  named = {name for names in groups.values() for name in names}
-  rest = [name for name in dpsgd_optax.__all__ if name not in named and not name.startswith("_")]
-  callables = [name for name in rest if callable(getattr(dpsgd_optax, name))]
-  groups["Everything else"] = callables
-  lines = ["# Reference", ""]
-  for title, names in groups.items():
-    lines += [f"## {title}", "", "```{eval-rst}"]
-    lines += [f".. autofunction:: dpsgd_optax.{name}" for name in names if not isinstance(getattr(dpsgd_optax, name), type)]
-    lines += [f".. autoclass:: dpsgd_optax.{name}" for name in names if isinstance(getattr(dpsgd_optax, name), type)]
-    lines += ["```", ""]
-  values = [name for name in rest if name not in callables]
-  lines += ["## Values", "", ", ".join(f"`{name}`" for name in values), ""]
-  lines += ["## Flax", "", "```{eval-rst}", ".. automodule:: dpsgd_optax.training", "   :members:", "```", ""]
-  (pathlib.Path(app.srcdir) / "api.md").write_text("\n".join(lines))
+  """One page of the reference: the names at the top in the order of `__all__`, then those of each submodule."""
+  lines = ["# Reference", "", "```{eval-rst}"]
+  for module in (dpsgd_optax, *(getattr(dpsgd_optax, name) for name in dpsgd_optax.__all__), training):
+    if not inspect.ismodule(module):
+      continue
+    if module is not dpsgd_optax:
+      lines += ["```", "", f"## {module.__name__}", "", (module.__doc__ or "").splitlines()[0], "", "```{eval-rst}"]
+    for name in module.__all__:
+      value = getattr(module, name)
+      if not inspect.ismodule(value):
+        kind = "class" if isinstance(value, type) else "function" if inspect.isfunction(value) else "data"
+        lines.append(f".. auto{kind}:: {module.__name__}.{name}")
+  (pathlib.Path(app.srcdir) / "api.md").write_text("\n".join([*lines, "```", ""]))
 
 
 def plain_text(app, what, name, obj, options, lines):
