@@ -43,12 +43,12 @@ $(VENV)/.clients: $(STAMP)
 	@touch $@
 
 test-clients: $(VENV)/.clients ## our optimizers in the training loops of a dozen other packages
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m clients tests/clients
+	$(BIN)/python -m pytest -q -n $(WORKERS) --tier clients tests/clients
 
 # The bounds of pyproject.toml, `>=` read as `==`; and whatever pip takes to be the newest.
 LOWEST = $$($(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*(d.replace(">=", "==") for d in p["dependencies"]))')
-SELECTION ?= dpsgd_optax tests/contract tests/test_report.py tests/test_golden_kron.py tests/test_golden_dpsgd.py
+SELECTION ?= dpsgd_optax tests/contract tests/unit/test_report.py tests/golden/test_golden_kron.py tests/golden/test_golden_dpsgd.py
 
 test-lowest: ## a selection of the tests with the lowest versions that pyproject.toml allows
 	@rm -rf build/lowest && $(PYTHON) -m venv build/lowest

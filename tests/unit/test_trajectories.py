@@ -17,8 +17,8 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax.preconditioners import lra, xmat
-from tests.record import load
-from tests.test_golden_kron import GEOMETRIES
+from tests.golden.record import load
+from tests.golden.test_golden_kron import GEOMETRIES
 
 RECORD = load("trajectories")
 SEEDS, CHECKPOINTS = 7, (1, 5, 10, 20, 50, 100)

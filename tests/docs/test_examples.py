@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "notebooks" / "examples"
+FOLDER = Path(__file__).parents[2] / "notebooks" / "examples"
 
 
 @pytest.mark.parametrize("name", ["linen_digits", "nnx_digits"])

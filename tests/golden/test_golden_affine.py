@@ -14,7 +14,7 @@ from dpsgd_optax.geometry.linalg import balancing, largest_entry, multiply, scal
 from dpsgd_optax.geometry.moves import Normalizer, eq, lipschitz, spectral
 from dpsgd_optax.geometry.structured import Arrow
 from dpsgd_optax.preconditioners._factors import KronState, refit, sandwich
-from tests.record import TOLERANCE, case, case_names, draws, error, load
+from tests.golden.record import TOLERANCE, case, case_names, draws, error, load
 
 PAIRS = [name for name in case_names("legacy") if name.startswith("kronpair/")]
 AFFINE = [name for name in case_names("legacy") if name.startswith(("affine/", "affine_dropv/"))]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = Path(__file__).parent / "golden" / "psgd"
+FOLDER = Path(__file__).parent / "psgd"
 TOLERANCE = {"f64": 1e-10, "f32": 1e-5}
 
 

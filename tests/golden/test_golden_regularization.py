@@ -16,7 +16,7 @@ import pytest
 
 import dpsgd_optax as dpo
 
-FILE = np.load(Path(__file__).parent / "golden" / "regularization" / "ye_regularisation_f64.npz")
+FILE = np.load(Path(__file__).parent / "regularization" / "ye_regularisation_f64.npz")
 META = json.loads(str(FILE["meta"]))
 LR, L2, L1, GR, RHO = (META[k] for k in ("lr", "lam_l2", "lam_l1", "lam_gr", "sam_rho"))
 TOLERANCE = dict(rtol=1e-12, atol=1e-12)

@@ -18,7 +18,7 @@ from dpsgd_optax.geometry.fit import fit_factors
 from dpsgd_optax.geometry.linalg import balancing, scaled
 from dpsgd_optax.geometry.norms import norm_bound, norm_estimate, procrustes_step, procrustes_step_3
 from dpsgd_optax.preconditioners._factors import sandwich
-from tests.record import TOLERANCE, case, draws, error, load
+from tests.golden.record import TOLERANCE, case, draws, error, load
 
 GEOMETRIES = {
   "EQ": dpo.eq,

@@ -17,7 +17,7 @@ from dpsgd_optax.preconditioners.diagonal_newton import cycle_count
 
 @functools.cache
 def golden():
-  with np.load(Path(__file__).parent / "golden" / "sgd_ph" / "sgdph_torch_f64.npz", allow_pickle=False) as z:
+  with np.load(Path(__file__).parent / "sgd_ph" / "sgdph_torch_f64.npz", allow_pickle=False) as z:
     return {k: z[k] for k in z.files}
 
 

@@ -3,8 +3,8 @@
 
 import pytest
 
-from tests import test_golden_affine, test_golden_dense, test_golden_kron, test_golden_vector
-from tests.record import case_names, load
+from tests.golden import test_golden_affine, test_golden_dense, test_golden_kron, test_golden_vector
+from tests.golden.record import case_names, load
 
 CLAIMS = {
   "kron": {"test_golden_kron": test_golden_kron.CASES},

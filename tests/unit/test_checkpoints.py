@@ -21,7 +21,7 @@ from dpsgd_optax.diagnostics.checkpoint import STATE_VERSION
 from tests.conformance import CALM, ROWS, TRANSFORMS, same, transform
 from tests.table import OPTIMIZERS, PARAMS, compiled
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_state_continues_bit_for_bit_after_orbax(tmp_path):

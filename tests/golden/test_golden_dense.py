@@ -13,8 +13,8 @@ from dpsgd_optax.geometry.moves import Normalizer, spectral, trace
 from dpsgd_optax.geometry.norms import norm_estimate, procrustes_step, procrustes_step_3
 from dpsgd_optax.geometry.structured import LowRank
 from dpsgd_optax.preconditioners.dense import DenseState, refit
-from tests.record import TOLERANCE, case, case_names, draws, error
-from tests.test_golden_kron import GEOMETRIES
+from tests.golden.record import TOLERANCE, case, case_names, draws, error
+from tests.golden.test_golden_kron import GEOMETRIES
 
 CASES = [f"{g}/{hessian}" for g in GEOMETRIES for hessian in ("spd", "indef")]
 LEGACY = [

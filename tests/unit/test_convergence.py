@@ -24,8 +24,8 @@ from dpsgd_optax.geometry.moves import lipschitz
 from dpsgd_optax.preconditioners import _lift, lra, xmat
 from dpsgd_optax.preconditioners._factors import Layout, dense_if, group
 from dpsgd_optax.preconditioners.dense import DenseState, refit
-from tests.record import load
-from tests.test_golden_kron import GEOMETRIES
+from tests.golden.record import load
+from tests.golden.test_golden_kron import GEOMETRIES
 
 SEEDS, FALLING = 7, 1e-3
 BY_CONDITION = ("EQ", "QEP", "legacyGL")  # their rate falls with the smallest eigenvalue, another in each draw

@@ -20,7 +20,7 @@ PAPER = dict(debias=False, within_batch=True)
 
 @functools.cache
 def golden():
-  with np.load(Path(__file__).parent / "golden" / "bnp" / "bnp_numpy_f64.npz", allow_pickle=False) as z:
+  with np.load(Path(__file__).parent / "bnp" / "bnp_numpy_f64.npz", allow_pickle=False) as z:
     return {k: z[k] for k in z.files}
 
 

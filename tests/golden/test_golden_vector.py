@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpsgd_optax.preconditioners import lra, xmat
-from tests.record import TOLERANCE, case, case_names, draws, error
+from tests.golden.record import TOLERANCE, case, case_names, draws, error
 
 LRA = [f"{criterion}/r{rank}" for criterion in ("newton", "whiten") for rank in (0, 1, 3)]
 XMAT = [f"xmat/{order}/n{n}" for order in ("1st", "2nd") for n in (6, 7)]

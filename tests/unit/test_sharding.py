@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import dpsgd_optax as dpo
 from benchmarks.distributed import QUICK_TO_COMPILE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EIGHT = AbstractMesh((8,), ("data",))
 TWO_BY_FOUR = AbstractMesh((2, 4), ("data", "model"))
 
@@ -36,10 +36,11 @@ def virtual_devices(count: int) -> dict[str, str]:
   return os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "XLA_FLAGS": flags}
 
 
-@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_eight_devices(marker):
-  """All of on_eight_devices.py."""
-  options = ["-q", "-m", marker, "-p", "no:cacheprovider", "-p", "no:xdist"]
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_eight_devices(slow, request):
+  """on_eight_devices.py, as much of it as the tier has."""
+  tier = "slow" if slow else request.config.getoption("tier")
+  options = ["-q", "--tier", tier, "-p", "no:cacheprovider", "-p", "no:xdist"]
   command = [sys.executable, "-m", "pytest", *options, "tests/on_eight_devices.py"]
   done = subprocess.run(command, cwd=ROOT, env=virtual_devices(8), capture_output=True, text=True)
   assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

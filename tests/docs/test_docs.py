@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import hyperparameters, readme
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 NOTEBOOKS = sorted((README.parent / "notebooks").glob("[0-9]*.py"))
 YOUR_LOOP = README.parent / "notebooks" / "your_loop.md"
 LONG = ("3", "5", "7")  # from one to two minutes each

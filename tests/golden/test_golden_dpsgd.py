@@ -19,7 +19,7 @@ from dpsgd_optax.geometry.norms import norm_bound
 from dpsgd_optax.preconditioners._factors import KronState, sandwich
 from tests.table import counted
 
-GOLDEN = Path(__file__).parent / "golden" / "dpsgd"
+GOLDEN = Path(__file__).parent / "dpsgd"
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 SHAPES = ["s4x3", "s3x7", "s1x6", "s6x1", "s8x8", "s5x2", "s1x1"]
 RULES = {"maxabs": dpo.geometry.max_abs, "specnorm": dpo.geometry.spectral}
