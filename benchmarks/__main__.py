@@ -12,7 +12,6 @@ python -m benchmarks cost mlp lenet5                   cost of a step as ratios 
 python -m benchmarks condition                         condition number of a layer's Hessian under each preconditioner
 python -m benchmarks regularization                    test accuracy against strength for each penalty, and its cost
 python -m benchmarks robustness                        zeros, an outlier, a NaN, bfloat16: every preconditioner
-python -m benchmarks conformance                       promises of optax x our optimizers, every cell asked
 python -m benchmarks soak                              10^5 fits of every preconditioner on a drifting curvature
 python -m benchmarks defaults                          geometry and cadence of `psgd`, on four problems
 python -m benchmarks sharpness digits-tuned            of a run made with --save; so do forgetting, entropy, plasticity
@@ -33,16 +32,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import (
+from benchmarks import hyperparameters
+from benchmarks.engine.calls import SpecError, file_name, name_of
+from benchmarks.engine.progress import say
+from benchmarks.engine.records import Results, ResumeError, load
+from benchmarks.engine.report import claim_table, tables
+from benchmarks.engine.session import prepare, run
+from benchmarks.optimizers import split
+from benchmarks.problems.data import DataError
+from benchmarks.problems.table import PROBLEMS
+from benchmarks.studies import _kept as studies
+from benchmarks.studies import _workloads as workloads
+from benchmarks.studies import (
   batch_sizes,
   condition,
-  conformance,
   cost,
   defaults,
   diagonality,
   distributed,
   gls,
-  hyperparameters,
   partial_hessian,
   readme,
   regularization,
@@ -50,24 +58,13 @@ from benchmarks import (
   robustness,
   scale,
   soak,
-  studies,
   sweep,
   tune,
-  workloads,
 )
-from benchmarks.calls import SpecError, file_name, name_of
-from benchmarks.data import DataError
-from benchmarks.optimizers import split
-from benchmarks.problems import PROBLEMS
-from benchmarks.progress import say
-from benchmarks.records import Results, ResumeError, load
-from benchmarks.report import claim_table, tables
-from benchmarks.session import prepare, run
-from benchmarks.studies import STUDIES
+from benchmarks.studies._kept import STUDIES
 
 WHOLE = {
   "condition": condition,
-  "conformance": conformance,
   "partial_hessian": partial_hessian,
   "regularization": regularization,
   "robustness": robustness,
@@ -134,7 +131,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def show(results: Results, out: Path, targets: list[float]) -> None:
   """Tables, and the picture beside the JSON."""
-  from benchmarks.plots import plot  # matplotlib is slow to import
+  from benchmarks.engine.plots import plot  # matplotlib is slow to import
 
   for table in tables(results, targets or hyperparameters.targets(results.plan.problem)):
     table.show()

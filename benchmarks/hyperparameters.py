@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.calls import Options, file_name, name_of
+from benchmarks.engine.calls import Options, file_name, name_of
 
 ABLATION = ("psgd", "psgd+damping", "psgd+averaging", "dpsgd")  # damping and averaging, each off and on
 

@@ -16,9 +16,9 @@ from typing import Any
 import optax
 
 import dpsgd_optax as dpo
-from benchmarks import calls
-from benchmarks.calls import Options, SpecError
 from benchmarks.curvature_step import gls_curvature
+from benchmarks.engine import calls
+from benchmarks.engine.calls import Options, SpecError
 from benchmarks.hyperparameters import GROUPS
 from dpsgd_optax import training
 

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step costs, as ratios inside one interleaved run: python -m benchmarks cost [mlp lenet5 charlm resnet8 deep]
+
+Every round runs a few calls of each contestant, in a fresh random order; ratios are formed within a round, and their
+median and quartiles over the rounds are reported, of CPU and of wall seconds. An absolute time on a shared machine
+means nothing. With one thread and with all of them (`--threads`), each in a process of its own.
+
+The contestants are in workloads.py. A cadence is a weighted mean of its parts: one fit in 33 steps is a step with a fit
+and 32 without. For every contestant also: CPU seconds to compile, instructions, flops and bytes by the compiler's own
+count, bytes of temporaries and of the optimizer's state.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.engine.progress import say
+from benchmarks.engine.records import compilations, environment, load_average, rounded
+from benchmarks.engine.report import Table, number
+from benchmarks.studies._workloads import WORKLOADS, Step, compiled, steps, updates
+
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
+THREADS = {"one": ONE_THREAD, "all": ""}
+
+
+class Call:
+  """A jitted function with its arguments; the compile seconds of the first call."""
+
+  def __init__(self, call: Callable, arguments: tuple):
+    self.call, self.arguments = call, arguments
+    start = time.perf_counter()
+    jax.block_until_ready(call(*arguments))
+    self.first_seconds = time.perf_counter() - start
+    compiled = compilations()
+    jax.block_until_ready(call(*arguments))
+    self.recompiled = compilations() - compiled
+
+  def __call__(self) -> Any:
+    return self.call(*self.arguments)
+
+
+def interleaved(
+  entered: Mapping[str, Callable[[], Any]], rounds: int, calls: int, seed: int
+) -> dict[str, dict[str, list]]:
+  """Seconds per call of each contestant in each round, by wall clock and of CPU; a fresh random order in each round."""
+  order = random.Random(seed)
+  times: dict[str, dict[str, list]] = {kind: {name: [] for name in entered} for kind in ("cpu", "wall")}
+  for _ in range(rounds):
+    names = list(entered)
+    order.shuffle(names)
+    for name in names:
+      call = entered[name]
+      clock, process = time.perf_counter(), time.process_time()
+      for _ in range(calls):
+        result = call()
+      jax.block_until_ready(result)
+      times["wall"][name].append((time.perf_counter() - clock) / calls)
+      times["cpu"][name].append((time.process_time() - process) / calls)
+  return times
+
+
+def quartiles_of(times: dict[str, dict[str, list]], a: str, b: str) -> dict[str, list[float]]:
+  """Quartiles of the ratio a / b, formed within each round."""
+  return {kind: np.percentile(np.divide(of[a], of[b]), [25, 50, 75]).tolist() for kind, of in times.items()}
+
+
+Weights = dict[str, float]  # contestant -> its share of the steps
+
+
+def every(period: int, fit: str, otherwise: str) -> Weights:
+  """A fit in every `period` steps."""
+  return {fit: 1 / period, otherwise: 1 - 1 / period}
+
+
+@dataclass(frozen=True)
+class Row:
+  """One ratio: of what to what, the ceiling it must keep and the one it aims at, and where these are asked for."""
+
+  label: str
+  of: Weights
+  against: Weights
+  must: float | None = None
+  aim: float | None = None
+  asked: tuple[str, ...] = field(default=())  # workloads; empty: all
+
+
+def _update(name: str) -> Weights:
+  return {f"update: {name}": 1.0}
+
+
+def _updates(period: int, fit: str, otherwise: str) -> Weights:
+  return every(period, f"update: {fit}", f"update: {otherwise}")
+
+
+ALONE = "`update` alone: "
+DENSE, THEIRS = "psgd dense", "psgd-jax kron"
+BLOCKS = ("charlm", "resnet8")
+TENTH = every(10, "dpsgd, fit", "dpsgd, no fit")
+ROWS = (
+  Row(ALONE + "kron, no fit", _update(f"{DENSE}, no fit"), _update(f"{THEIRS}, no fit"), 0.6, 0.4, ("mlp",)),
+  Row(
+    ALONE + "kron, one fit in 33",
+    _updates(33, f"{DENSE}, fit", f"{DENSE}, no fit"),
+    _updates(33, f"{THEIRS}, fit", f"{THEIRS}, no fit"),
+    0.6,
+    0.45,
+    ("mlp",),
+  ),
+  Row(ALONE + "kron, a fit", _update(f"{DENSE}, fit"), _update(f"{THEIRS}, fit"), 0.75, 0.5, ("mlp",)),
+  Row(
+    ALONE + "kron, a fit, beside leaf by leaf", _update(f"{DENSE}, fit"), _update(f"{DENSE} per leaf, fit"), 0.3, 0.1
+  ),
+  Row(
+    ALONE + "lra of rank 10, a fit", _update("psgd lra of rank 10, fit"), _update("psgd-jax lra of rank 10, fit"), 0.5
+  ),
+  Row(ALONE + "xmat, a fit", _update("psgd xmat, fit"), _update("psgd-jax xmat, fit")),
+  Row(ALONE + "kron in blocks of 256, a fit", _update(f"{DENSE} in blocks of 256, fit"), _update(f"{DENSE}, fit")),
+  Row(ALONE + "xmat, a fit, beside adam", _update("psgd xmat, fit"), _update("adam"), 4.0),
+  Row("a fit not taken, beside one taken", _update("a fit not taken"), _update("a fit taken"), 0.02, 0.002),
+  Row("gradient + Hvp, fused", {"gradient + Hvp": 1.0}, {"gradient": 1.0}, 2.6),
+  Row("gradient + Hvp by finite differences", {"gradient + Hvp by differences": 1.0}, {"gradient": 1.0}, None, 2.0),
+  Row("dpsgd step, no fit due", {"dpsgd, no fit": 1.0}, {"gradient and apply": 1.0}, 1.05, 1.0, ("lenet5", "resnet8")),
+  Row("dpsgd step, Hvp and fit", {"dpsgd, fit": 1.0}, {"psgd-jax affine, fit": 1.0}, 0.75, 0.6, ("mlp",)),
+  Row("dpsgd step, Hvp and fit", {"dpsgd, fit": 1.0}, {"psgd-jax affine, fit": 1.0}, 0.3, 0.2, ("lenet5", "layers")),
+  Row("dpsgd step, both on our Hvp", {"dpsgd, fit": 1.0}, {"psgd-jax affine on our Hvp, fit": 1.0}),
+  Row(
+    "dpsgd step, Hvp and fit every 10", every(10, "dpsgd, fit", "dpsgd, no fit"), {"gradient": 1.0}, 1.35, 1.2, BLOCKS
+  ),
+  Row(
+    "psgd newton step, Hvp and fit every 10",
+    every(10, "psgd newton, fit", "psgd newton, no fit"),
+    {"gradient": 1.0},
+    1.35,
+    1.2,
+    BLOCKS,
+  ),
+  Row(
+    "psgd newton step, fit every 10 on a quarter of the batch",
+    every(10, "psgd newton, fit on a quarter of the batch", "psgd newton, no fit"),
+    {"gradient": 1.0},
+  ),
+  Row("psgd step, one fit in 33", every(33, "psgd, fit", "psgd, no fit"), {"adam": 1.0}, 1.15, 1.05, BLOCKS),
+  Row("gradient with the inputs of all layers", {"gradient and inputs": 1.0}, {"gradient": 1.0}),
+  Row(
+    "gradient with their second moments",
+    {"gradient and second moments": 1.0},
+    {"gradient": 1.0, "second moments of the inputs": 1.0},
+    1.1,
+  ),
+  Row("bnp step", {"bnp": 1.0}, {"sgd": 1.0}, 1.1, None, ("layers",)),
+  Row("gls step", {"gls": 1.0}, {"adam": 1.0}),
+  Row("sgd_ph step, Hvp and fit", {"sgd_ph": 1.0}, {"gradient": 1.0}, 1.9, 1.5),
+)
+COMPILED = {"deep": (0.2, 0.1)}  # the others:
+COMPILED_ELSEWHERE = (0.5, 0.3)
+OUR_COMPILATION, THEIR_COMPILATION = f"update: {DENSE}, scheduled", f"update: {THEIRS}, fit"
+COMPILATIONS = 3  # of each of these two, by turns
+
+
+def rows_of(workload: str, names: Any) -> list[Row]:
+  """The rows whose contestants were run; of equal labels the one that asks something of this workload."""
+  found: dict[str, Row] = {}
+  for row in ROWS:
+    if {*row.of, *row.against} <= set(names) and (row.label not in found or workload in row.asked):
+      found[row.label] = row
+  return list(found.values())
+
+
+def _mean(times: Mapping[str, list], weights: Weights) -> np.ndarray:
+  return np.sum([weight * np.asarray(times[name]) for name, weight in weights.items()], axis=0)
+
+
+def measure(name: str, rounds: int, calls: int, seed: int = 0) -> dict[str, Any]:
+  """One workload in this process: its ratios, and what is known of each contestant."""
+  before, work = load_average(), WORKLOADS[name]()
+  entered = updates(work, name) | (steps(work, name) if work.loss else {})
+  made = {}
+  for label, (call, *arguments) in entered.items():
+    made[label] = Step(call, *arguments)
+    say(f"  {label}: compiled in {made[label].compile_seconds:.1f} CPU s")
+  compiling = compilation(entered, made)
+  times = interleaved(made, rounds, calls, seed)
+  ratios = {
+    row.label: {
+      kind: np.percentile(_mean(of, row.of) / _mean(of, row.against), [25, 50, 75]).tolist()
+      for kind, of in times.items()
+    }
+    for row in rows_of(name, made)
+  }
+  return {
+    "environment": environment(),
+    "load_average": [before, load_average()],
+    "ratios": ratios,
+    "compilation": compiling,
+    "recompiled": sum(step.recompiled for step in made.values()),
+    "contestants": {
+      label: {
+        **{f"median_{kind}_ms": 1e3 * float(np.median(of[label])) for kind, of in times.items()},
+        **step.counts(),
+        "carry_bytes": carried(step.carry),
+      }
+      for label, step in made.items()
+    },
+  }
+
+
+def compilation(entered: Mapping[str, tuple], made: Mapping[str, Step]) -> list[float]:
+  """Quartiles of our CPU seconds of tracing and compiling the scheduled update over psgd-jax's, if both are there."""
+  pair = (OUR_COMPILATION, THEIR_COMPILATION)
+  if not {*pair} <= {*made}:
+    return []
+  seconds = {label: [made[label].compile_seconds] for label in pair}
+  for _ in range(COMPILATIONS - 1):
+    for label in pair:
+      call, *arguments = entered[label]
+      seconds[label].append(compiled(call, *arguments)[1])
+  return np.percentile(np.divide(seconds[pair[0]], seconds[pair[1]]), [25, 50, 75]).tolist()
+
+
+def carried(tree: Any) -> int:
+  """Bytes of the arrays, keys left out."""
+  keys = jax.dtypes.prng_key
+  return sum(x.nbytes for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, keys))
+
+
+def run(name: str, threads: str | None, rounds: int, calls: int) -> dict[str, Any]:
+  """A workload with one thread and with all, each in a process of its own; or in this one, if `threads` says which."""
+  if threads is not None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '').replace(ONE_THREAD, '')} {THREADS[threads]}".strip()
+    return {"workload": name, "rounds": rounds, "calls": calls, "threads": {threads: measure(name, rounds, calls)}}
+  document: dict[str, Any] = {}
+  for mode in THREADS:
+    say(f"{name}, threads: {mode}")
+    with TemporaryDirectory() as folder:
+      command = ["cost", name, "--threads", mode, "--out", folder, "--rounds", str(rounds), "--calls", str(calls)]
+      subprocess.run([sys.executable, "-m", "benchmarks", *command], check=True)
+      found = json.loads((Path(folder) / f"cost-{name}.json").read_text())
+    document = found | {"threads": document.get("threads", {}) | found["threads"]}
+  return document
+
+
+def cell(quartiles: list[float]) -> str:
+  low, median, high = quartiles
+  return f"{median:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _limit(value: float | None) -> str:
+  return "" if value is None else f"{value:g}"
+
+
+def table(document: dict[str, Any]) -> Table:
+  """One row per ratio: median [quartiles] of the CPU seconds with one thread, of the wall seconds with each."""
+  name, modes = document["workload"], document["threads"]
+  first = next(iter(modes.values()))
+  rows = []
+  for row in rows_of(name, first["contestants"]):
+    asked = not row.asked or name in row.asked
+    limits = (_limit(row.must), _limit(row.aim)) if asked else ("", "")
+    cells = [cell(mode["ratios"][row.label][kind]) for mode in modes.values() for kind in ("cpu", "wall")]
+    rows.append((row.label, " + ".join(row.against).replace("update: ", ""), *cells, *limits))
+  rows += _compiled(name, modes)
+  header = tuple(f"{kind}, {mode} thread{'s' * (mode == 'all')}" for mode in modes for kind in ("CPU", "wall"))
+  note = "; ".join(f"load average {mode['load_average']}, threads: {key}" for key, mode in modes.items())
+  again = sum(mode["recompiled"] for mode in modes.values())
+  return Table(
+    f"{name}: cost in {document['rounds']} interleaved rounds of {document['calls']} calls",
+    ("what", "against", *header, "must", "aim"),
+    rows,
+    (f"Recompilations by a second call: {again}; {note}.",),
+  )
+
+
+def _compiled(name: str, modes: Mapping[str, Any]) -> list[tuple[str, ...]]:
+  """Seconds of tracing and compiling the scheduled update, beside psgd-jax's; and the bytes of the state."""
+  found = next(iter(modes.values()))["contestants"]
+  ours, theirs = found.get(OUR_COMPILATION), found.get(THEIR_COMPILATION)
+  if not ours or not theirs:
+    return []
+  must, aim = COMPILED.get(name, COMPILED_ELSEWHERE)
+  seconds = [text for mode in modes.values() for text in (cell(mode["compilation"]), "")]
+  memory = (f"{ours['carry_bytes'] / theirs['carry_bytes']:.2f}", *[""] * (len(seconds) - 1))
+  return [
+    ("compiling `update`", THEIRS, *seconds, f"{must:g}", f"{aim:g}"),
+    ("bytes of the state, P kept", THEIRS, *memory, "", ""),
+  ]
+
+
+def details(document: dict[str, Any]) -> Table:
+  """Every contestant: its time, and what the compiler says of it, with one thread if that was run."""
+  threads, mode = next(iter(document["threads"].items()))
+
+  def row(label: str, of: dict[str, Any]) -> tuple[str, ...]:
+    counted = (number(of[key]) if of[key] is not None else "" for key in ("flops", "bytes", "temporary_bytes"))
+    times = (f"{of['median_cpu_ms']:.2f}", f"{of['median_wall_ms']:.2f}", f"{of['compile_cpu_seconds']:.1f}")
+    return label, *times, str(of["instructions"]), *counted, number(of["carry_bytes"])
+
+  return Table(
+    f"{document['workload']}: every contestant, threads: {threads}",
+    (
+      "call",
+      "CPU ms",
+      "wall ms",
+      "compile CPU s",
+      "instructions",
+      "flops",
+      "bytes",
+      "temporary bytes",
+      "carried bytes",
+    ),
+    [row(label, of) for label, of in mode["contestants"].items()],
+  )
+
+
+def save(document: dict[str, Any], path: Path) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(rounded(document), indent=1) + "\n")

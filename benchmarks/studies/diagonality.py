@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How diagonal the Hessian is in each norm layer of a network: what SGD with partial Hessian takes for zero.
+
+python -m benchmarks diagonality                                  the norm layers of `digits_bn`, every kind
+python -m benchmarks diagonality "digits_bn(norm=group)"          of one problem, or of several
+
+At the initial parameters and after training by momentum; loss in training mode on one batch; medians over the seeds.
+Results of other problems stay in the file. For a loss of your own: `dpsgd_optax.diagonality(loss, params, where)`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dpsgd_optax as dpo
+from benchmarks.engine.calls import SpecError
+from benchmarks.engine.problem import batches
+from benchmarks.engine.progress import say
+from benchmarks.engine.records import environment, rounded
+from benchmarks.engine.report import Table
+from benchmarks.problems.table import build
+from dpsgd_optax import training
+
+NORMS = tuple(f"digits_bn(norm={norm})" for norm in ("batch", "layer", "group", "weight"))
+STEPS, LEARNING_RATE = 100, 0.1
+POINTS = ("initial", "trained")
+
+
+def measured(name: str, seeds: int, data_dir: str | None) -> dict[str, Any]:
+  """Tensor → point → share, error and negative, lists over the seeds."""
+  problem = build(name, data_dir, False)
+  train = jax.tree.map(jnp.asarray, problem.arrays.train)
+  tx = optax.sgd(LEARNING_RATE, momentum=0.9)
+
+  @jax.jit
+  def observe(variables, rows):
+    params, statistics = problem.split(variables)
+    loss = lambda p: problem.advance(p, statistics, problem.take(train, rows))
+    return dpo.diagonality(loss, params, training.is_norm_param, has_aux=True)
+
+  @jax.jit
+  def step(variables, state, rows):
+    params, statistics = problem.split(variables)
+    loss = lambda p: problem.advance(p, statistics, problem.take(train, rows))
+    grads, statistics = jax.grad(loss, has_aux=True)(params)
+    updates, state = tx.update(grads, state)
+    return problem.join(optax.apply_updates(params, updates), statistics), state
+
+  found: dict[str, Any] = {}
+  for seed in range(1, seeds + 1):
+    variables = problem.init(jax.random.key(seed))
+    try:
+      training_rows = list(zip(range(STEPS + 1), batches(problem, seed, STEPS), strict=False))
+      first, state = training_rows.pop(0)[1], tx.init(problem.split(variables)[0])
+      at = {"initial": observe(variables, first)}
+    except ValueError as error:
+      raise SpecError(f"`{name}` has nothing to measure: {error}") from error
+    for _, rows in training_rows:
+      variables, state = step(variables, state, rows)
+    at["trained"] = observe(variables, first)
+    for point, tensors in jax.device_get(at).items():
+      for tensor, numbers in tensors.items():
+        for kind, number in numbers._asdict().items():
+          of = found.setdefault(tensor, {}).setdefault(point, {})
+          of.setdefault(kind, []).append(np.asarray(number).mean().item())
+  return found
+
+
+def table(document: dict[str, Any]) -> Table:
+  def cell(of: dict[str, Any], kind: str) -> str:
+    return " / ".join(f"{np.median(of[point][kind]):.2f}" for point in POINTS)
+
+  rows = [
+    (name, tensor, *(cell(of, kind) for kind in ("share", "error", "negative")))
+    for name, tensors in document["problems"].items()
+    for tensor, of in tensors["tensors"].items()
+  ]
+  return Table(
+    f"Hessian of norm layers at the start / after {STEPS} steps of momentum",
+    ("problem", "tensor", "off-diagonal share of the norm", "‖H·1 − d‖ / ‖d‖", "negative entries of d"),
+    rows,
+    ("Medians over the seeds. 0 and 0 would be a diagonal block.",),
+  )
+
+
+def measure(out: Path, names: Sequence[str], seeds: int, data_dir: str | None) -> None:
+  path = out / "diagonality.json"
+  document = json.loads(path.read_text()) if path.exists() else {"problems": {}}
+  document["environment"] = environment()
+  for name in names or NORMS:
+    plan = {"steps": STEPS, "learning_rate": LEARNING_RATE, "seeds": list(range(1, seeds + 1))}
+    document["problems"][name] = plan | {"tensors": measured(name, seeds, data_dir)}
+    say(f"measured {name}")
+  path.write_text(json.dumps(rounded(document), indent=1) + "\n")
+  table(document).show()
+  say(f"wrote {path}")
