@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.engine.arguments import RESULTS as RESULTS
 from benchmarks.engine.calls import Options, file_name, name_of
 
 ABLATION = ("psgd", "psgd+damping", "psgd+averaging", "dpsgd")  # damping and averaging, each off and on
@@ -119,8 +120,6 @@ GRIDS = {
 }
 PARTICULAR = ("gls", "gls_curvature", "bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released")  # they need (norm) layers
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def tuned(problem: str) -> dict[str, float]:
   """The learning rates that `python -m benchmarks tune PROBLEM` chose: seed 0, lowest final training loss.
@@ -143,7 +142,6 @@ GROUPS = {
   "geometries": tuple(f"dpsgd(geometry={geometry})" for geometry in ("eq", "qeq", "quad", "pro")),
   "models": tuple(f"dpsgd(model={model})" for model in ("newton_model", "half_slope", "quadratic_model")),
 }
-TUNING_SEED = 0  # the results use seeds 1, 2, ...
 
 
 def setting(name: str, problem: str) -> Setting:

@@ -2,8 +2,9 @@
 """Names with options, as typed on the command line: dpsgd(average=0.5, form=additive), xor(length=55, cell=lstm)."""
 
 import ast
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Options = dict[str, Any]
@@ -11,6 +12,13 @@ Options = dict[str, Any]
 
 class SpecError(ValueError):
   """A contestant or a problem that cannot be understood. The message says what to type."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+  """What to say to a name that is misspelt: all the names there are, and the one that was probably meant."""
+  known = list(known)
+  near = difflib.get_close_matches(name, known, 1)
+  return f"no {kind} is called `{name}`; known are {', '.join(known)}." + f" Did you mean `{near[0]}`?" * bool(near)
 
 
 def split(text: str) -> list[str]:

@@ -2,7 +2,10 @@
 """One picture per document: loss against steps and seconds, and what Levenberg-Marquardt did."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -75,16 +78,31 @@ def draw(axes: Axes, results: Results, x: str, y: str) -> None:
     axes.fill_between(at, lower, upper, color=palette[label], alpha=0.15, lw=0)
 
 
+@contextmanager
+def panels(path: Path, rows: int, columns: int, height: float, title: str = "") -> Iterator[Any]:
+  """A grid of axes to draw in; then one legend for all of them, and the picture is written."""
+  with plt.rc_context(STYLE):
+    figure, grid = plt.subplots(
+      rows, columns, figsize=(5.5 * columns + (columns == 1) * 1.5, height * rows), squeeze=False, layout="constrained"
+    )
+    yield grid
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    if title:
+      figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def plot(results: Results, path: Path) -> None:
   """Two panels, and two more if a contestant adapts its damping."""
-  panels = [("step", "train_loss", "training loss"), ("seconds", "train_loss", "training loss")]
+  shown = [("step", "train_loss", "training loss"), ("seconds", "train_loss", "training loss")]
   if any("damping" in run.curves for run in results.runs):
-    panels += [("step", "damping", "damping"), ("step", "ratio", "reduction: actual / predicted")]
+    shown += [("step", "damping", "damping"), ("step", "ratio", "reduction: actual / predicted")]
   names = {"step": "steps", "seconds": "seconds of training"}
-  with plt.rc_context(STYLE):
-    rows = len(panels) // 2
-    figure, grid = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), squeeze=False, layout="constrained")
-    for axes, (x, y, title) in zip(grid.flat, panels, strict=True):
+  plan = results.plan
+  title = f"{plan.problem}, {plan.setting} setting: median and quartiles of {len(results.seeds())} seeds"
+  with panels(path, len(shown) // 2, 2, 3.5, title) as grid:
+    for axes, (x, y, title) in zip(grid.flat, shown, strict=True):
       draw(axes, results, x, y)
       axes.set(xlabel=names[x], title=title, yscale="linear" if y == "ratio" else "log")
       if x == "seconds":
@@ -92,10 +110,3 @@ def plot(results: Results, path: Path) -> None:
       if y == "ratio":
         axes.axhspan(0.25, 0.75, color="0.9", zorder=0)
         axes.set_ylim(*np.clip(axes.get_ylim(), -1, 3))
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
-    plan = results.plan
-    seeds = f"median and quartiles of {len(results.seeds())} seeds"
-    figure.suptitle(f"{plan.problem}, {plan.setting} setting: {seeds}", x=0.01, ha="left", fontsize=11)
-    figure.savefig(path)
-    plt.close(figure)

@@ -2,15 +2,22 @@
 """What a problem is: variables, a loss over data, and the order in which the data come."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.problems import data
+
+class Arrays(NamedTuple):
+  """A data set in memory. `note` says what a reader of the results must know about it."""
+
+  train: dict[str, np.ndarray]
+  test: dict[str, np.ndarray]
+  note: str
+
 
 Metrics = dict[str, jax.Array]
 STATISTICS = "batch_stats"  # Flax's name for what batch normalization keeps
@@ -33,7 +40,7 @@ class Problem:
   name: str
   init: Callable[[jax.Array], Any]  # key -> variables
   metrics: Callable[[Any, Mapping[str, jax.Array]], Metrics]
-  arrays: data.Arrays
+  arrays: Arrays
   batch_size: int
   epochs: int  # default length of a run
   evaluations: int  # how often the loss curve is sampled in a run
@@ -87,3 +94,15 @@ def batches(problem: Problem, seed: int, epochs: int) -> Iterator[np.ndarray]:
     filled = np.resize(order, problem.steps_per_epoch * problem.batch_size)
     filled = filled + problem.train_size * (epoch < problem.deficit)
     yield from filled.reshape(-1, problem.batch_size)
+
+
+def limit(problem: Problem, train_size: int | None, test_size: int | None = None) -> Problem:
+  """The same problem on the first `train_size` training and `test_size` test samples."""
+  for part, size, name in (("train", train_size, "training"), ("test", test_size, "test")):
+    known = getattr(problem.arrays, part)
+    if size is None or size >= len(known["x"]):
+      continue
+    first = {key: array[:size] for key, array in known.items()}
+    note = f"{problem.arrays.note}; the first {size} of {len(known['x'])} {name} samples"
+    problem = replace(problem, arrays=problem.arrays._replace(**{part: first}, note=note))
+  return problem

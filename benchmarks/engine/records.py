@@ -138,15 +138,25 @@ def rounded(value: Any) -> Any:
   return value
 
 
+def replace(path: Path, text: str) -> None:
+  """Write the file under a temporary name first, so that an interrupt never leaves half of it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".part")
+  partial.write_text(text)
+  partial.replace(path)
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+  """A study's document, whose layout is the study's own."""
+  replace(path, json.dumps(rounded(document), indent=1) + "\n")
+
+
 def save(results: Results, path: Path) -> None:
-  """Write the document under a temporary name first, so that an interrupt never leaves half a file."""
+  """The document of runs: everything readable, and one line for each run."""
   document = {"schema": SCHEMA} | rounded(asdict(results))
   head = json.dumps({key: item for key, item in document.items() if key != "runs"}, indent=1)
   runs = ",\n  ".join(json.dumps(run, separators=(",", ":")) for run in document["runs"])
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(".part")
-  partial.write_text(f'{head[:-2]},\n "runs": [\n  {runs}\n ]\n}}\n')
-  partial.replace(path)
+  replace(path, f'{head[:-2]},\n "runs": [\n  {runs}\n ]\n}}\n')
 
 
 def load(path: Path) -> Results:
@@ -165,6 +175,12 @@ def load(path: Path) -> Results:
   plan = Plan(**{"evaluated_test_samples": min(plan["test_size"], 4_000)} | plan)
   runs = [run(entry) for entry in document["runs"]]
   return Results(document["name"], plan, document["contestants"], document["sessions"], runs)
+
+
+def runs_in(folder: Path) -> list[Path]:
+  """The documents of runs in a folder, trials left out: those of other studies have no schema."""
+  paths = [path for path in sorted(folder.glob("*.json")) if not path.stem.startswith("trials-")]
+  return [path for path in paths if "schema" in json.loads(path.read_text())]
 
 
 def resume(path: Path, plan: Plan, contestants: dict[str, dict[str, Any]]) -> Results | None:

@@ -5,6 +5,8 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +14,8 @@ from rich.table import Table as RichTable
 
 from benchmarks.engine import analysis
 from benchmarks.engine.analysis import Spread
-from benchmarks.engine.records import Results
+from benchmarks.engine.progress import say
+from benchmarks.engine.records import Results, write
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ def number(value: float) -> str:
   if value == 0 or 0.01 <= abs(value) < 1000:
     return f"{value:.3g}"
   return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.2e}"
+
+
+def publish(document: dict[str, Any], path: Path, *found: Table) -> None:
+  """Show the tables of a study's document, and keep the document."""
+  for table in found:
+    table.show()
+  write(document, path)
+  say(f"wrote {path}")
+
+
+def quartiles(values: Iterable[float | None]) -> str:
+  """Median [quartiles] of values as a document has them; one that is not there counts as infinite."""
+  found = analysis.spread([math.inf if value is None else value for value in values])
+  return f"{number(found.median)} [{number(found.lower)}, {number(found.upper)}]"
 
 
 def between(spread: Spread) -> str:

@@ -26,9 +26,9 @@ import numpy as np
 import optax
 
 import dpsgd_optax as dpo
+from benchmarks.engine.contestant import Contestant
+from benchmarks.engine.problem import Problem, batches
 from benchmarks.engine.records import Plan, Run
-from benchmarks.optimizers import Contestant
-from benchmarks.problems.table import Problem, batches
 
 EVALUATED_SAMPLES = 4_000  # of the training set, at most: the first ones
 TESTED_SAMPLES = 10_000  # of the test set, at most: all of MNIST's, whose first half is not its second

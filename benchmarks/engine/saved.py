@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.engine.calls import file_name
+from benchmarks.engine.calls import SpecError, file_name
 from benchmarks.engine.problem import Problem
 from benchmarks.engine.runner import CHUNK, EVALUATED_SAMPLES, Lane
-from benchmarks.problems.data import DataError
 
 PREFIX = "variables"
 
@@ -82,7 +81,7 @@ def load_saved(out: Path, name: str, problem: Problem, labels: Iterable[str], se
     for seed in seeds:
       path = out / f"{name}-saved" / f"{file_name(label)}-seed{seed}.npz"
       if not path.exists():
-        raise DataError(f"{path} is missing: the run was not kept. Run it again with `--save`.")
+        raise SpecError(f"{path} is missing: the run was not kept. Run it again with `--save`.")
       with np.load(path) as content:
         arrays = dict(content)
       leaves = [arrays.pop(path) for path in paths_of(shapes)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One invocation: build the problem, compile, run the seeds that are missing, save after each."""
+"""One invocation: compile the contestants, run the seeds that are missing, save after each."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,41 +9,13 @@ from time import monotonic
 import jax
 import jax.numpy as jnp
 
-from benchmarks import hyperparameters
+from benchmarks.engine.contestant import Contestant
+from benchmarks.engine.problem import Problem
 from benchmarks.engine.progress import Reporter, say
 from benchmarks.engine.records import Plan, Results, Run, environment, load_average, resume, save
 from benchmarks.engine.report import number
-from benchmarks.engine.runner import Evaluator, compiled, describe, make_plan, race
+from benchmarks.engine.runner import Evaluator, compiled, describe, race
 from benchmarks.engine.saved import Keeper
-from benchmarks.optimizers import Contestant, contestants
-from benchmarks.problems.table import Problem, build, limit
-
-
-def prepare(
-  name: str,
-  setting: str,
-  optimizers: str,
-  *,
-  data_dir: str | None = None,
-  epochs: float | None = None,
-  batch_size: int | None = None,
-  train_size: int | None = None,
-  test_size: int | None = None,
-  evaluations: int | None = None,
-  decay: float | None = None,
-  folded: bool | None = None,
-) -> tuple[Problem, Plan, list[Contestant]]:
-  """The problem, the plan and the contestants; what is None comes from the setting or from the problem."""
-  chosen = hyperparameters.setting(setting, name)
-  folded = chosen.folded if folded is None else folded
-  decay = chosen.decay if decay is None else decay
-  ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
-  found = contestants(optimizers or ",".join(ready or chosen.optimizers), chosen.optimizers, name)
-  problem = limit(build(name, data_dir, folded), train_size, test_size)
-  if batch_size is not None:
-    problem = replace(problem, batch_size=batch_size)
-  plan = make_plan(problem, setting, epochs or problem.epochs, decay, folded, evaluations or problem.evaluations)
-  return problem, plan, found
 
 
 def run(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.engine.problem import Arrays
 from benchmarks.problems.curves import draw_curves
 
 
@@ -37,14 +38,6 @@ class RemoteFile(NamedTuple):
   @property
   def checksum(self) -> str:
     return f"{'MD5' if self.algorithm == 'md5' else 'SHA-256'} {self.sha256}"
-
-
-class Arrays(NamedTuple):
-  """A data set in memory. `note` says what a reader of the results must know about it."""
-
-  train: dict[str, np.ndarray]
-  test: dict[str, np.ndarray]
-  note: str
 
 
 BASES = {

@@ -230,15 +230,3 @@ def build(text: str, data_dir: str | None, folded: bool) -> Problem:
     known = ", ".join(f"{parameter.name}={parameter.default}" for parameter in own) or "none"
     raise SpecError(f"`{name}` has no option {', '.join(unknown)}. Its options and their defaults: {known}.")
   return replace(PROBLEMS[name](data_dir, folded, **options), name=text.replace(" ", ""))
-
-
-def limit(problem: Problem, train_size: int | None, test_size: int | None = None) -> Problem:
-  """The same problem on the first `train_size` training and `test_size` test samples."""
-  for part, size, name in (("train", train_size, "training"), ("test", test_size, "test")):
-    known = getattr(problem.arrays, part)
-    if size is None or size >= len(known["x"]):
-      continue
-    first = {key: array[:size] for key, array in known.items()}
-    note = f"{problem.arrays.note}; the first {size} of {len(known['x'])} {name} samples"
-    problem = replace(problem, arrays=problem.arrays._replace(**{part: first}, note=note))
-  return problem

@@ -12,7 +12,7 @@ exact block of one layer, bias included as the last row of its matrix; P is fitt
 """
 
 import itertools
-import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ import optax
 
 import dpsgd_optax as dpo
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import environment, rounded
-from benchmarks.engine.report import Table, number
+from benchmarks.engine.records import environment
+from benchmarks.engine.report import Table, number, publish
 from benchmarks.problems import data
 
 FITS = 2_000
@@ -205,33 +205,31 @@ def table(document: dict[str, Any]) -> Table:
     return number(row["top"]) if "top" in row else f"{number(row['kappa'])} / {number(row['bulk'])}"
 
   rows = [(name, *(cell(column.get(name)) for column in columns)) for name in ["none", *FITTED]]
-  note = f"kappa / bulk, see `benchmarks/condition.py`; of the large layer the largest over the {TOP}th eigenvalue."
+  note = (
+    f"kappa / bulk, see `benchmarks/studies/condition.py`; of the large layer the largest over the {TOP}th eigenvalue."
+  )
   return Table("Condition number of one layer's Hessian, digits", tuple(header), rows, (note,))
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
   """The spectra, largest eigenvalue first, relative to it."""
-  from benchmarks.engine.plots import STYLE, plt
+  from benchmarks.engine.plots import panels
 
   cases = document["dense"] | document["lanczos"]
-  with plt.rc_context(STYLE):
-    figure, grid = plt.subplots(len(cases), 2, figsize=(11, 3.3 * len(cases)), squeeze=False, layout="constrained")
+  with panels(path, len(cases), 2, 3.3) as grid:
     for axes_row, (layer, found) in zip(grid, cases.items(), strict=True):
       for axes, (kind, rows) in zip(axes_row, found.items(), strict=True):
         for name, row in rows.items():
           colour = "black" if name == "none" else f"C{list(FITTED).index(name)}"
           axes.plot(np.arange(1, 1 + len(row["spectrum"])), row["spectrum"], lw=1.3, color=colour, label=name)
         axes.set(title=f"{layer}, {kind}", yscale="log", xlabel="index", ylabel="|eigenvalue| / largest")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
-    figure.savefig(path)
-    plt.close(figure)
 
 
-def run(out: Path) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+  """None but --out."""
+
+
+def run(args: Namespace) -> None:
   document = measure()
-  table(document).show()
-  out.mkdir(parents=True, exist_ok=True)
-  (out / "condition.json").write_text(json.dumps(rounded(document), indent=1) + "\n")
-  plot(document, out / "condition.png")
-  say(f"wrote {out / 'condition.json'} and {out / 'condition.png'}")
+  publish(document, args.out / "condition.json", table(document))
+  plot(document, args.out / "condition.png")

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step costs, as ratios inside one interleaved run: python -m benchmarks cost [mlp lenet5 charlm resnet8 deep]
+"""What a step costs, as ratios inside one interleaved run; beside psgd-jax if the extra `peers` is installed.
+
+python -m benchmarks cost mlp lenet5
 
 Every round runs a few calls of each contestant, in a fresh random order; ratios are formed within a round, and their
 median and quartiles over the rounds are reported, of CPU and of wall seconds. An absolute time on a shared machine
 means nothing. With one thread and with all of them (`--threads`), each in a process of its own.
 
-The contestants are in workloads.py. A cadence is a weighted mean of its parts: one fit in 33 steps is a step with a fit
+The contestants are in _calls.py. A cadence is a weighted mean of its parts: one fit in 33 steps is a step with a fit
 and 32 without. For every contestant also: CPU seconds to compile, instructions, flops and bytes by the compiler's own
 count, bytes of temporaries and of the optimizer's state.
 """
 
 import json
 import os
-import random
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,54 +26,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.engine.arguments import known, positive
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import compilations, environment, load_average, rounded
-from benchmarks.engine.report import Table, number
-from benchmarks.studies._workloads import WORKLOADS, Step, compiled, steps, updates
+from benchmarks.engine.records import environment, load_average
+from benchmarks.engine.report import Table, number, publish
+from benchmarks.engine.timing import Step, compile_anew, interleaved, ratio_text
+from benchmarks.studies._calls import steps, updates
+from benchmarks.studies._workloads import USUAL, WORKLOADS
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 THREADS = {"one": ONE_THREAD, "all": ""}
-
-
-class Call:
-  """A jitted function with its arguments; the compile seconds of the first call."""
-
-  def __init__(self, call: Callable, arguments: tuple):
-    self.call, self.arguments = call, arguments
-    start = time.perf_counter()
-    jax.block_until_ready(call(*arguments))
-    self.first_seconds = time.perf_counter() - start
-    compiled = compilations()
-    jax.block_until_ready(call(*arguments))
-    self.recompiled = compilations() - compiled
-
-  def __call__(self) -> Any:
-    return self.call(*self.arguments)
-
-
-def interleaved(
-  entered: Mapping[str, Callable[[], Any]], rounds: int, calls: int, seed: int
-) -> dict[str, dict[str, list]]:
-  """Seconds per call of each contestant in each round, by wall clock and of CPU; a fresh random order in each round."""
-  order = random.Random(seed)
-  times: dict[str, dict[str, list]] = {kind: {name: [] for name in entered} for kind in ("cpu", "wall")}
-  for _ in range(rounds):
-    names = list(entered)
-    order.shuffle(names)
-    for name in names:
-      call = entered[name]
-      clock, process = time.perf_counter(), time.process_time()
-      for _ in range(calls):
-        result = call()
-      jax.block_until_ready(result)
-      times["wall"][name].append((time.perf_counter() - clock) / calls)
-      times["cpu"][name].append((time.process_time() - process) / calls)
-  return times
-
-
-def quartiles_of(times: dict[str, dict[str, list]], a: str, b: str) -> dict[str, list[float]]:
-  """Quartiles of the ratio a / b, formed within each round."""
-  return {kind: np.percentile(np.divide(of[a], of[b]), [25, 50, 75]).tolist() for kind, of in times.items()}
 
 
 Weights = dict[str, float]  # contestant -> its share of the steps
@@ -106,7 +69,6 @@ def _updates(period: int, fit: str, otherwise: str) -> Weights:
 ALONE = "`update` alone: "
 DENSE, THEIRS = "psgd dense", "psgd-jax kron"
 BLOCKS = ("charlm", "resnet8")
-TENTH = every(10, "dpsgd, fit", "dpsgd, no fit")
 ROWS = (
   Row(ALONE + "kron, no fit", _update(f"{DENSE}, no fit"), _update(f"{THEIRS}, no fit"), 0.6, 0.4, ("mlp",)),
   Row(
@@ -224,7 +186,7 @@ def compilation(entered: Mapping[str, tuple], made: Mapping[str, Step]) -> list[
   for _ in range(COMPILATIONS - 1):
     for label in pair:
       call, *arguments = entered[label]
-      seconds[label].append(compiled(call, *arguments)[1])
+      seconds[label].append(compile_anew(call, *arguments)[1])
   return np.percentile(np.divide(seconds[pair[0]], seconds[pair[1]]), [25, 50, 75]).tolist()
 
 
@@ -234,7 +196,7 @@ def carried(tree: Any) -> int:
   return sum(x.nbytes for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, keys))
 
 
-def run(name: str, threads: str | None, rounds: int, calls: int) -> dict[str, Any]:
+def in_processes(name: str, threads: str | None, rounds: int, calls: int) -> dict[str, Any]:
   """A workload with one thread and with all, each in a process of its own; or in this one, if `threads` says which."""
   if threads is not None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '').replace(ONE_THREAD, '')} {THREADS[threads]}".strip()
@@ -250,11 +212,6 @@ def run(name: str, threads: str | None, rounds: int, calls: int) -> dict[str, An
   return document
 
 
-def cell(quartiles: list[float]) -> str:
-  low, median, high = quartiles
-  return f"{median:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def _limit(value: float | None) -> str:
   return "" if value is None else f"{value:g}"
 
@@ -267,7 +224,7 @@ def table(document: dict[str, Any]) -> Table:
   for row in rows_of(name, first["contestants"]):
     asked = not row.asked or name in row.asked
     limits = (_limit(row.must), _limit(row.aim)) if asked else ("", "")
-    cells = [cell(mode["ratios"][row.label][kind]) for mode in modes.values() for kind in ("cpu", "wall")]
+    cells = [ratio_text(mode["ratios"][row.label][kind]) for mode in modes.values() for kind in ("cpu", "wall")]
     rows.append((row.label, " + ".join(row.against).replace("update: ", ""), *cells, *limits))
   rows += _compiled(name, modes)
   header = tuple(f"{kind}, {mode} thread{'s' * (mode == 'all')}" for mode in modes for kind in ("CPU", "wall"))
@@ -288,7 +245,7 @@ def _compiled(name: str, modes: Mapping[str, Any]) -> list[tuple[str, ...]]:
   if not ours or not theirs:
     return []
   must, aim = COMPILED.get(name, COMPILED_ELSEWHERE)
-  seconds = [text for mode in modes.values() for text in (cell(mode["compilation"]), "")]
+  seconds = [text for mode in modes.values() for text in (ratio_text(mode["compilation"]), "")]
   memory = (f"{ours['carry_bytes'] / theirs['carry_bytes']:.2f}", *[""] * (len(seconds) - 1))
   return [
     ("compiling `update`", THEIRS, *seconds, f"{must:g}", f"{aim:g}"),
@@ -322,6 +279,15 @@ def details(document: dict[str, Any]) -> Table:
   )
 
 
-def save(document: dict[str, Any], path: Path) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(rounded(document), indent=1) + "\n")
+def add_arguments(parser: ArgumentParser) -> None:
+  add, name = parser.add_argument, known("workload", WORKLOADS)
+  add("workloads", nargs="*", type=name, metavar="WORKLOAD", help=f"{', '.join(WORKLOADS)} (default: all but gpt2)")
+  add("--threads", choices=tuple(THREADS), help="that many, in this process (default: both, apart)")
+  add("--rounds", type=positive(int), default=9, help="interleaved (default: %(default)d)")
+  add("--calls", type=positive(int), default=4, help="of each contestant in a round (default: %(default)d)")
+
+
+def run(args: Namespace) -> None:
+  for name in args.workloads or USUAL:
+    document = in_processes(name, args.threads, args.rounds, args.calls)
+    publish(document, args.out / f"cost-{name}.json", details(document), table(document))

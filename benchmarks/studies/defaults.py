@@ -6,18 +6,18 @@ final training loss, and the seconds of training as a ratio to the first choice 
 """
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from benchmarks.engine import arguments
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import Results, ResumeError, rounded
+from benchmarks.engine.records import ResumeError, write
 from benchmarks.engine.report import Table, number
-from benchmarks.engine.session import prepare, run
-from benchmarks.hyperparameters import TUNING_SEED
+from benchmarks.engine.tune_then_race import tune_then_race
+from benchmarks.optimizers import Races, typed
 
 RATES = (1e-3, 3e-3, 1e-2)
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -37,50 +37,24 @@ CHOICES = {
 }
 
 
-def contestant(options: dict[str, Any], rate: float) -> str:
-  """As it is written on the command line."""
-  return f"psgd_whiten({','.join(f'{name}={value}' for name, value in (options | {'learning_rate': rate}).items())})"
-
-
-def tuned(results: Results, names: dict[str, dict[float, str]]) -> dict[str, float]:
-  """The rate of the lowest final training loss of each choice; a run that broke off counts as infinite."""
-  final = {run.optimizer: run.final() for run in results.runs}
-  return {choice: min(labels, key=lambda rate: final[labels[rate]]) for choice, labels in names.items()}
-
-
-def measured(results: Results, chosen: dict[str, str]) -> dict[str, Any]:
-  """Final losses and seconds, by choice and seed."""
-  first = results.of(next(iter(chosen.values())))
-  base = {run.seed: run.curves["seconds"][-1] for run in first}
-  found = {}
-  for choice, label in chosen.items():
-    runs = results.of(label)
-    found[choice] = {
-      "train_loss": [run.final() for run in runs],
-      "test_loss": [run.final("test_loss") for run in runs],
-      "seconds_ratio": [run.curves["seconds"][-1] / base[run.seed] for run in runs],
-    }
-  return found
-
-
 def compare(problem: str, options: dict[str, Any], choices: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-  """One cell row: tune, then run."""
-  label = lambda choice, rate: contestant(choices[choice], rate).replace(" ", "")
-  names = {choice: {rate: label(choice, rate) for rate in RATES} for choice in choices}
-  with TemporaryDirectory() as folder:
-
-    def race(labels: list[str], seeds: Sequence[int]) -> Results:
-      built, plan, entered = prepare(problem, "tuned", ",".join(labels), evaluations=4, **options)
-      return run(built, plan, entered, seeds, Path(folder) / "defaults.json")
-
-    trials = race([name for rates in names.values() for name in rates.values()], [TUNING_SEED])
-    rates = tuned(trials, names)
-    results = race([names[choice][rate] for choice, rate in rates.items()], seeds)
-  found = measured(results, {choice: names[choice][rate] for choice, rate in rates.items()})
-  trial = {run.optimizer: run.final() for run in trials.runs}
-  for choice, rate in rates.items():
-    found[choice] |= {"learning_rate": rate, "trials": {f"{r:g}": trial[names[choice][r]] for r in RATES}}
-  return {"plan": vars(results.plan), "sessions": results.sessions, "choices": found}
+  """One problem: final losses of every choice, and its seconds beside those of the first on the same seed."""
+  label = lambda choice, rate: typed("psgd_whiten", choices[choice], rate)
+  races = Races(problem, label, {"evaluations": 4} | options)
+  raced = tune_then_race(dict.fromkeys(choices, RATES), races, seeds)
+  base = {run.seed: run.curves["seconds"][-1] for run in next(iter(raced.values())).runs}
+  found = {
+    choice: {
+      "train_loss": [run.final() for run in entry.runs],
+      "test_loss": [run.final("test_loss") for run in entry.runs],
+      "seconds_ratio": [run.curves["seconds"][-1] / base[run.seed] for run in entry.runs],
+      "learning_rate": entry.learning_rate,
+      "trials": entry.trials,
+    }
+    for choice, entry in raced.items()
+  }
+  assert races.last is not None
+  return {"plan": vars(races.last.plan), "sessions": races.last.sessions, "choices": found}
 
 
 def table(question: str, document: dict[str, Any]) -> Table:
@@ -96,21 +70,26 @@ def table(question: str, document: dict[str, Any]) -> Table:
   return Table(f"psgd whitening, {question}", header, rows, (note,))
 
 
-def measure(out: Path, seeds: int = 3, data_dir: str | None = None, resume: bool = False) -> None:
-  """All of it, to defaults.json; what is finished is kept whenever it stops, and with `resume` not done again."""
-  path = out / "defaults.json"
-  document: dict[str, Any] = {"seeds": seeds, "rates": list(RATES)} | {question: {} for question in CHOICES}
-  if resume and path.exists():
+def add_arguments(parser: ArgumentParser) -> None:
+  arguments.add_seeds(parser, 3)
+  arguments.add_data_dir(parser)
+  arguments.add_resume(parser)
+
+
+def run(args: Namespace) -> None:
+  """All of it; what is finished is kept whenever it stops, and with --resume not done again."""
+  path = args.out / "defaults.json"
+  document: dict[str, Any] = {"seeds": args.seeds, "rates": list(RATES)} | {question: {} for question in CHOICES}
+  if args.resume and path.exists():
     kept = json.loads(path.read_text())
     if any(kept[name] != document[name] for name in ("seeds", "rates")):
       raise ResumeError(f"{path} was made with other seeds or rates. Leave --resume out, or type another --out.")
     document |= {question: kept[question] for question in CHOICES}
   for question, choices in CHOICES.items():
     for problem, options in PROBLEMS.items():
-      if problem in document[question]:
-        continue
-      found = compare(problem, options | {"data_dir": data_dir}, choices, range(1, 1 + seeds))
-      document[question][problem] = found
-      path.write_text(json.dumps(rounded(document), indent=1) + "\n")
+      if problem not in document[question]:
+        seeds = range(1, 1 + args.seeds)
+        document[question][problem] = compare(problem, options | {"data_dir": args.data_dir}, choices, seeds)
+        write(document, path)
     table(question, document).show()
   say(f"wrote {path}")

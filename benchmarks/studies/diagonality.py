@@ -9,8 +9,7 @@ Results of other problems stay in the file. For a loss of your own: `dpsgd_optax
 """
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import jax
@@ -19,12 +18,13 @@ import numpy as np
 import optax
 
 import dpsgd_optax as dpo
+from benchmarks.engine import arguments
 from benchmarks.engine.calls import SpecError
 from benchmarks.engine.problem import batches
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import environment, rounded
-from benchmarks.engine.report import Table
-from benchmarks.problems.table import build
+from benchmarks.engine.records import environment
+from benchmarks.engine.report import Table, publish
+from benchmarks.problems.table import PROBLEMS, build
 from dpsgd_optax import training
 
 NORMS = tuple(f"digits_bn(norm={norm})" for norm in ("batch", "layer", "group", "weight"))
@@ -89,14 +89,19 @@ def table(document: dict[str, Any]) -> Table:
   )
 
 
-def measure(out: Path, names: Sequence[str], seeds: int, data_dir: str | None) -> None:
-  path = out / "diagonality.json"
+def add_arguments(parser: ArgumentParser) -> None:
+  name = arguments.known("problem", PROBLEMS)
+  parser.add_argument("problems", nargs="*", type=name, metavar="PROBLEM", help="(default: `digits_bn`, every norm)")
+  arguments.add_seeds(parser, 3)
+  arguments.add_data_dir(parser)
+
+
+def run(args: Namespace) -> None:
+  path = args.out / "diagonality.json"
   document = json.loads(path.read_text()) if path.exists() else {"problems": {}}
   document["environment"] = environment()
-  for name in names or NORMS:
-    plan = {"steps": STEPS, "learning_rate": LEARNING_RATE, "seeds": list(range(1, seeds + 1))}
-    document["problems"][name] = plan | {"tensors": measured(name, seeds, data_dir)}
+  for name in args.problems or NORMS:
+    plan = {"steps": STEPS, "learning_rate": LEARNING_RATE, "seeds": list(range(1, args.seeds + 1))}
+    document["problems"][name] = plan | {"tensors": measured(name, args.seeds, args.data_dir)}
     say(f"measured {name}")
-  path.write_text(json.dumps(rounded(document), indent=1) + "\n")
-  table(document).show()
-  say(f"wrote {path}")
+  publish(document, path, table(document))

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,27 +31,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dpsgd_optax as dpo
+from benchmarks.engine import arguments
 from benchmarks.engine.calls import SpecError
-from benchmarks.engine.progress import say
+from benchmarks.engine.devices import COLLECTIVES, LAYOUTS, QUICK_TO_COMPILE, specs_of
+from benchmarks.engine.problem import Problem, batches
 from benchmarks.engine.records import environment
-from benchmarks.engine.report import Table, number
-from benchmarks.problems.table import Problem, batches, build
-from benchmarks.studies.cost import save
+from benchmarks.engine.report import Table, number, publish
+from benchmarks.problems.table import PROBLEMS, build
 
 PROBLEM, STEPS = "charlm(layers=8,width=32,block=32)", 10
-LAYOUTS = ("data parallel", "fully sharded")
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-
-def specs_of(layout: str, params: Any, devices: int) -> Any:
-  """Of the params. Fully sharded: along the first axis that the devices divide."""
-
-  def one(x: Any) -> P:
-    axis = next((i for i, d in enumerate(x.shape) if d % devices == 0), None)
-    return P() if axis is None else P(*(None,) * axis, "data")
-
-  return P() if layout == LAYOUTS[0] else jax.tree.map(one, params)
 
 
 def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -60,7 +49,7 @@ def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 def exchanges(compiled: jax.stages.Compiled) -> dict[str, int]:
   """How often each collective stands in a program."""
-  found = re.findall(rf" ({'|'.join(KINDS)})(?:-start)?\(", compiled.as_text())
+  found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text())
   return dict(Counter(found))
 
 
@@ -175,13 +164,18 @@ def table(document: dict[str, Any]) -> Table:
   return Table(title, header, rows, (note,))
 
 
-def run(out: Path, problem: str, devices: int, processes: int, data_dir: str | None) -> None:
-  """Measure, show, save."""
-  document = measure(problem, devices, processes, data_dir=data_dir)
-  table(document).show()
-  path = out / f"distributed-{devices}x{processes}.json"
-  save(document, path)
-  say(f"wrote {path}")
+def add_arguments(parser: ArgumentParser) -> None:
+  add, count = parser.add_argument, arguments.positive(int)
+  name = arguments.known("problem", PROBLEMS)
+  add("problem", nargs="?", default=PROBLEM, type=name, metavar="PROBLEM", help="(default: %(default)s)")
+  add("--devices", type=count, default=8, help="virtual ones on a CPU (default: %(default)d)")
+  add("--processes", type=count, default=1, help="over which the devices are divided (default: %(default)d)")
+  arguments.add_data_dir(parser)
+
+
+def run(args: Namespace) -> None:
+  document = measure(args.problem, args.devices, args.processes, data_dir=args.data_dir)
+  publish(document, args.out / f"distributed-{args.devices}x{args.processes}.json", table(document))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ Every contestant is tuned with five learning rates on seed 0 and then run on see
 """
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -20,18 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import dpsgd_optax as dpo
-from benchmarks.engine import analysis
+from benchmarks.engine import analysis, arguments
 from benchmarks.engine.calls import name_of
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import Results, environment, load_average, rounded
-from benchmarks.engine.report import Table, number
+from benchmarks.engine.records import environment, load_average, rounded, write
+from benchmarks.engine.report import Table, number, quartiles
 from benchmarks.engine.runner import compiled, make_plan
-from benchmarks.engine.session import prepare, run
-from benchmarks.hyperparameters import ADAPTIVE_GRID, GRIDS, TUNING_SEED
-from benchmarks.optimizers import contestants
+from benchmarks.engine.timing import interleaved, quartiles_of, ratio_text
+from benchmarks.engine.tune_then_race import tune_then_race
+from benchmarks.hyperparameters import ADAPTIVE_GRID, GRIDS
+from benchmarks.optimizers import Races, contestants, typed
 from benchmarks.problems.data import DataError
 from benchmarks.problems.table import build
-from benchmarks.studies.cost import cell, interleaved, quartiles_of
 
 Contestant = tuple[str, dict[str, Any], Sequence[float]]  # optimizer, its options, learning rates
 DUAL: dict[str, Any] = {"decay": None, "from_outputs": True}
@@ -83,40 +82,25 @@ COSTS = ("mlp_mnist", "mlp_cifar10(batches=1)")
 PERIOD = 20  # steps of one call: a multiple of every period of fits
 
 
-def typed(contestant: Contestant, rate: float) -> str:
-  """As it is written on the command line."""
-  name, options, _ = contestant
-  return f"{name}({','.join(f'{key}={value}' for key, value in (options | {'learning_rate': rate}).items())})"
-
-
-def race(problem: str, labels: Sequence[str], seeds: Sequence[int], options: dict[str, Any]) -> Results:
-  with TemporaryDirectory() as folder:
-    built, plan, entered = prepare(problem, "tuned", ",".join(labels), **options)
-    return run(built, plan, entered, seeds, Path(folder) / "gls.json")
-
-
 def compare(
   problem: str, entered: dict[str, Contestant], seeds: Sequence[int], options: dict[str, Any]
 ) -> dict[str, Any]:
   """Tune each contestant, run it; final losses, and when it was where Adam ends."""
-  tried = {label: {rate: typed(contestant, rate) for rate in contestant[2]} for label, contestant in entered.items()}
-  trials = race(problem, [name for names in tried.values() for name in names.values()], [TUNING_SEED], options)
-  final = {run.optimizer: run.final() for run in trials.runs}
-  rates = {label: min(names, key=lambda rate: final[names[rate]]) for label, names in tried.items()}
-  results = race(problem, [tried[label][rate] for label, rate in rates.items()], seeds, options)
-  targets = {run.seed: run.final() for run in results.of(tried["Adam"][rates["Adam"]])}
+  races = Races(problem, lambda label, rate: typed(*entered[label][:2], rate), options)
+  raced = tune_then_race({label: grid for label, (_, _, grid) in entered.items()}, races, seeds)
+  targets = {run.seed: run.final() for run in raced["Adam"].runs}
   found = {}
-  for label, rate in rates.items():
-    runs = results.of(tried[label][rate])
+  for label, (rate, _, runs) in raced.items():
     found[label] = {
-      "typed": tried[label][rate],
-      "trials": {f"{rate:g}": final[name] for rate, name in tried[label].items()},
+      "typed": races.typed(label, rate),
+      "trials": raced[label].trials,
       **{name: [run.final(name) for run in runs] for name in ("train_loss", "test_loss")},
       "seconds": [run.curves["seconds"][-1] for run in runs],
       **{f"{axis}_to_adam": [_to(run, axis, targets[run.seed]) for run in runs] for axis in ("step", "seconds")},
       "curve": np.median([run.curves["train_loss"] for run in runs], 0).tolist() if _equal(runs) else None,
     }
-  return {"plan": vars(results.plan), "sessions": results.sessions, "contestants": found}
+  assert races.last is not None
+  return {"plan": vars(races.last.plan), "sessions": races.last.sessions, "contestants": found}
 
 
 def _to(run: Any, axis: str, target: float) -> float:
@@ -154,7 +138,7 @@ def cost(problem: str, data_dir: str | None, rounds: int = 9) -> dict[str, Any]:
   for label, contestant in CLASSIFIERS.items():
     if label.startswith("GLS, running S") and problem != "mlp_mnist":
       continue  # 3073 inputs: its system is 24 times the batch
-    (entered,) = contestants(typed(contestant, 1e-3), {}, problem)
+    (entered,) = contestants(typed(*contestant[:2], 1e-3), {}, problem)
     lane = compiled(built, entered, plan, train).start(built.init(jax.random.key(0)), 0)
     calls[label] = lambda lane=lane: lane.train(train, rows, 0)
   times = interleaved(calls, rounds, 1, seed=0)
@@ -170,16 +154,12 @@ def cost(problem: str, data_dir: str | None, rounds: int = 9) -> dict[str, Any]:
 
 def race_table(problem: str, found: dict[str, Any]) -> Table:
   """Median [quartiles] over the seeds."""
-
-  def spread(values: Sequence[float | None]) -> str:
-    middle, low, high = analysis.spread(_numbers(values))
-    return f"{number(middle)} [{number(low)}, {number(high)}]"
-
   rows = []
   for label, entry in found["contestants"].items():
     rate = entry["typed"].rpartition("learning_rate=")[2].rstrip(")")
     seconds = _seconds_to_adam(found, label)
-    rows.append((label, rate, *map(spread, (entry["train_loss"], entry["test_loss"], entry["step_to_adam"], seconds))))
+    cells = map(quartiles, (entry["train_loss"], entry["test_loss"], entry["step_to_adam"], seconds))
+    rows.append((label, rate, *cells))
   plan = found["plan"]
   header = ("optimizer", "rate", "train loss", "test loss", "steps to Adam's loss", "seconds to Adam's loss")
   note = (
@@ -227,7 +207,8 @@ def summary(document: dict[str, Any]) -> Table:
 
 
 def _costs(document: dict[str, Any]) -> str:
-  return ", ".join(f"{cell(found['ratios']['GLS']['cpu'])} on {name_of(p)}" for p, found in document["cost"].items())
+  ratios = {name_of(problem): found["ratios"]["GLS"]["cpu"] for problem, found in document["cost"].items()}
+  return ", ".join(f"{ratio_text(ratio)} on {name}" for name, ratio in ratios.items())
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
@@ -242,28 +223,9 @@ def _seconds_to_adam(found: dict[str, Any], label: str) -> list[float | None]:
 
 
 def cost_table(problem: str, found: dict[str, Any]) -> Table:
-  rows = [(label, cell(ratio["cpu"]), cell(ratio["wall"])) for label, ratio in found["ratios"].items()]
+  rows = [(label, ratio_text(ratio["cpu"]), ratio_text(ratio["wall"])) for label, ratio in found["ratios"].items()]
   title = f"{problem}, batch {found['batch_size']}: time of an epoch beside Adam's"
   return Table(title, ("optimizer", "CPU ratio", "wall ratio"), rows)
-
-
-def measure(out: Path, seeds: int = 5, data_dir: str | None = None) -> None:
-  """All of it, to gls.json; what is finished is kept whenever it stops, and not done again."""
-  path = out / "gls.json"
-  empty: dict[str, Any] = {"seeds": seeds, "environment": environment(), "races": {}, "cost": {}}
-  document = json.loads(path.read_text()) if path.exists() else empty
-  parts = [("cost", problem) for problem in COSTS] + [("races", problem) for problem in RACES]
-  for part, problem in parts:
-    if problem not in document[part]:
-      try:
-        document[part][problem] = rounded(_one(part, problem, seeds, data_dir))
-      except DataError as error:
-        say(f"{problem} left out: {error}")
-        continue
-      out.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(document, indent=1) + "\n")
-    show(part, problem, document[part][problem])
-  say(f"wrote {path}")
 
 
 def _one(part: str, problem: str, seeds: int, data_dir: str | None) -> dict[str, Any]:
@@ -284,3 +246,25 @@ def show(part: str, problem: str, found: dict[str, Any]) -> None:
     length_table(found).show()
   if "irls" in found:
     say(f"irls_fit: {found['irls']}")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+  arguments.add_seeds(parser, 5)
+  arguments.add_data_dir(parser)
+
+
+def run(args: Namespace) -> None:
+  """All of it; what is finished is kept whenever it stops, and not done again."""
+  path = args.out / "gls.json"
+  empty: dict[str, Any] = {"seeds": args.seeds, "environment": environment(), "races": {}, "cost": {}}
+  document = json.loads(path.read_text()) if path.exists() else empty
+  for part, problem in [("cost", problem) for problem in COSTS] + [("races", problem) for problem in RACES]:
+    if problem not in document[part]:
+      try:
+        document[part][problem] = rounded(_one(part, problem, args.seeds, args.data_dir))
+      except DataError as error:
+        say(f"{problem} left out: {error}")
+        continue
+      write(document, path)
+    show(part, problem, document[part][problem])
+  say(f"wrote {path}")

@@ -10,7 +10,7 @@ python -m benchmarks partial_hessian
   momentum    a whole step of SGD with momentum
 """
 
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import jax
@@ -19,9 +19,9 @@ import optax
 
 import dpsgd_optax as dpo
 from benchmarks.engine.records import environment, load_average
-from benchmarks.engine.report import Table
+from benchmarks.engine.report import Table, publish
+from benchmarks.engine.timing import Call, interleaved, quartiles_of, ratio_text
 from benchmarks.problems.table import build
-from benchmarks.studies.cost import Call, cell, interleaved, quartiles_of, save
 from dpsgd_optax import training
 
 RATIOS = {
@@ -107,7 +107,7 @@ def table(document: dict[str, Any]) -> Table:
   def row(label: str) -> tuple[str, ...]:
     of, ratio = RATIOS[label], document["ratios"][label]
     counted = f"{flops[of[0]] / flops[of[1]]:.2f}" if flops[of[1]] else ""
-    return label, cell(ratio["cpu"]), cell(ratio["wall"]), counted
+    return label, ratio_text(ratio["cpu"]), ratio_text(ratio["wall"]), counted
 
   return Table(
     f"{document['problem']}: cost against the gradient, in {document['rounds']} interleaved rounds",
@@ -117,7 +117,10 @@ def table(document: dict[str, Any]) -> Table:
   )
 
 
-def run(out: Path) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+  """None but --out."""
+
+
+def run(args: Namespace) -> None:
   document = measure()
-  table(document).show()
-  save(document, out / "partial_hessian.json")
+  publish(document, args.out / "partial_hessian.json", table(document))

@@ -5,6 +5,7 @@
 """
 
 import json
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from benchmarks.engine import analysis
@@ -101,6 +102,10 @@ def pages(results: Path) -> dict[Path, str]:
   return {path: updated(path.read_text(), of(results)) for path, of in ((README, figures), (CHOOSING, advice))}
 
 
-def write(results: Path) -> None:
-  for path, text in pages(results).items():
+def add_arguments(parser: ArgumentParser) -> None:
+  """None but --out."""
+
+
+def run(args: Namespace) -> None:
+  for path, text in pages(args.out).items():
     path.write_text(text)

@@ -6,9 +6,8 @@ seeds and strengths of a variant are lanes of one `vmap`. Penalties of parameter
 The learning rate is the same for all variants of an optimizer and was chosen without any penalty (seed 0, `tuned`).
 """
 
-import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,12 +16,13 @@ import numpy as np
 import optax
 
 import dpsgd_optax as dpo
+from benchmarks.engine.problem import cross_entropy
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import environment, load_average, rounded
-from benchmarks.engine.report import Table, number
+from benchmarks.engine.records import environment, load_average, write
+from benchmarks.engine.report import Table, number, publish
+from benchmarks.engine.timing import Call, interleaved, quartiles_of
 from benchmarks.problems import data
 from benchmarks.problems.models import MLP
-from benchmarks.studies.cost import Call, interleaved
 
 STEPS, BATCH, SAMPLES, SEEDS = 300, 50, 200, 5
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
@@ -34,9 +34,8 @@ UNSEEN = (1e-7, 1e-5, 1e-3, 1e-1)
 RADIUS = (1e-2, 3e-2, 1e-1, 3e-1)
 
 PRECONDITIONERS = {"adam": lambda: dpo.second_moment(), "kron": lambda: dpo.kron()}
-Parts = dict[
-  str, list
-]  # position -> transforms: before the fit, between fit and P, after P (in sight of it), behind it
+# position -> transforms: before the fit, between fit and P, after P (in sight of it), behind it
+Parts = dict[str, list]
 
 
 def kernels(tree: Any) -> Any:
@@ -87,10 +86,10 @@ def problem() -> tuple[Callable, Callable, dict[str, jax.Array], dict[str, jax.A
   train, test = ({k: jnp.asarray(v) for k, v in part.items()} for part in (arrays.train, arrays.test))
 
   def loss(params: Any, batch: Any) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(model.apply(params, batch["x"]), batch["y"]).mean()
+    return cross_entropy(model.apply(params, batch["x"]), batch["y"])["loss"]
 
   def accuracy(params: Any) -> jax.Array:
-    return jnp.mean(model.apply(params, test["x"]).argmax(-1) == test["y"])
+    return cross_entropy(model.apply(params, test["x"]), test["y"])["accuracy"]
 
   return (lambda key: model.init(key, train["x"][:1])), loss, train, accuracy
 
@@ -157,8 +156,7 @@ def measure_cost(rounds: int = 15, calls: int = 10) -> dict[str, Any]:
   params = model.init(jax.random.key(0), batch["x"])
 
   def loss_of(batch: Any) -> Callable:
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels
-    return lambda p: loss(model.apply(p, batch["x"]), batch["y"]).mean()
+    return lambda p: cross_entropy(model.apply(p, batch["x"]), batch["y"])["loss"]
 
   def gradient(params: Any, batch: Any) -> Any:
     return jax.value_and_grad(loss_of(batch))(params)
@@ -189,14 +187,7 @@ def measure_cost(rounds: int = 15, calls: int = 10) -> dict[str, Any]:
     entered[variant] = Call(jax.jit(step), arguments)
   before = load_average()
   times = interleaved(entered, rounds, calls, 0)
-  ratios = {
-    name: {
-      kind: np.percentile(np.divide(of_kind[name], of_kind["gradient"]), [25, 50, 75]).tolist()
-      for kind, of_kind in times.items()
-    }
-    for name in entered
-    if name != "gradient"
-  }
+  ratios = {name: quartiles_of(times, name, "gradient") for name in entered if name != "gradient"}
   return {"rounds": rounds, "calls": calls, "load_average": [before, load_average()], "ratios_to_a_gradient": ratios}
 
 
@@ -225,9 +216,13 @@ def table(document: dict[str, Any]) -> Table:
   return Table("Regularisation on digits", ("penalty", *names, "cost"), rows, (note,))
 
 
-def run(out: Path) -> None:
-  path = out / "regularization.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
+def add_arguments(parser: ArgumentParser) -> None:
+  """None but --out."""
+
+
+def run(args: Namespace) -> None:
+  """All variants; what is done is kept."""
+  path = args.out / "regularization.json"
   document: dict[str, Any] = {"plan": {"steps": STEPS, "batch": BATCH, "samples": SAMPLES, "seeds": SEEDS}}
   document |= {"environment": environment(), "optimizers": {}, "cost": measure_cost()}
   for name in PRECONDITIONERS:
@@ -236,6 +231,5 @@ def run(out: Path) -> None:
     for variant in VARIANTS:
       found["variants"][variant] = measure_variant(name, rate, variant)
       say(f"{name}, {variant}: {[round(100 * a[1], 1) for a in found['variants'][variant]['accuracy']]}")
-      path.write_text(json.dumps(rounded(document), indent=1) + "\n")  # what is done is kept
-  table(document).show()
-  say(f"wrote {path}")
+      write(document, path)
+  publish(document, path, table(document))

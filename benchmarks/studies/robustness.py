@@ -15,9 +15,9 @@ An update is measured by its root mean square, and compared with the twin's of t
 bias counts, and the worst of the seeds. A run has recovered when the ratio stays within BAND to the end.
 """
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,28 +28,12 @@ import optax
 import dpsgd_optax as dpo
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment
-from benchmarks.engine.report import Table, number
-from benchmarks.studies.cost import save
+from benchmarks.engine.report import Table, number, publish
+from benchmarks.optimizers import PRECONDITIONERS
 
 SHAPES = {"bias": (6,), "kernel": (8, 6)}
 DISTURBED, AFTER, SEEDS, BAND = 2000, 1000, 3, 2.0
 
-GEOMETRIES = ("pro", "qeq", "qep", "quad", "eq", "quad4p", "pro4p")
-PRECONDITIONERS: dict[str, Callable[[], dpo.Preconditioner]] = {
-  "diagonal": dpo.diagonal,
-  "kron, some diagonal": partial(dpo.kron, geometry=dpo.quad),
-  **{f"kron {name}": partial(dpo.kron, geometry=getattr(dpo, name), max_skew=jnp.inf) for name in GEOMETRIES},
-  "kron bfloat16 state": partial(dpo.kron, geometry=dpo.quad, state_dtype=jnp.bfloat16),
-  "affine": partial(dpo.affine, max_skew=jnp.inf),
-  "scan": dpo.scan,
-  "scaw": dpo.scaw,
-  "dense": dpo.dense,
-  "dense eq": partial(dpo.dense, geometry=dpo.eq),
-  "dense gl": partial(dpo.dense, geometry=dpo.gl),
-  "lra": dpo.lra,
-  "xmat": dpo.xmat,
-  "damped_kron": dpo.damped_kron,
-}
 SPIKES = (1e3, 1e18)
 CURVATURES = {"whitening": dpo.whitening, "newton": dpo.newton}
 
@@ -196,8 +180,10 @@ def table(document: dict[str, Any]) -> Table:
   return Table("Bad gradients: what they do to the next steps", header, rows, notes)
 
 
-def run(out: Path) -> None:
-  """Measure, show, save."""
+def add_arguments(parser: ArgumentParser) -> None:
+  """None but --out."""
+
+
+def run(args: Namespace) -> None:
   document = measure()
-  table(document).show()
-  save(document, out / "robustness.json")
+  publish(document, args.out / "robustness.json", table(document))

@@ -20,8 +20,8 @@ is scattered (3 f 4N), a bucket goes to those who apply it and back (8 / n bytes
 import math
 import os
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -32,17 +32,17 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dpsgd_optax as dpo
+from benchmarks.engine.arguments import positive
+from benchmarks.engine.devices import COLLECTIVES, LAYOUTS, QUICK_TO_COMPILE, specs_of
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment
-from benchmarks.engine.report import Table, number
+from benchmarks.engine.report import Table, number, publish
 from benchmarks.problems.models import Transformer
-from benchmarks.studies.cost import save
-from benchmarks.studies.distributed import KINDS, LAYOUTS, QUICK_TO_COMPILE, specs_of
 from dpsgd_optax._split import Split
 from dpsgd_optax.preconditioners._lift import make_buckets
 
 HARDWARE = {
-  "peak": (8e14, "flop/s of a device in bfloat16, for the gradient; an H100's, as in performance/LIMITS.md"),
+  "peak": (8e14, "flop/s of a device in bfloat16, for the gradient; an H100's"),
   "optimizer-peak": (4e14, "flop/s in TF32, for P"),
   "memory-bandwidth": (3.3e12, "byte/s of a device's memory"),
   "link-bandwidth": (4.5e11, "byte/s that a device exchanges with the others"),
@@ -221,8 +221,8 @@ def bytes_sent(compiled: jax.stages.Compiled, devices: int) -> dict[str, float]:
   """Bytes that a device sends, by collective: sizes of the results in the program's text, times the ring's factor."""
   f = (devices - 1) / devices
   factors = {"all-gather": f, "all-reduce": 2 * f, "all-to-all": f, "collective-permute": 1.0, "reduce-scatter": f}
-  found = dict.fromkeys(KINDS, 0.0)
-  for result, kind in re.findall(rf" = (\S.*?) ({'|'.join(KINDS)})(?:-start)?\(", compiled.as_text()):
+  found = dict.fromkeys(COLLECTIVES, 0.0)
+  for result, kind in re.findall(rf" = (\S.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text()):
     sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"[fsu]\d+\[([\d,]*)\]", result)]
     found[kind] += 4 * sum(sizes) * factors[kind]
   return found
@@ -299,7 +299,8 @@ def measure(hardware: dict[str, float]) -> dict[str, Any]:
   }
 
 
-def show(document: dict[str, Any]) -> None:
+def tables(document: dict[str, Any]) -> tuple[Table, Table]:
+  """How far the model is from what was compiled, and what it predicts."""
   rows = [
     (
       f"{c['layout']}, {'fit' if c['fit'] else 'no fit'}",
@@ -310,7 +311,7 @@ def show(document: dict[str, Any]) -> None:
     for c in document["checks"]
   ]
   header = ("a step of the small model on 8 devices", "flops", "bytes sent", "bytes held")
-  Table("Predicted over compiled", header, rows).show()
+  checked = Table("Predicted over compiled", header, rows)
   rows = [
     (
       f"{row['model']}, {row['layout']}",
@@ -330,14 +331,17 @@ def show(document: dict[str, Any]) -> None:
     f"{document['settings']['tokens']} tokens on each device; {hardware}. Floors: nothing overlaps, everything runs at "
     "its peak. Activations are not counted. Adam: its memory traffic and the same exchange of the gradient.",
   )
-  Table("Large transformers on paper", header, rows, notes).show()
+  return checked, Table("Large transformers on paper", header, rows, notes)
 
 
-def run(out: Path, hardware: dict[str, float]) -> None:
-  """Measure, show, save. Asks for virtual devices, which must come before anything runs."""
+def add_arguments(parser: ArgumentParser) -> None:
+  for option, (value, text) in HARDWARE.items():
+    parser.add_argument(f"--{option}", type=positive(float), default=value, help=f"{text} (default: %(default)g)")
+
+
+def run(args: Namespace) -> None:
+  """Asks for virtual devices, which must come before anything runs."""
   jax.config.update("jax_num_cpu_devices", SMALL.layers)
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
-  document = measure(hardware)
-  show(document)
-  save(document, out / "scale.json")
-  say(f"wrote {out / 'scale.json'}")
+  document = measure({option: vars(args)[option.replace("-", "_")] for option in HARDWARE})
+  publish(document, args.out / "scale.json", *tables(document))

@@ -16,8 +16,8 @@ params are. Every EVERY fits P is written out as a matrix and looked at:
   frozen      looks in a row, at most, at which some p_ii had not moved by 1e-4: its curvature moves by more
 """
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,10 +27,9 @@ from jax.flatten_util import ravel_pytree
 
 import dpsgd_optax as dpo
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import environment
-from benchmarks.engine.report import Table, number
-from benchmarks.studies.cost import save
-from benchmarks.studies.robustness import PRECONDITIONERS
+from benchmarks.engine.records import environment, write
+from benchmarks.engine.report import Table, number, publish
+from benchmarks.optimizers import PRECONDITIONERS
 
 SHAPES = {"bias": (4,), "kernel": (4, 3)}
 FITS, EVERY = 100_000, 1_000
@@ -140,19 +139,6 @@ def sound(row: dict[str, Any]) -> bool:
   return bool(row["finite"] and row["asymmetry"] < 1e-4 and row["definite"] > -1e-6 and row["frozen"] <= 2)
 
 
-def measure(out: Path, total: int = FITS) -> dict[str, Any]:
-  """The document, saved as it grows."""
-  document = {"fits": total, "every": EVERY, "damping": DAMPING, "environment": environment(), "rows": []}
-  for name, make in PRECONDITIONERS.items():
-    for newton in (False, True):
-      head = {"preconditioner": name, "criterion": "newton" if newton else "whitening"}
-      for row in measure_one(make, newton, total):
-        document["rows"].append({**head, **row, "sound": sound(row)})
-        say(f"  {document['rows'][-1]}")
-      save(document, out / "soak.json")
-  return document
-
-
 def table(document: dict[str, Any]) -> Table:
   """One line per preconditioner, criterion and dtype."""
   rows = [
@@ -186,6 +172,19 @@ def table(document: dict[str, Any]) -> Table:
   return Table("Soak", header, rows, notes)
 
 
-def run(out: Path) -> None:
-  """Measure, show, save."""
-  table(measure(out)).show()
+def add_arguments(parser: ArgumentParser) -> None:
+  """None but --out."""
+
+
+def run(args: Namespace) -> None:
+  """Every preconditioner under both criteria; the document is saved as it grows."""
+  path = args.out / "soak.json"
+  document = {"fits": FITS, "every": EVERY, "damping": DAMPING, "environment": environment(), "rows": []}
+  for name, make in PRECONDITIONERS.items():
+    for newton in (False, True):
+      head = {"preconditioner": name, "criterion": "newton" if newton else "whitening"}
+      for row in measure_one(make, newton):
+        document["rows"].append({**head, **row, "sound": sound(row)})
+        say(f"  {document['rows'][-1]}")
+      write(document, path)
+  publish(document, path, table(document))

@@ -8,9 +8,8 @@ select that computes every fit.
 """
 
 import itertools
-import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +18,12 @@ import numpy as np
 import optax
 
 import dpsgd_optax as dpo
-from benchmarks.engine.progress import say
+from benchmarks.engine.analysis import spread
+from benchmarks.engine.problem import Problem, batches
 from benchmarks.engine.records import compilations, environment, load_average
-from benchmarks.engine.report import Table, number
-from benchmarks.problems.table import Problem, batches, build, limit
-from benchmarks.studies.cost import cell, save
+from benchmarks.engine.report import Table, number, publish
+from benchmarks.engine.timing import Call, interleaved, quartiles_of, ratio_text
+from benchmarks.problems.table import build
 
 RATES = np.geomspace(1e-4, 1e-1, 16)
 SEEDS = (1, 2, 3, 4)
@@ -86,25 +86,11 @@ def timed(problem: Problem, train: Any, steps: int = TIMED_STEPS, rounds: int = 
   """CPU and wall seconds of each of RUNS, interleaved; ratios to fitting on every step."""
   rates, seeds = jnp.asarray(RATES, jnp.float32), jnp.asarray(SEEDS)
   rows = rows_of(problem, SEEDS, steps)
-  calls = {name: jax.jit(whole_run(problem, whiten, **options)) for name, options in RUNS.items()}
-  first = {}
-  for name, call in calls.items():
-    begin = time.perf_counter()
-    jax.block_until_ready(call(rates, seeds, rows, train))
-    first[name] = time.perf_counter() - begin
-  times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in calls} for kind in ("cpu", "wall")}
-  order = np.random.default_rng(0)
-  for _ in range(rounds):
-    for name in order.permutation(list(calls)):
-      wall, cpu = time.perf_counter(), time.process_time()
-      jax.block_until_ready(calls[name](rates, seeds, rows, train))
-      times["wall"][name].append(time.perf_counter() - wall)
-      times["cpu"][name].append(time.process_time() - cpu)
-  base = next(iter(RUNS))
-  ratios = {
-    name: {kind: np.percentile(np.divide(of[name], of[base]), [25, 50, 75]).tolist() for kind, of in times.items()}
-    for name in calls
-  }
+  arguments = rates, seeds, rows, train
+  calls = {name: Call(jax.jit(whole_run(problem, whiten, **options)), arguments) for name, options in RUNS.items()}
+  times = interleaved(calls, rounds, 1, seed=0)
+  ratios = {name: quartiles_of(times, name, next(iter(RUNS))) for name in calls}
+  first = {name: call.first_seconds for name, call in calls.items()}
   return {"steps": steps, "rounds": rounds, "ratios": ratios, "seconds": times, "first_call_seconds": first}
 
 
@@ -136,27 +122,25 @@ def measure(problem: Problem) -> dict[str, Any]:
   }
 
 
-def median(values: list[float | None]) -> float:
-  """Of the seeds; what broke off is infinite."""
-  return float(np.median([np.inf if value is None or np.isnan(value) else value for value in values]))
-
-
-def show(document: dict[str, Any]) -> None:
+def tables(document: dict[str, Any]) -> tuple[Table, Table]:
+  """What the runs led to, and what deciding on the fit once for all of them saves."""
+  middle = lambda values: spread([np.inf if value is None else value for value in values]).median
   rows = [
-    (f"{run['learning_rate']:.2g}", number(median(run["last_epoch_loss"])), f"{median(run['test_accuracy']):.1%}")
+    (f"{run['learning_rate']:.2g}", number(middle(run["last_epoch_loss"])), f"{middle(run['test_accuracy']):.1%}")
     for run in document["runs"]
   ]
   note = f"Medians over {len(document['seeds'])} seeds; {len(rows) * len(document['seeds'])} runs in one compiled call."
-  Table(f"{document['problem']}, psgd whitening", ("rate", "loss, last epoch", "test accuracy"), rows, (note,)).show()
+  runs = Table(f"{document['problem']}, psgd whitening", ("rate", "loss, last epoch", "test accuracy"), rows, (note,))
   timing = document["timing"]
-  rows = [(name, cell(ratio["cpu"]), cell(ratio["wall"])) for name, ratio in timing["ratios"].items()]
+  rows = [(name, ratio_text(ratio["cpu"]), ratio_text(ratio["wall"])) for name, ratio in timing["ratios"].items()]
   note = f"{timing['steps']} steps of all runs, {timing['rounds']} interleaved rounds; ratios to the first line."
-  Table("The fit, decided once for all runs", ("P is fitted", "CPU ratio", "wall ratio"), rows, (note,)).show()
+  return runs, Table("The fit, decided once for all runs", ("P is fitted", "CPU ratio", "wall ratio"), rows, (note,))
 
 
-def run(out: Path) -> None:
-  """Measure, show, save."""
-  document = measure(limit(build("digits", None, folded=False), None))
-  show(document)
-  save(document, out / "sweep.json")
-  say(f"wrote {out / 'sweep.json'}")
+def add_arguments(parser: ArgumentParser) -> None:
+  """None but --out."""
+
+
+def run(args: Namespace) -> None:
+  document = measure(build("digits", None, folded=False))
+  publish(document, args.out / "sweep.json", *tables(document))

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Promises of optax × our optimizers: every cell of `tests.conformance` asked, printed and counted.
 
+`python -m tests.contract [FILE]` writes benchmarks/results/conformance.json, or the file.
+
 A cell is "holds", a reason why it cannot hold (its error was provoked and read), or a failure.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine.arguments import RESULTS
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment
-from benchmarks.engine.report import Table
-from benchmarks.studies.cost import save
+from benchmarks.engine.report import Table, publish
+from tests import conformance
 
 
 def measure() -> dict[str, Any]:
   """The document: one entry per cell, and the counts."""
-  from tests import conformance  # builds every optimizer of the table
-
   cells, begin = [], time.monotonic()
   for promise, name in conformance.cells():
     try:
@@ -57,8 +59,6 @@ def table(document: dict[str, Any]) -> Table:
   return Table("Promises of optax", ("promise", *optimizers), rows, notes)
 
 
-def run(out: Path) -> None:
-  """Ask, show, save."""
+if __name__ == "__main__":
   document = measure()
-  say(table(document).markdown())
-  save(document, out / "conformance.json")
+  publish(document, Path(sys.argv[1]) if sys.argv[1:] else RESULTS / "conformance.json", table(document))
