@@ -18,7 +18,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
   """What to say to a name that is misspelt: all the names there are, and the one that was probably meant."""
   known = list(known)
   near = difflib.get_close_matches(name, known, 1)
-  return f"no {kind} is called `{name}`; known are {', '.join(known)}." + f" Did you mean `{near[0]}`?" * bool(near)
+  meant = f" Did you mean `{near[0]}`?" if near else ""
+  return f"no {kind} is called `{name}`; known are {', '.join(known)}.{meant}"
 
 
 def split(text: str) -> list[str]:

@@ -10,12 +10,14 @@ import optax
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.engine import timing
+from benchmarks.studies import _calls as calls
 from benchmarks.studies import _workloads as workloads
 from benchmarks.studies import cost
 
 
 def test_a_step_goes_on_from_its_own_result_and_compiles_once():
-  step = workloads.Step(lambda carry, x: (carry + x, carry), jnp.zeros(3), jnp.ones(3))
+  step = timing.Step(lambda carry, x: (carry + x, carry), jnp.zeros(3), jnp.ones(3))
   for _ in range(4):
     step()
   assert step.carry.tolist() == [5.0] * 3  # one call at construction
@@ -24,15 +26,15 @@ def test_a_step_goes_on_from_its_own_result_and_compiles_once():
 
 
 def test_a_state_of_another_type_than_at_first_counts_as_a_recompilation():
-  weak = workloads.Step(lambda carry, x: (carry * 2.0, x), jnp.asarray(1.0), jnp.ones(3))
+  weak = timing.Step(lambda carry, x: (carry * 2.0, x), jnp.asarray(1.0), jnp.ones(3))
   assert weak.recompiled == 0
-  assert workloads.process_types(1.0 * jnp.ones(2)) != workloads.process_types(jnp.ones(2, jnp.bfloat16))
+  assert timing.process_types(1.0 * jnp.ones(2)) != timing.process_types(jnp.ones(2, jnp.bfloat16))
 
 
 def test_a_call_that_compiles_again_is_counted():
   call, kept = jax.jit(lambda x: x + 1), jnp.ones(3)
-  assert cost.Call(call, (kept,)).recompiled == 0
-  assert cost.Call(lambda x: jax.jit(lambda x: x + 1)(x), (kept,)).recompiled == 1
+  assert timing.Call(call, (kept,)).recompiled == 0
+  assert timing.Call(lambda x: jax.jit(lambda x: x + 1)(x), (kept,)).recompiled == 1
 
 
 def test_a_cadence_is_the_weighted_mean_of_its_parts():
@@ -53,21 +55,21 @@ def test_every_row_has_contestants_on_some_workload():
   known = set()
   for name in workloads.USUAL:
     work = workloads.deep(2, 4)
-    known |= set(workloads.updates(work, name))
+    known |= set(calls.updates(work, name))
     output = lambda params: jnp.ones((4, 3)) @ params["w"] * params["norm"]["scale"] + params["norm"]["bias"]
     loss = lambda params, statistics, batch: (jnp.sum(output(params) ** 2), statistics)
     work = workloads.Workload(
       {"w": jnp.ones((3, 2)), "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)}}, (), (), loss
     )
-    known |= set(workloads.steps(work, name))
-  if not workloads.peers.installed():
+    known |= set(calls.steps(work, name))
+  if not calls.peers.installed():
     known |= {name for row in cost.ROWS for name in (*row.of, *row.against) if "psgd-jax" in name}
   assert {name for row in cost.ROWS for name in (*row.of, *row.against)} <= known
 
 
 def test_leaf_by_leaf_is_the_same_rule():
   params = {"a": jnp.ones((4, 3)), "b": 2 * jnp.ones((4, 3))}
-  apart = workloads.per_leaf(lambda: optax.scale_by_adam(), params)
+  apart = calls.per_leaf(lambda: optax.scale_by_adam(), params)
   together = optax.scale_by_adam()
   for tx in (apart, together):
     updates, _ = tx.update(params, tx.init(params), params)
@@ -76,7 +78,7 @@ def test_leaf_by_leaf_is_the_same_rule():
 
 def test_the_whole_command(tmp_path, monkeypatch):
   monkeypatch.setitem(workloads.WORKLOADS, "deep", lambda: workloads.deep(2, 8))
-  monkeypatch.setattr(workloads.peers, "installed", lambda: False)
+  monkeypatch.setattr(calls.peers, "installed", lambda: False)
   monkeypatch.setenv("XLA_FLAGS", "")
   assert main(["cost", "deep", "--threads", "one", "--rounds", "2", "--calls", "1", "--out", str(tmp_path)]) == 0
   assert "leaf by leaf" in cost.table(json.loads((tmp_path / "cost-deep.json").read_text())).markdown()

@@ -13,9 +13,9 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import dpsgd_optax as dpo
+from benchmarks.engine import devices as layouts
 from benchmarks.engine.calls import SpecError
-from benchmarks.problems import data
-from benchmarks.problems.table import Problem, batches
+from benchmarks.engine.problem import Arrays, Problem, batches
 from benchmarks.studies import distributed, scale, sweep
 from tests.table import counted
 
@@ -25,7 +25,7 @@ RATES, SEEDS, STEPS, EVERY = (0.01, 0.1), (1, 2), 5, 2
 def regression() -> Problem:
   rng = np.random.default_rng(0)
   x, y = rng.standard_normal((12, 3)).astype(np.float32), rng.standard_normal((12, 2)).astype(np.float32)
-  arrays = data.Arrays({"x": x, "y": y}, {"x": x, "y": y}, "made up")
+  arrays = Arrays({"x": x, "y": y}, {"x": x, "y": y}, "made up")
   metrics = lambda params, batch: {"loss": jnp.mean((jnp.tanh(batch["x"] @ params["w"]) - batch["y"]) ** 2)}
   init = lambda key: {"w": jax.random.normal(key, (3, 2))}
   return Problem("regression", init, metrics, arrays, batch_size=4, epochs=1, evaluations=1)
@@ -74,7 +74,7 @@ def test_four_devices_train_as_one_does_in_one_process_and_in_two_over_loopback(
   found = distributed.measure("digits", devices=4, processes=processes, steps=4)
   for name, layout in found["layouts"].items():
     assert layout["largest_difference"] < 1e-4, name
-  sharded, whole = (found["layouts"][name] for name in reversed(distributed.LAYOUTS))
+  sharded, whole = (found["layouts"][name] for name in reversed(layouts.LAYOUTS))
   assert sharded["params_bytes_per_device"] < 0.3 * whole["params_bytes_per_device"]
 
 
@@ -91,8 +91,8 @@ def test_devices_that_the_processes_cannot_share_are_refused():
 
 def test_fully_sharded_params_are_cut_along_the_first_axis_that_can_be():
   shapes = {"a": jnp.zeros((8, 3)), "b": jnp.zeros((3, 16)), "c": jnp.zeros(3)}
-  assert distributed.specs_of("fully sharded", shapes, 8) == {"a": P("data"), "b": P(None, "data"), "c": P()}
-  assert distributed.specs_of("data parallel", shapes, 8) == P()
+  assert layouts.specs_of("fully sharded", shapes, 8) == {"a": P("data"), "b": P(None, "data"), "c": P()}
+  assert layouts.specs_of("data parallel", shapes, 8) == P()
 
 
 # --- the model of scale -------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_collectives_are_read_from_the_text_of_a_program():
   assert found["all-reduce"] == 2 * 4 * 7 / 8 and found["reduce-scatter"] == 0
 
 
-@pytest.mark.parametrize("layout", distributed.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_more_devices_never_hold_more_each(layout):
   model = scale.Model(8, 128, 64, 32)
   fit, hardware = {"fit_s": 3.0, "fit_c": 5.0}, {name: value for name, (value, _) in scale.HARDWARE.items()}

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from benchmarks.curvature_step import gls_curvature
+from benchmarks.__main__ import main
 from benchmarks.engine.calls import SpecError
-from benchmarks.engine.problem import Problem, batches
+from benchmarks.engine.problem import Arrays, Problem, batches
 from benchmarks.engine.runner import fresh, layers_of, make_step
-from benchmarks.optimizers import Contestant
+from benchmarks.optimizers import contestant as entered_as
+from benchmarks.optimizers import gls_curvature
 from benchmarks.problems import cifar, data, spoilers, tabular
 from benchmarks.problems.layered import PixelMLP
 from benchmarks.problems.models import MLP
@@ -32,7 +33,7 @@ RNG = np.random.default_rng(0)
 def toy(**options) -> Problem:
   """Three classes of 12 images of 4 x 4, an MLP 16-3."""
   x, y = RNG.random((12, 4, 4, 1)).astype(np.float32), np.arange(12, dtype=np.int32) % 3
-  arrays = data.Arrays({"x": x, "y": y}, {"x": x, "y": y}, "toy")
+  arrays = Arrays({"x": x, "y": y}, {"x": x, "y": y}, "toy")
   return Problem(
     "toy", lambda key: None, lambda variables, batch: {}, arrays, batch_size=4, epochs=2, evaluations=2, **options
   )
@@ -118,7 +119,7 @@ def test_tables_are_standardised_by_their_training_part(tmp_path, monkeypatch):
 
 def test_noise_replaces_the_share_of_labels_it_says_by_other_classes():
   y = np.arange(5000, dtype=np.int32) % 10
-  found = spoilers.noisy_labels(data.Arrays({"x": y, "y": y}, {}, "toy"), share=0.4)
+  found = spoilers.noisy_labels(Arrays({"x": y, "y": y}, {}, "toy"), share=0.4)
   changed = found.train["y"] != y
   assert abs(changed.mean() - 0.4) < 5 * math.sqrt(0.24 / 5000) and np.array_equal(found.train["clean"], y)
   assert np.all(np.bincount((found.train["y"][changed] - y[changed]) % 10, minlength=10)[1:] > 150)
@@ -127,7 +128,7 @@ def test_noise_replaces_the_share_of_labels_it_says_by_other_classes():
 
 def test_imbalance_thins_every_second_class():
   y = np.arange(5000, dtype=np.int32) % 10
-  counts = np.bincount(spoilers.imbalanced(data.Arrays({"x": y, "y": y}, {}, "toy"), share=0.1).train["y"])
+  counts = np.bincount(spoilers.imbalanced(Arrays({"x": y, "y": y}, {}, "toy"), share=0.1).train["y"])
   assert np.all(counts[::2] == 500) and np.all((20 < counts[1::2]) & (counts[1::2] < 90))
 
 
@@ -182,7 +183,7 @@ def test_running_statistics_advance_once_a_step_whatever_the_optimizer_evaluates
   batch = problem.take(arrays.train, np.arange(4))
   _, expected = problem.training(variables, batch)
   assert not jax.tree.all(jax.tree.map(np.allclose, statistics, expected))
-  contestant = Contestant("dpsgd", "dpsgd", {"learning_rate": 0.1, "max_size": 1, "max_vector_size": None})
+  contestant = entered_as("dpsgd", "dpsgd", {"learning_rate": 0.1, "max_size": 1, "max_vector_size": None})
   tx = contestant.build(1.0, 1, key=0)
   step = make_step(problem, tx)
   after, _ = step(fresh(variables), fresh(tx.init(params)), arrays.train, np.arange(4), (True, True))
@@ -191,7 +192,7 @@ def test_running_statistics_advance_once_a_step_whatever_the_optimizer_evaluates
 
 
 def run_steps(problem: Problem, options: dict, name: str = "gls", steps: int = 3):
-  contestant = Contestant(name, name, options)
+  contestant = entered_as(name, name, options)
   tx = contestant.build(1.0, 1, 0, layers_of(problem, contestant.records))
   variables = problem.init(jax.random.key(0))
   step, state = make_step(problem, tx, contestant.records), fresh(tx.init(variables))
@@ -231,7 +232,7 @@ def test_the_claims_are_measured_kept_and_not_done_again(tmp_path, monkeypatch, 
   monkeypatch.setattr(gls, "RACES", {name: ({"epochs": 4, "evaluations": 2}, entered)})
   monkeypatch.setattr(gls, "CLASSIFIERS", {label: entered[label] for label in ("Adam", "SGD")})
   monkeypatch.setattr(gls, "COSTS", (name,))
-  gls.measure(tmp_path, seeds=2)
+  assert main(["gls", "--seeds", "2", "--out", str(tmp_path)]) == 0
   document = json.loads((tmp_path / "gls.json").read_text())
   found = document["races"][name]
   assert found["contestants"]["Adam"]["step_to_adam"] == [1.0, 1.0] and len(found["irls"]["sweeps"]) == 2
@@ -241,7 +242,7 @@ def test_the_claims_are_measured_kept_and_not_done_again(tmp_path, monkeypatch, 
   (row,) = gls.summary(document).rows
   assert row[0] == name and row[3] == "GLS, length of SGD"
   monkeypatch.setattr(gls, "_one", lambda *arguments: pytest.fail("done again"))
-  gls.measure(tmp_path, seeds=2)
+  assert main(["gls", "--seeds", "2", "--out", str(tmp_path)]) == 0
   assert "Train loss at equal step length" in capsys.readouterr().out
 
 

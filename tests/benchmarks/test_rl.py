@@ -3,6 +3,7 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import pytest
 from jax.scipy import stats
 
 from benchmarks.__main__ import main
+from benchmarks.optimizers import contestants
+from benchmarks.studies import _ppo as ppo
 from benchmarks.studies import rl
 
-RECIPE = rl.Recipe(actors=4, horizon=16, epochs=2, minibatches=2, hidden=8)
+RECIPE = ppo.Recipe(actors=4, horizon=16, epochs=2, minibatches=2, hidden=8)
 
 
 def bandit(discrete):
@@ -28,7 +31,7 @@ def bandit(discrete):
     reward = jnp.where((action > 0) == (state[0] > 0), 1.0, 0.0) if discrete else -((action[0] - state[0]) ** 2)
     return seen, after, reward, jnp.array(True), jnp.array(False), seen
 
-  return rl.World(reset, step, 1, 2 if discrete else 1, discrete)
+  return ppo.World(reset, step, 1, 2 if discrete else 1, discrete)
 
 
 def endless(reward=1.0):
@@ -39,7 +42,7 @@ def endless(reward=1.0):
     late = state == 3
     return jnp.ones(1), jnp.where(late, 0, state + 1), reward, jnp.array(False), late, jnp.ones(1)
 
-  return rl.World(lambda key: start, step, 1, 2, True)
+  return ppo.World(lambda key: start, step, 1, 2, True)
 
 
 def test_advantages_are_the_weighted_sum_of_the_errors_that_follow_in_the_episode():
@@ -47,7 +50,7 @@ def test_advantages_are_the_weighted_sum_of_the_errors_that_follow_in_the_episod
   value, following, reward = rng.standard_normal((3, 7, 2))
   terminated = rng.random((7, 2)) < 0.3
   done = terminated | (rng.random((7, 2)) < 0.3)
-  found = rl.advantages(*map(jnp.asarray, (value, following, reward, terminated, done)), RECIPE)
+  found = ppo.advantages(*map(jnp.asarray, (value, following, reward, terminated, done)), RECIPE)
   error = reward + RECIPE.discount * following * ~terminated - value
   for actor in range(2):
     for t in range(7):
@@ -66,8 +69,8 @@ def test_the_policies_are_those_of_jax_scipy_and_their_entropy_is_minus_the_mean
   mean, log_deviation = jnp.array([0.5, -1.0]), jnp.array([0.2, -0.7])
   density = lambda x: stats.norm.logpdf(x, mean, jnp.exp(log_deviation)).sum(-1)
   for policy, head, reference in (
-    (rl.categorical(), logits, lambda x: jax.nn.log_softmax(logits)[x]),
-    (rl.gaussian(), (mean, log_deviation), density),
+    (ppo.categorical(), logits, lambda x: jax.nn.log_softmax(logits)[x]),
+    (ppo.gaussian(), (mean, log_deviation), density),
   ):
     drawn = jax.vmap(lambda key, policy=policy, head=head: policy.sample(key, head))(keys)
     each = jax.vmap(lambda x, policy=policy, head=head: policy.log_probability(head, x))(drawn)
@@ -77,15 +80,15 @@ def test_the_policies_are_those_of_jax_scipy_and_their_entropy_is_minus_the_mean
 
 def test_at_the_old_policy_the_gradient_is_that_of_the_plain_policy_gradient():
   """Ratio 1: nothing is clipped, and ∇ratio = ∇log π."""
-  recipe = rl.Recipe(hidden=8, value_weight=0.0, entropy_weight=0.0)
-  model, policy = rl.ActorCritic(3, True, 8), rl.categorical()
+  recipe = ppo.Recipe(hidden=8, value_weight=0.0, entropy_weight=0.0)
+  model, policy = ppo.ActorCritic(3, True, 8), ppo.categorical()
   x, action = jax.random.normal(jax.random.key(1), (32, 2)), jnp.arange(32) % 3
   gain = jax.random.normal(jax.random.key(2), (32,))
   params = model.init(jax.random.key(0), x)
   log_probability = lambda p: policy.log_probability(model.apply(p, x)[0], action)
   zero = jnp.zeros(32)
-  seen = rl.Moments(x, action, log_probability(params), zero, zero, zero, zero, x)
-  ours = jax.grad(rl.surrogate(model, policy, recipe))(params, (seen, gain, zero))
+  seen = ppo.Moments(x, action, log_probability(params), zero, zero, zero, zero, x)
+  ours = jax.grad(ppo.surrogate(model, policy, recipe))(params, (seen, gain, zero))
   normal = (gain - gain.mean()) / (gain.std() + 1e-8)
   plain = jax.grad(lambda p: -jnp.mean(log_probability(p) * normal))(params)
   for a, b in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
@@ -94,12 +97,12 @@ def test_at_the_old_policy_the_gradient_is_that_of_the_plain_policy_gradient():
 
 def test_the_value_of_an_episode_that_ran_out_of_time_is_that_of_one_that_goes_on():
   """Reward 1 for ever: V = 1/(1 − γ) = 10, not the 4 that an episode of four steps would give."""
-  recipe = rl.Recipe(actors=4, horizon=16, epochs=4, minibatches=2, hidden=8, discount=0.9)
-  [contestant] = rl.contestants("adam", {"adam": {"learning_rate": 1.0}}, "endless")
-  tx = rl.Contestant("adam", "adam", contestant.options | {"learning_rate": 0.03}).build(1.0, 1, 0)
-  params = rl.initial(endless(), recipe, 0)
-  params, _, ended = rl.trainer(endless(), recipe, 60, tx)(params, tx.init(params), jax.random.key(0))
-  value = rl.ActorCritic(2, True, 8).apply(params, jnp.ones((1, 1)))[1]
+  recipe = ppo.Recipe(actors=4, horizon=16, epochs=4, minibatches=2, hidden=8, discount=0.9)
+  [contestant] = contestants("adam(learning_rate=0.03)", {}, "endless")
+  tx = contestant.build(1.0, 1, 0)
+  params = ppo.initial(endless(), recipe, 0)
+  params, _, ended = ppo.trainer(endless(), recipe, 60, tx)(params, tx.init(params), jax.random.key(0))
+  value = ppo.ActorCritic(2, True, 8).apply(params, jnp.ones((1, 1)))[1]
   np.testing.assert_allclose(value, 10, rtol=0.05)
   np.testing.assert_array_equal(ended.count, 16)  # 4 actors x 16 steps, episodes of 4
   np.testing.assert_allclose(ended.total / ended.count, 4)
@@ -114,7 +117,8 @@ def test_the_best_rate_is_run_and_the_best_policy_found(discrete, optimizers, go
   monkeypatch.setattr(rl, "DEFAULT", 60)
   monkeypatch.setitem(rl.GRIDS, "adam", (1e-6, 1e-2))
   monkeypatch.setitem(rl.GRIDS, "psgd_newton", (1e-6, 0.05))
-  rl.measure(tmp_path, ["bandit"], optimizers, 2, make=lambda name: bandit(discrete), recipe=RECIPE)
+  args = Namespace(out=tmp_path, environments=["bandit"], optimizers=optimizers, seeds=2)
+  rl.run(args, make=lambda name: bandit(discrete), recipe=RECIPE)
   document = json.loads((tmp_path / "rl-bandit.json").read_text())
   assert document["steps"] == 60 * 4 * 16
   assert (tmp_path / "rl-bandit.png").exists()
@@ -127,7 +131,7 @@ def test_the_best_rate_is_run_and_the_best_policy_found(discrete, optimizers, go
 def test_an_environment_of_gymnax_is_stepped(tmp_path):
   pytest.importorskip("gymnax")
   for name, discrete, inputs in (("CartPole-v1", True, 4), ("Pendulum-v1", False, 3)):
-    place = rl.world(name)
+    place = ppo.world(name)
     seen, state = place.reset(jax.random.key(0))
     action = jnp.array(0) if discrete else jnp.zeros(1)
     after = place.step(jax.random.key(1), state, action)

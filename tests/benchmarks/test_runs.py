@@ -15,16 +15,18 @@ import pytest
 from benchmarks import hyperparameters
 from benchmarks.__main__ import main
 from benchmarks.engine import analysis
+from benchmarks.engine.calls import SpecError
 from benchmarks.engine.plots import plot
+from benchmarks.engine.problem import Arrays, batches, limit
 from benchmarks.engine.records import Plan, Results, ResumeError, Run, load, resume, rounded, save
 from benchmarks.engine.report import claim_table, tables
 from benchmarks.engine.runner import fresh, gradients_of, make_step, variant_at
-from benchmarks.optimizers import OPTIMIZERS, Contestant, SpecError, contestants, parse, split
+from benchmarks.engine.tune_then_race import best
+from benchmarks.optimizers import OPTIMIZERS, contestant, contestants, parse, split
 from benchmarks.problems import data
 from benchmarks.problems.curves import draw_curves
 from benchmarks.problems.models import LSTM, Elman, LeNet5, Transformer
-from benchmarks.problems.table import PROBLEMS, batches, build, limit
-from benchmarks.studies import tune
+from benchmarks.problems.table import PROBLEMS, build
 
 CHEAP = "sgd(learning_rate=0.3),adam(learning_rate=0.01)"
 
@@ -152,7 +154,7 @@ def test_xor_bits_targets_and_marks_are_evenly_spread():
 
 def test_quadratic_features_are_all_products():
   x = np.arange(6, dtype=np.float32).reshape(2, 3)
-  arrays = data.quadratic_features(data.Arrays({"x": x}, {"x": x}, "toy"))
+  arrays = data.quadratic_features(Arrays({"x": x}, {"x": x}, "toy"))
   assert np.array_equal(arrays.train["x"][1], [3, 4, 5, 9, 12, 15, 12, 16, 20, 15, 20, 25])
 
 
@@ -234,13 +236,13 @@ def test_embedded_problems_have_finite_losses(name):
 def test_loss_falls_on_a_repeated_batch(text, optimizer, texts, monkeypatch):
   monkeypatch.setattr(data.delayed_xor, "__defaults__", (64, 0))
   problem = limit(build(text, str(texts), False), 32)
-  (contestant,) = contestants(optimizer, {}, text)
-  tx, params = contestant.build(1.0, 1, key=0), problem.init(jax.random.key(1))
+  (entered,) = contestants(optimizer, {}, text)
+  tx, params = entered.build(1.0, 1, key=0), problem.init(jax.random.key(1))
   step, opt_state = make_step(problem, tx), fresh(tx.init(params))
   before = float(problem.loss(params, problem.arrays.train))
   train, rows = {name: np.asarray(array) for name, array in problem.arrays.train.items()}, np.arange(problem.train_size)
   for _ in range(20):
-    params, opt_state = step(params, opt_state, train, rows, variant_at(contestant, 0))
+    params, opt_state = step(params, opt_state, train, rows, variant_at(entered, 0))
   assert problem.name == text.replace(" ", "") and float(problem.loss(params, problem.arrays.train)) < before
 
 
@@ -324,8 +326,8 @@ def test_every_optimizer_of_every_setting_can_be_built():
     for name in ("author", "tuned"):
       chosen = hyperparameters.setting(name, problem)
       ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
-      for contestant in contestants(",".join(ready), chosen.optimizers, problem):
-        jax.eval_shape(contestant.build(0.5, 3, key=1).init, {"w": np.zeros((3, 2), np.float32), "norm": norm})
+      for entered in contestants(",".join(ready), chosen.optimizers, problem):
+        jax.eval_shape(entered.build(0.5, 3, key=1).init, {"w": np.zeros((3, 2), np.float32), "norm": norm})
 
 
 def test_grids_are_of_one_size_and_tuned_rates_are_among_their_trials():
@@ -339,12 +341,12 @@ def test_grids_are_of_one_size_and_tuned_rates_are_among_their_trials():
 
 def test_the_host_chooses_fits_and_judgements():
   """A fit when t mod T1 = 0, a judgement when (t + 1) mod T2 = 0; 1 + 1 + 1/3 gradients when both."""
-  contestant = Contestant("dpsgd", "dpsgd", {"every": 2, "judge_every": 3})
-  variants = [variant_at(contestant, t) for t in range(4)]
+  dpsgd = contestant("dpsgd", "dpsgd", {"every": 2, "judge_every": 3})
+  variants = [variant_at(dpsgd, t) for t in range(4)]
   assert variants == [(True, False), (False, False), (True, True), (False, False)]
   assert [gradients_of(variant) for variant in variants] == pytest.approx([2, 1, 7 / 3, 1])
-  assert variant_at(Contestant("psgd", "psgd", {}), 4) == (True, False)
-  assert variant_at(Contestant("adam", "adam", {}), 4) == (None, None)
+  assert variant_at(contestant("psgd", "psgd", {}), 4) == (True, False)
+  assert variant_at(contestant("adam", "adam", {}), 4) == (None, None)
 
 
 # --- analysis -----------------------------------------------------------------------------------------------------
@@ -482,7 +484,7 @@ def test_tuning_tries_the_grid_and_says_what_it_chose(tmp_path, capsys, monkeypa
   )
   assert document["chosen"]["sgd"] in hyperparameters.GRIDS["sgd"]
   assert f"chosen: {document['chosen']}" in capsys.readouterr().out
-  assert tune.best({0.1: 3.0, 0.2: 1.0, 0.3: math.inf}) == 0.2
+  assert best({0.1: 3.0, 0.2: 1.0, 0.3: math.inf}) == 0.2
 
 
 def test_a_wrong_command_line_exits_with_2(tmp_path, capsys):

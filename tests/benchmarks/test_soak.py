@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import dpsgd_optax as dpo
+from benchmarks.optimizers import PRECONDITIONERS
 from benchmarks.studies import soak
-from benchmarks.studies.robustness import PRECONDITIONERS
 
 
 @pytest.mark.parametrize("newton", [False, True])
