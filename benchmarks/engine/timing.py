@@ -14,25 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.engine.records import compilations
-
 Times = dict[str, dict[str, list[float]]]  # "cpu" or "wall" -> contestant -> seconds per call, by round
-
-
-class Call:
-  """A jitted function with its arguments; called twice at once, to see if the second call compiles again."""
-
-  def __init__(self, call: Callable, arguments: tuple):
-    self.call, self.arguments = call, arguments
-    start = time.perf_counter()
-    jax.block_until_ready(call(*arguments))
-    self.first_seconds = time.perf_counter() - start
-    before = compilations()
-    jax.block_until_ready(call(*arguments))
-    self.recompiled = compilations() - before
-
-  def __call__(self) -> Any:
-    return self.call(*self.arguments)
 
 
 def interleaved(entered: Mapping[str, Callable[[], Any]], rounds: int, calls: int, seed: int) -> Times:

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import optax
 
 import dpsgd_optax as dpo
+from benchmarks.engine.workload import Timed, Workload, of_gradient, probe, whole_step
 from benchmarks.studies import _peers as peers
-from benchmarks.studies._workloads import Workload
 from dpsgd_optax import training
 
-Timed = tuple[Any, ...]  # call, carry, arguments: what `engine.timing.Step` takes
 RATE = 1e-5  # nothing may run away: a step is repeated some hundred times
 # both factors of every matrix dense, vectors diagonal: the structure of psgd-jax; the geometry of the fewest products
 DENSE = dpo.kron(max_skew=100.0, geometry=dpo.qeq)
@@ -125,10 +124,10 @@ def steps(work: Workload, name: str) -> dict[str, Timed]:
     "psgd, no fit": step(whitening, refresh=False),
     "psgd, fit": step(whitening, refresh=True),
     "psgd newton, no fit": step(newton, refresh=False),
-    "psgd newton, fit": step(newton, "batch", refresh=True),
+    "psgd newton, fit": step(newton, "fused", refresh=True),
     "psgd newton, fit on a quarter of the batch": step(newton, "quarter", refresh=True),
     "dpsgd, no fit": step(dpsgd, refresh=False, judge=False),
-    "dpsgd, fit": step(dpsgd, "batch", refresh=True, judge=False),
+    "dpsgd, fit": step(dpsgd, "fused", refresh=True, judge=False),
     "levenberg_marquardt": step(dpo.levenberg_marquardt(optax.sgd(RATE))),
     "sophia": step(optax.contrib.sophia(RATE)),
   }
@@ -138,42 +137,6 @@ def steps(work: Workload, name: str) -> dict[str, Timed]:
     found["psgd-jax affine, fit"] = _affine(work, True)
     found["psgd-jax affine on our Hvp, fit"] = _affine(work, False)
   return found | (layered(work) if name in LAYERED else {})
-
-
-def probe(params: Any) -> Any:
-  """A vector to take a product with: any will do, as it is the time that counts."""
-  return jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
-
-
-def of_gradient(work: Workload, call: Callable[..., Any]) -> Timed:
-  """`call(loss, params, vector)` that returns gradients, or gradients and more."""
-
-  def run(carry: Any, params: Any, statistics: Any, batch: Any, vector: Any) -> tuple[Any, Any]:
-    return carry, call(work.of_params(statistics, batch), params, vector)
-
-  return run, jnp.zeros(()), work.params, work.statistics, work.batch, probe(work.params)
-
-
-def whole_step(work: Workload, tx: optax.GradientTransformation, fit: str | None = None, **extra: Any) -> Timed:
-  """`fit`: whence the Hessian-vector product comes: of the "batch", of its first "quarter", of the 1-D "leaves"."""
-  tx = optax.with_extra_args_support(tx)
-
-  def run(carry: Any, batch: Any) -> tuple[Any, Any]:
-    params, statistics, state = carry
-    loss, given = work.of_params(statistics, batch), {}
-    if fit in ("batch", "leaves"):
-      where = {"where": training.is_norm_param} if fit == "leaves" else {}
-      (value, statistics), grads, given["hvp"] = dpo.value_and_grad_then_hvp(loss, has_aux=True, **where)(params)
-    else:
-      of_quarter = work.of_params(statistics, jax.tree.map(lambda x: x[: len(x) // 4], batch))
-      (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-      given = {"hvp": dpo.hvp(of_quarter, params, has_aux=True)} if fit == "quarter" else {}
-    ahead = lambda p: loss(p)[0]
-    given |= {"value": value, "value_fn": ahead, "obj_fn": ahead}
-    new, state = tx.update(grads, state, params, **given, **extra)
-    return (optax.apply_updates(params, new), statistics, state), value
-
-  return run, (work.params, work.statistics, tx.init(work.params)), work.batch
 
 
 def gradient_and_apply(work: Workload) -> Timed:

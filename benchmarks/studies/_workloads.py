@@ -8,7 +8,6 @@ layers     lenet5 as `nn.Conv` and `nn.Dense`: `capture` and `bnp` on an unchang
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,29 +16,9 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks.engine.problem import STATISTICS, cross_entropy
+from benchmarks.engine.workload import Workload
 from benchmarks.problems.models import MLP, LeNet5, Transformer
 from benchmarks.problems.resnet import SIZES, ResNet
-
-
-@dataclass(frozen=True)
-class Workload:
-  """Params, and the loss with the running statistics after the batch; without `loss` the updates alone are timed."""
-
-  params: Any
-  statistics: Any = ()
-  batch: Any = ()
-  loss: Callable[[Any, Any, Any], tuple[jax.Array, Any]] | None = None
-
-  def of_params(self, statistics: Any, batch: Any) -> Callable[[Any], tuple[jax.Array, Any]]:
-    """The loss as a function of the params alone, with the new statistics."""
-    assert self.loss is not None
-    return lambda params: self.loss(params, statistics, batch)
-
-  @property
-  def gradients(self) -> Any:
-    """Made up: what `update` alone is handed."""
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: jnp.asarray(0.01 * rng.standard_normal(x.shape), x.dtype), self.params)
 
 
 def _classifier(model: nn.Module, shape: tuple[int, ...], classes: int = 10, **train: Any) -> Workload:

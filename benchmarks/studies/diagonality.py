@@ -8,6 +8,7 @@ At the initial parameters and after training by momentum; loss in training mode 
 Results of other problems stay in the file. For a loss of your own: `dpsgd_optax.diagonality(loss, params, where)`.
 """
 
+import itertools
 import json
 from argparse import ArgumentParser, Namespace
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import dpsgd_optax as dpo
 from benchmarks.engine import arguments
@@ -24,6 +24,8 @@ from benchmarks.engine.problem import batches
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment
 from benchmarks.engine.report import Table, publish
+from benchmarks.engine.runner import compiled, make_plan
+from benchmarks.optimizers import contestants
 from benchmarks.problems.table import PROBLEMS, build
 from dpsgd_optax import training
 
@@ -36,7 +38,8 @@ def measured(name: str, seeds: int, data_dir: str | None) -> dict[str, Any]:
   """Tensor → point → share, error and negative, lists over the seeds."""
   problem = build(name, data_dir, False)
   train = jax.tree.map(jnp.asarray, problem.arrays.train)
-  tx = optax.sgd(LEARNING_RATE, momentum=0.9)
+  (entered,) = contestants(f"sgd(learning_rate={LEARNING_RATE}, momentum=0.9)", {}, name)
+  racer = compiled(problem, entered, make_plan(problem, "tuned", 1, 1.0, False, 1), train)
 
   @jax.jit
   def observe(variables, rows):
@@ -44,26 +47,17 @@ def measured(name: str, seeds: int, data_dir: str | None) -> dict[str, Any]:
     loss = lambda p: problem.advance(p, statistics, problem.take(train, rows))
     return dpo.diagonality(loss, params, training.is_norm_param, has_aux=True)
 
-  @jax.jit
-  def step(variables, state, rows):
-    params, statistics = problem.split(variables)
-    loss = lambda p: problem.advance(p, statistics, problem.take(train, rows))
-    grads, statistics = jax.grad(loss, has_aux=True)(params)
-    updates, state = tx.update(grads, state)
-    return problem.join(optax.apply_updates(params, updates), statistics), state
-
   found: dict[str, Any] = {}
   for seed in range(1, seeds + 1):
     variables = problem.init(jax.random.key(seed))
+    first, *rows = itertools.islice(batches(problem, seed, STEPS), STEPS + 1)
     try:
-      training_rows = list(zip(range(STEPS + 1), batches(problem, seed, STEPS), strict=False))
-      first, state = training_rows.pop(0)[1], tx.init(problem.split(variables)[0])
       at = {"initial": observe(variables, first)}
     except ValueError as error:
       raise SpecError(f"`{name}` has nothing to measure: {error}") from error
-    for _, rows in training_rows:
-      variables, state = step(variables, state, rows)
-    at["trained"] = observe(variables, first)
+    lane = racer.start(variables, seed)
+    lane.train(train, rows, 0)
+    at["trained"] = observe(lane.variables, first)
     for point, tensors in jax.device_get(at).items():
       for tensor, numbers in tensors.items():
         for kind, number in numbers._asdict().items():

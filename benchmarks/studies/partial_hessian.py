@@ -14,13 +14,13 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import dpsgd_optax as dpo
 from benchmarks.engine.records import environment, load_average
 from benchmarks.engine.report import Table, publish
-from benchmarks.engine.timing import Call, interleaved, quartiles_of, ratio_text
+from benchmarks.engine.timing import Step, interleaved, quartiles_of, ratio_text
+from benchmarks.engine.workload import first_batch, of_gradient, whole_step
 from benchmarks.problems.table import build
 from dpsgd_optax import training
 
@@ -31,53 +31,19 @@ RATIOS = {
   "momentum step": ("momentum", "gradient"),
 }
 ROUNDS, CALLS = 15, 10
-WHERE = training.is_norm_param
 
 
-def contestants(name: str = "digits_bn") -> dict[str, Call]:
-  """Name → a compiled call without arguments."""
-  problem = build(name, None, False)
-  variables = problem.init(jax.random.key(0))
-  params, statistics = problem.split(variables)
-  batch = jax.tree.map(jnp.asarray, problem.take(problem.arrays.train, jnp.arange(problem.batch_size)))
-  tx, sgd = dpo.sgd_ph(0.1, WHERE), optax.sgd(0.1, momentum=0.9)
-  vector = jax.tree.map(jnp.ones_like, params)
-
-  def loss_of(statistics, batch):
-    return lambda p: problem.advance(p, statistics, batch)
-
-  def gradient(params, statistics, batch):
-    return jax.value_and_grad(loss_of(statistics, batch), has_aux=True)(params)
-
-  def fused(params, statistics, batch, state):
-    linearized = dpo.value_and_grad_then_hvp(loss_of(statistics, batch), has_aux=True, where=WHERE)
-    value, grads, hvp = linearized(params)
-    updates, state = tx.update(grads, state, params, hvp=hvp, refresh=True)
-    return optax.apply_updates(params, updates), state, value
-
-  def apart(params, statistics, batch, state):
-    loss = loss_of(statistics, batch)
-    value, grads = gradient(params, statistics, batch)
-    updates, state = tx.update(grads, state, params, hvp=dpo.hvp(loss, params, has_aux=True), refresh=True)
-    return optax.apply_updates(params, updates), state, value
-
-  def everything(params, statistics, batch, vector):
-    return dpo.value_and_grad_and_hvp(loss_of(statistics, batch), has_aux=True)(params, vector)
-
-  def momentum(params, statistics, batch, state):
-    value, grads = gradient(params, statistics, batch)
-    updates, state = sgd.update(grads, state)
-    return optax.apply_updates(params, updates), state, value
-
-  common = (params, statistics, batch)
+def contestants(name: str = "digits_bn") -> dict[str, Step]:
+  work = first_batch(build(name, None, False))
+  tx = dpo.sgd_ph(0.1, training.is_norm_param)
   calls = {
-    "gradient": (gradient, ()),
-    "fused": (fused, (tx.init(params),)),
-    "apart": (apart, (tx.init(params),)),
-    "all": (everything, (vector,)),
-    "momentum": (momentum, (sgd.init(params),)),
+    "gradient": of_gradient(work, lambda loss, p, v: jax.value_and_grad(loss, has_aux=True)(p)),
+    "fused": whole_step(work, tx, "leaves", refresh=True),
+    "apart": whole_step(work, tx, "apart", refresh=True),
+    "all": of_gradient(work, lambda loss, p, v: dpo.value_and_grad_and_hvp(loss, has_aux=True)(p, v)),
+    "momentum": whole_step(work, optax.sgd(0.1, momentum=0.9)),
   }
-  return {name: Call(jax.jit(call), common + more) for name, (call, more) in calls.items()}
+  return {name: Step(*call) for name, call in calls.items()}
 
 
 def measure(rounds: int = ROUNDS, calls: int = CALLS) -> dict[str, Any]:
@@ -90,15 +56,9 @@ def measure(rounds: int = ROUNDS, calls: int = CALLS) -> dict[str, Any]:
     "environment": environment(),
     "load_average": [before, load_average()],
     "ratios": {label: quartiles_of(times, *pair) for label, pair in RATIOS.items()},
-    "flops": {name: _flops(call) for name, call in entered.items()},
-    "recompiled": sum(call.recompiled for call in entered.values()),
+    "flops": {name: step.counts()["flops"] for name, step in entered.items()},
+    "recompiled": sum(step.recompiled for step in entered.values()),
   }
-
-
-def _flops(call: Call) -> float | None:
-  """The compiler's own count, where it has one."""
-  analysis = call.call.lower(*call.arguments).compile().cost_analysis()
-  return analysis.get("flops") if analysis else None
 
 
 def table(document: dict[str, Any]) -> Table:

@@ -8,6 +8,7 @@ The learning rate is the same for all variants of an optimizer and was chosen wi
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,9 +21,11 @@ from benchmarks.engine.problem import cross_entropy
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment, load_average, write
 from benchmarks.engine.report import Table, number, publish
-from benchmarks.engine.timing import Call, interleaved, quartiles_of
+from benchmarks.engine.timing import Step, interleaved, quartiles_of
+from benchmarks.engine.workload import first_batch, of_gradient, whole_step
 from benchmarks.problems import data
 from benchmarks.problems.models import MLP
+from benchmarks.problems.table import build
 
 STEPS, BATCH, SAMPLES, SEEDS = 300, 50, 200, 5
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
@@ -151,40 +154,21 @@ def measure_cost(rounds: int = 15, calls: int = 10) -> dict[str, Any]:
 
   `gradient + penalty`: the regularised gradient alone, without an optimizer.
   """
-  model, arrays = MLP((128, 64, 10)), data.digits()
-  batch = {name: jnp.asarray(array[:1024]) for name, array in arrays.train.items()}
-  params = model.init(jax.random.key(0), batch["x"])
+  work = first_batch(replace(build("digits", None, False), batch_size=1024))
+  penalty = dpo.add_gradient_norm_penalty(1e-3)
 
-  def loss_of(batch: Any) -> Callable:
-    return lambda p: cross_entropy(model.apply(p, batch["x"]), batch["y"])["loss"]
+  def penalised(loss: Callable, params: Any, vector: Any) -> Any:
+    value, grads = jax.value_and_grad(loss, has_aux=True)(params)
+    hvp = dpo.hvp(loss, params, has_aux=True)
+    return value, penalty.update(grads, penalty.init(params), params, hvp=hvp)[0]
 
-  def gradient(params: Any, batch: Any) -> Any:
-    return jax.value_and_grad(loss_of(batch))(params)
-
-  def step_of(parts: Parts) -> tuple[Callable, tuple]:
-    tx = optimizer(dpo.second_moment(), parts, 1e-3)
-
-    def step(params: Any, batch: Any, state: Any) -> Any:
-      loss = loss_of(batch)
-      value, grads = jax.value_and_grad(loss)(params)
-      extra = {"hvp": dpo.hvp(loss, params), "value_fn": loss, "refresh": True}
-      updates, state = tx.update(grads, state, params, **extra)
-      return optax.apply_updates(params, updates), state, value
-
-    return step, (params, batch, tx.init(params))
-
-  def penalised(params: Any, batch: Any) -> Any:
-    loss, tx = loss_of(batch), dpo.add_gradient_norm_penalty(1e-3)
-    value, grads = jax.value_and_grad(loss)(params)
-    return value, tx.update(grads, tx.init(params), params, hvp=dpo.hvp(loss, params))[0]
-
-  entered = {
-    "gradient": Call(jax.jit(gradient), (params, batch)),
-    "gradient + penalty": Call(jax.jit(penalised), (params, batch)),
+  step = lambda parts: whole_step(work, optimizer(dpo.second_moment(), parts, 1e-3), "apart", refresh=True)
+  timed = {
+    "gradient": of_gradient(work, lambda loss, p, v: jax.value_and_grad(loss, has_aux=True)(p)),
+    "gradient + penalty": of_gradient(work, penalised),
+    **{variant: step(VARIANTS[variant][1](1e-3, 1e-3)) for variant in (*COSTS, "sharpness in z")},
   }
-  for variant in (*COSTS, "sharpness in z"):
-    step, arguments = step_of(VARIANTS[variant][1](1e-3, 1e-3))
-    entered[variant] = Call(jax.jit(step), arguments)
+  entered = {name: Step(*call) for name, call in timed.items()}
   before = load_average()
   times = interleaved(entered, rounds, calls, 0)
   ratios = {name: quartiles_of(times, name, "gradient") for name in entered if name != "gradient"}
