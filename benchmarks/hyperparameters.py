@@ -2,8 +2,8 @@
 """Every number of the benchmarks: the author's settings, the learning-rate grids, and what was chosen from them.
 
 Options are written as on the command line: numbers, or the text of a value of `dpsgd_optax` ("additive").
-Reference of the author's values: specs/DPSGD.md, section 11 (notebooks of usmanqadeer1/DPSGD): normaliser, factor step,
-learning rates, decay per epoch, cadence, average. Form of the damping and rule of τ are those of `dpsgd` everywhere; he
+The author's values are those of his notebooks (usmanqadeer1/DPSGD): normaliser, factor step, learning rates, decay per
+epoch, cadence, average. Form of the damping and rule of τ are those of `dpsgd` everywhere; he
 had the additive form on fashion_mnist and addition, and the rule the other way round (factor=0.7738, 0.95 on mnist).
 """
 
@@ -33,7 +33,7 @@ CLASSIFICATION_DECAY = 0.01 ** (1 / 9)  # of the learning rate, per epoch, in hi
 
 
 def _author(sgd: float, adam: float, newton: float, decay: float = 1.0, **dpsgd: float | int | str | None) -> Setting:
-  """One column of the table in section 11; the four ablation cells share the learning rate, T1 and the factor step."""
+  """One of his notebooks; the four ablation cells share the learning rate, T1 and the factor step."""
   shared: Options = {"learning_rate": newton, "every": 1, **SLOW_FACTORS}
   averaging: Options = {"average": dpsgd.pop("average")}
   return Setting(
@@ -58,7 +58,7 @@ AUTHOR = {
   "mnist_autoencoder": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5),
 }
 
-# Settings of the original PSGD code, specs/PSGD_RESULTS.md section 9, T3 to T5; its function is rosenbrock(pairs=True).
+# Settings of the original PSGD code; its function is rosenbrock(pairs=True).
 AUTHOR |= {
   "rosenbrock": Setting(
     {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From curves to figures: when a target is reached, what a budget buys, medians and quartiles.
 
-Between two evaluations the logarithm of the loss is taken as linear (specs/DPSGD.md, section 12).
+Between two evaluations the logarithm of the loss is taken as linear.
 """
 
 import math

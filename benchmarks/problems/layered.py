@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems of plain layers, for the layerwise methods: the MLPs, autoencoders and single layer of specs/GLS."""
+"""Problems of plain layers, for the layerwise methods: MLPs, autoencoders and a single layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks.engine.calls import choice
-from benchmarks.engine.problem import Metrics, Problem
+from benchmarks.engine.problem import Arrays, Metrics, Problem
 from benchmarks.problems import cifar, data, tabular
 from benchmarks.problems.models import MLP
-from benchmarks.problems.vision import classifier
+from benchmarks.problems.supervised import classifier, supervised
 
 HIDDEN = (512, 256)  # the two hidden layers; the note does not give their widths
 
@@ -47,21 +47,18 @@ def mlp_cifar10(data_dir: str | None, folded: bool, batches: int = 5) -> Problem
   return classifier(PixelMLP((*HIDDEN, 10), folded), cifar.cifar10(data_dir, batches), **options)
 
 
-def _autoencoder(widths: Sequence[int], folded: bool, arrays: data.Arrays, **options: Any) -> Problem:
+def _autoencoder(widths: Sequence[int], folded: bool, arrays: Arrays, **options: Any) -> Problem:
   """Half the squared distance, a sum over pixels and a mean over images; "error" is the mean over pixels."""
-  model = PixelMLP(widths, folded)
 
-  def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-    square = (model.apply(params, batch["x"]) - as_rows(batch["x"])) ** 2
+  def metrics(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> Metrics:
+    square = (outputs - as_rows(batch["x"])) ** 2
     return {"loss": jnp.mean(jnp.sum(square, -1)) / 2, "error": jnp.mean(square)}
 
-  init = lambda key: model.init(key, jnp.asarray(arrays.train["x"][:1]))
-  return Problem(init=init, metrics=metrics, arrays=arrays, **options)
+  return supervised(PixelMLP(widths, folded), arrays, metrics, **options)
 
 
 def ae_digits(data_dir: str | None, folded: bool) -> Problem:
   """An autoencoder 64-32-8-32-64 on scikit-learn's digits: 4744 parameters, two layers wider than what enters them."""
-  del data_dir
   options = dict(name="ae_digits", batch_size=64, epochs=15, evaluations=30)
   return _autoencoder((32, 8, 32, 64), folded, data.digits(), **options)
 
@@ -75,31 +72,21 @@ def ae_cifar10(data_dir: str | None, folded: bool, batches: int = 5) -> Problem:
 def uci(data_dir: str | None, folded: bool, table: str = "diabetes") -> Problem:
   """Regression, an MLP with two hidden layers of 50: diabetes (no file needed), california, or one of UCI's sets."""
   arrays = tabular.regression(choice(table, "table", {name: name for name in tabular.NAMES}), data_dir)
-  model = MLP((50, 50, 1), folded)
-
-  def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-    return {"loss": jnp.mean((model.apply(params, batch["x"]) - batch["y"]) ** 2) / 2}
-
-  init = lambda key: model.init(key, jnp.asarray(arrays.train["x"][:1]))
-  return Problem("uci", init, metrics, arrays, batch_size=64, epochs=40, evaluations=40)
+  metrics = lambda outputs, batch: {"loss": jnp.mean((outputs - batch["y"]) ** 2) / 2}
+  options = dict(name="uci", batch_size=64, epochs=40, evaluations=40)
+  return supervised(MLP((50, 50, 1), folded), arrays, metrics, **options)
 
 
 def single_layer(
   data_dir: str | None, folded: bool, samples: int = 500, inputs: int = 10, noise: float = 0.02
 ) -> Problem:
   """y = sigmoid(x W + b) + noise, squared error, all samples in every batch: what `irls_fit` solves in closed form."""
-  del data_dir
-  arrays = generated(samples, inputs, noise)
-  model = MLP((1,), folded)
-
-  def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-    return {"loss": jnp.mean((nn.sigmoid(model.apply(params, batch["x"])) - batch["y"]) ** 2) / 2}
-
-  init = lambda key: model.init(key, jnp.asarray(arrays.train["x"][:1]))
-  return Problem("single_layer", init, metrics, arrays, batch_size=samples, epochs=1000, evaluations=100)
+  metrics = lambda outputs, batch: {"loss": jnp.mean((nn.sigmoid(outputs) - batch["y"]) ** 2) / 2}
+  options = dict(name="single_layer", batch_size=samples, epochs=1000, evaluations=100)
+  return supervised(MLP((1,), folded), generated(samples, inputs, noise), metrics, **options)
 
 
-def generated(samples: int, inputs: int, noise: float, seed: int = 0) -> data.Arrays:
+def generated(samples: int, inputs: int, noise: float, seed: int = 0) -> Arrays:
   """x normal, W normal; training and test part of equal size."""
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(2 * samples, inputs))
@@ -108,4 +95,4 @@ def generated(samples: int, inputs: int, noise: float, seed: int = 0) -> data.Ar
   train, test = (
     {"x": x[rows].astype(np.float32), "y": y[rows].astype(np.float32)} for rows in np.split(np.arange(2 * samples), 2)
   )
-  return data.Arrays(train, test, f"single_layer: {samples} generated samples of {inputs} numbers")
+  return Arrays(train, test, f"single_layer: {samples} generated samples of {inputs} numbers")

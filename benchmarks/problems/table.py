@@ -19,28 +19,13 @@ from flax import linen as nn
 from benchmarks.engine import calls
 from benchmarks.engine.calls import SpecError, choice
 from benchmarks.engine.problem import Metrics, Problem
-from benchmarks.engine.problem import batches as batches
 from benchmarks.problems import data, layered, vision
 from benchmarks.problems.models import MLP, Elman, LanguageLSTM, LastOfLSTM, NormNet, Transformer
-from benchmarks.problems.vision import classifier
-
-
-def _regression(model: nn.Module, arrays: data.Arrays, target: str, **options: Any) -> Problem:
-  """Squared error, mean over all elements. An autoencoder is the case target = "x"."""
-
-  def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-    return {"loss": jnp.mean((model.apply(params, batch["x"]) - batch[target]) ** 2)}
-
-  return Problem(init=_init(model, arrays), metrics=metrics, arrays=arrays, **options)
-
-
-def _init(model: nn.Module, arrays: data.Arrays) -> Callable[[jax.Array], Any]:
-  return lambda key: model.init(key, jnp.asarray(arrays.train["x"][:1]))
+from benchmarks.problems.supervised import classifier, regression, supervised
 
 
 def digits(data_dir: str | None, folded: bool) -> Problem:
   """Real handwritten digits, 8 x 8; an MLP 64-128-64-10. Ships with scikit-learn: the problem of the demo."""
-  del data_dir
   return classifier(MLP((128, 64, 10), folded), data.digits(), name="digits", batch_size=64, epochs=12, evaluations=36)
 
 
@@ -54,7 +39,6 @@ def digits_bn(data_dir: str | None, folded: bool, norm: str = "batch", model: st
 
   The biases are never folded. Batch norm is evaluated with its running statistics.
   """
-  del data_dir, folded
   arrays = data.square(data.digits())
   window = choice(model, "model", {"conv": (3, 3), "mlp": ()})
   options = dict(name="digits_bn", batch_size=64, epochs=10, evaluations=30)
@@ -66,21 +50,20 @@ def curves(data_dir: str | None, folded: bool) -> Problem:
   """The 12-layer autoencoder of the CURVES experiments, 842340 parameters."""
   model = MLP((400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784), folded)
   options = dict(name="curves", batch_size=64, epochs=20, evaluations=40, default_seeds=3)
-  return _regression(model, data.curves(data_dir), "x", **options)
+  return regression(model, data.curves(data_dir), "x", **options)
 
 
 def mnist_autoencoder(data_dir: str | None, folded: bool) -> Problem:
   """784-300-100-10-100-300-784 on MNIST, 533994 parameters."""
   arrays = data.flat(data.images("mnist", data_dir))
   options = dict(name="mnist_autoencoder", batch_size=64, epochs=20, evaluations=40, default_seeds=3)
-  return _regression(MLP((300, 100, 10, 100, 300, 784), folded), arrays, "x", **options)
+  return regression(MLP((300, 100, 10, 100, 300, 784), folded), arrays, "x", **options)
 
 
 def addition(data_dir: str | None, folded: bool) -> Problem:
   """An Elman network adds two marked numbers out of 32."""
-  del data_dir
   options = dict(name="addition", batch_size=100, epochs=50, evaluations=100, default_seeds=3)
-  return _regression(Elman(20, folded), data.addition(), "y", **options)
+  return regression(Elman(20, folded), data.addition(), "y", **options)
 
 
 def xor(data_dir: str | None, folded: bool, length: int = 32, cell: str = "rnn") -> Problem:
@@ -88,22 +71,18 @@ def xor(data_dir: str | None, folded: bool, length: int = 32, cell: str = "rnn")
 
   Solved once the loss is below 0.1. Only the optimizer makes this hard: the signal has to survive `length` steps.
   """
-  del data_dir
   model = choice(cell, "cell", {"rnn": Elman, "lstm": LastOfLSTM})(30, folded)
-  arrays = data.delayed_xor(length)
 
-  def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
-    logits = model.apply(params, batch["x"])
+  def metrics(logits: jax.Array, batch: Mapping[str, jax.Array]) -> Metrics:
     loss = optax.losses.sigmoid_binary_cross_entropy(logits, batch["y"]).mean()
     return {"loss": loss, "accuracy": jnp.mean((logits > 0) == batch["y"])}
 
   options = dict(name="xor", batch_size=128, epochs=8, evaluations=160, default_seeds=3)
-  return Problem(init=_init(model, arrays), metrics=metrics, arrays=arrays, **options)
+  return supervised(model, data.delayed_xor(length), metrics, **options)
 
 
 def logistic(data_dir: str | None, folded: bool) -> Problem:
   """Softmax regression on the digits' 64 pixels and their 4096 products: convex, 41610 parameters."""
-  del data_dir
   arrays = data.quadratic_features(data.digits())
   options = dict(name="logistic", batch_size=500, epochs=200, evaluations=40, default_seeds=3)
   return classifier(MLP((10,), folded), arrays, **options)
@@ -111,7 +90,6 @@ def logistic(data_dir: str | None, folded: bool) -> Problem:
 
 def tensor_decomposition(data_dir: str | None, folded: bool, rank: int = 10) -> Problem:
   """sum (T - sum_r x_r (x) y_r (x) z_r)^2 for T of rank 10, 20 x 50 x 100; 1.9e6 at a normal start, minimum 0."""
-  del data_dir, folded
   arrays = data.low_rank_tensor(rank)
 
   def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
@@ -166,7 +144,6 @@ def rosenbrock(data_dir: str | None, folded: bool, size: int = 10, start: float 
 
   The sum is over all neighbours, or with `pairs` over x_1 x_2, x_3 x_4, ...: size / 2 times the function of two.
   """
-  del data_dir, folded
   step = 2 if pairs else 1
 
   def metrics(params: Any, batch: Mapping[str, jax.Array]) -> Metrics:
@@ -181,7 +158,6 @@ def rosenbrock(data_dir: str | None, folded: bool, size: int = 10, start: float 
 
 def quadratic(data_dir: str | None, folded: bool) -> Problem:
   """1/2 mean ||c (x W - y)||^2 with Hessian cov(x) (x) diag(c^2): condition number 1e5, minimum 0."""
-  del data_dir, folded
   arrays = data.ill_conditioned()
   inputs, outputs = arrays.train["x"].shape[1], arrays.train["y"].shape[1]
   c = np.geomspace(1, 0.1, outputs, dtype=np.float32)
@@ -195,35 +171,19 @@ def quadratic(data_dir: str | None, folded: bool) -> Problem:
   return Problem("quadratic", init, metrics, arrays, batch_size=100, epochs=50, evaluations=50)
 
 
-PROBLEMS: dict[str, Callable[..., Problem]] = {
-  "digits": digits,
-  "digits_bn": digits_bn,
-  "mnist": partial(vision.lenet, "mnist"),
-  "fashion_mnist": partial(vision.lenet, "fashion_mnist"),
-  "cifar10": vision.cifar10,
-  "curves": curves,
-  "mnist_autoencoder": mnist_autoencoder,
-  "addition": addition,
-  "rosenbrock": rosenbrock,
-  "quadratic": quadratic,
-  "xor": xor,
-  "logistic": logistic,
-  "tensor_decomposition": tensor_decomposition,
-  "charlm": charlm,
-  "ptb": ptb,
-  "mlp_mnist": layered.mlp_mnist,
-  "mlp_cifar10": layered.mlp_cifar10,
-  "ae_digits": layered.ae_digits,
-  "ae_cifar10": layered.ae_cifar10,
-  "uci": layered.uci,
-  "single_layer": layered.single_layer,
-}
+ROWS = (
+  *(digits, digits_bn, vision.cifar10, curves, mnist_autoencoder, addition, rosenbrock, quadratic, xor, logistic),
+  *(tensor_decomposition, charlm, ptb, layered.mlp_mnist, layered.mlp_cifar10, layered.ae_digits, layered.ae_cifar10),
+  *(layered.uci, layered.single_layer),
+)
+PROBLEMS: dict[str, Callable[..., Problem]] = {row.__name__: row for row in ROWS}
+PROBLEMS |= {name: partial(vision.lenet, name) for name in ("mnist", "fashion_mnist")}
 
 
 def build(text: str, data_dir: str | None, folded: bool) -> Problem:
   """The problem of a name, or of a name with options: xor(length=55, cell=lstm); its own name is the text."""
   if (name := calls.name_of(text)) not in PROBLEMS:
-    raise SpecError(f"no problem is called `{name}`; known are {', '.join(PROBLEMS)}.")
+    raise SpecError(calls.unknown("problem", name, PROBLEMS))
   _, options = calls.parse(text, "xor(length=55, cell=lstm)")
   own = list(inspect.signature(PROBLEMS[name]).parameters.values())[2:]
   if unknown := sorted(options.keys() - {parameter.name for parameter in own}):

@@ -23,8 +23,8 @@ from benchmarks.problems import cifar, data, spoilers, tabular
 from benchmarks.problems.layered import PixelMLP
 from benchmarks.problems.models import MLP
 from benchmarks.problems.resnet import NORMS, SIZES, ResNet
+from benchmarks.problems.supervised import classifier
 from benchmarks.problems.table import PROBLEMS, build
-from benchmarks.problems.vision import classifier
 from benchmarks.studies import gls
 
 RNG = np.random.default_rng(0)
