@@ -18,7 +18,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,9 +41,9 @@ THREADS = {"one": ONE_THREAD, "all": ""}
 Weights = dict[str, float]  # contestant -> its share of the steps
 
 
-def every(period: int, fit: str, otherwise: str) -> Weights:
+def every(period: int, name: str, fit: str = "fit") -> Weights:
   """A fit in every `period` steps."""
-  return {fit: 1 / period, otherwise: 1 - 1 / period}
+  return {f"{name}, {fit}": 1 / period, f"{name}, no fit": 1 - 1 / period}
 
 
 @dataclass(frozen=True)
@@ -55,78 +55,48 @@ class Row:
   against: Weights
   must: float | None = None
   aim: float | None = None
-  asked: tuple[str, ...] = field(default=())  # workloads; empty: all
+  asked: tuple[str, ...] = ()  # workloads; empty: all
 
 
-def _update(name: str) -> Weights:
-  return {f"update: {name}": 1.0}
+def row(label: str, of: str | Weights, against: str | Weights, *limits: Any) -> Row:
+  """A contestant alone is written as its name."""
+  return Row(label, *({x: 1.0} if isinstance(x, str) else x for x in (of, against)), *limits)
 
 
-def _updates(period: int, fit: str, otherwise: str) -> Weights:
-  return every(period, f"update: {fit}", f"update: {otherwise}")
-
-
-ALONE = "`update` alone: "
-DENSE, THEIRS = "psgd dense", "psgd-jax kron"
-BLOCKS = ("charlm", "resnet8")
+ALONE, OURS, THEIRS = "`update` alone: ", "update: psgd dense", "update: psgd-jax kron"
+MLP, BLOCKS, SECOND = ("mlp",), ("charlm", "resnet8"), "gradient and second moments"
 ROWS = (
-  Row(ALONE + "kron, no fit", _update(f"{DENSE}, no fit"), _update(f"{THEIRS}, no fit"), 0.6, 0.4, ("mlp",)),
-  Row(
-    ALONE + "kron, one fit in 33",
-    _updates(33, f"{DENSE}, fit", f"{DENSE}, no fit"),
-    _updates(33, f"{THEIRS}, fit", f"{THEIRS}, no fit"),
-    0.6,
-    0.45,
-    ("mlp",),
-  ),
-  Row(ALONE + "kron, a fit", _update(f"{DENSE}, fit"), _update(f"{THEIRS}, fit"), 0.75, 0.5, ("mlp",)),
-  Row(
-    ALONE + "kron, a fit, beside leaf by leaf", _update(f"{DENSE}, fit"), _update(f"{DENSE} per leaf, fit"), 0.3, 0.1
-  ),
-  Row(
-    ALONE + "lra of rank 10, a fit", _update("psgd lra of rank 10, fit"), _update("psgd-jax lra of rank 10, fit"), 0.5
-  ),
-  Row(ALONE + "xmat, a fit", _update("psgd xmat, fit"), _update("psgd-jax xmat, fit")),
-  Row(ALONE + "kron in blocks of 256, a fit", _update(f"{DENSE} in blocks of 256, fit"), _update(f"{DENSE}, fit")),
-  Row(ALONE + "xmat, a fit, beside adam", _update("psgd xmat, fit"), _update("adam"), 4.0),
-  Row("a fit not taken, beside one taken", _update("a fit not taken"), _update("a fit taken"), 0.02, 0.002),
-  Row("gradient + Hvp, fused", {"gradient + Hvp": 1.0}, {"gradient": 1.0}, 2.6),
-  Row("gradient + Hvp by finite differences", {"gradient + Hvp by differences": 1.0}, {"gradient": 1.0}, None, 2.0),
-  Row("dpsgd step, no fit due", {"dpsgd, no fit": 1.0}, {"gradient and apply": 1.0}, 1.05, 1.0, ("lenet5", "resnet8")),
-  Row("dpsgd step, Hvp and fit", {"dpsgd, fit": 1.0}, {"psgd-jax affine, fit": 1.0}, 0.75, 0.6, ("mlp",)),
-  Row("dpsgd step, Hvp and fit", {"dpsgd, fit": 1.0}, {"psgd-jax affine, fit": 1.0}, 0.3, 0.2, ("lenet5", "layers")),
-  Row("dpsgd step, both on our Hvp", {"dpsgd, fit": 1.0}, {"psgd-jax affine on our Hvp, fit": 1.0}),
-  Row(
-    "dpsgd step, Hvp and fit every 10", every(10, "dpsgd, fit", "dpsgd, no fit"), {"gradient": 1.0}, 1.35, 1.2, BLOCKS
-  ),
-  Row(
-    "psgd newton step, Hvp and fit every 10",
-    every(10, "psgd newton, fit", "psgd newton, no fit"),
-    {"gradient": 1.0},
-    1.35,
-    1.2,
-    BLOCKS,
-  ),
-  Row(
+  row(ALONE + "kron, no fit", f"{OURS}, no fit", f"{THEIRS}, no fit", 0.6, 0.4, MLP),
+  row(ALONE + "kron, one fit in 33", every(33, OURS), every(33, THEIRS), 0.6, 0.45, MLP),
+  row(ALONE + "kron, a fit", f"{OURS}, fit", f"{THEIRS}, fit", 0.75, 0.5, MLP),
+  row(ALONE + "kron, a fit, beside leaf by leaf", f"{OURS}, fit", f"{OURS} per leaf, fit", 0.3, 0.1),
+  row(ALONE + "lra of rank 10, a fit", "update: psgd lra of rank 10, fit", "update: psgd-jax lra of rank 10, fit", 0.5),
+  row(ALONE + "xmat, a fit", "update: psgd xmat, fit", "update: psgd-jax xmat, fit"),
+  row(ALONE + "kron in blocks of 256, a fit", f"{OURS} in blocks of 256, fit", f"{OURS}, fit"),
+  row(ALONE + "xmat, a fit, beside adam", "update: psgd xmat, fit", "update: adam", 4.0),
+  row("a fit not taken, beside one taken", "update: a fit not taken", "update: a fit taken", 0.02, 0.002),
+  row("gradient + Hvp, fused", "gradient + Hvp", "gradient", 2.6),
+  row("gradient + Hvp by finite differences", "gradient + Hvp by differences", "gradient", None, 2.0),
+  row("dpsgd step, no fit due", "dpsgd, no fit", "gradient and apply", 1.05, 1.0, ("lenet5", "resnet8")),
+  row("dpsgd step, Hvp and fit", "dpsgd, fit", "psgd-jax affine, fit", 0.75, 0.6, MLP),
+  row("dpsgd step, Hvp and fit", "dpsgd, fit", "psgd-jax affine, fit", 0.3, 0.2, ("lenet5", "layers")),
+  row("dpsgd step, both on our Hvp", "dpsgd, fit", "psgd-jax affine on our Hvp, fit"),
+  row("dpsgd step, Hvp and fit every 10", every(10, "dpsgd"), "gradient", 1.35, 1.2, BLOCKS),
+  row("psgd newton step, Hvp and fit every 10", every(10, "psgd newton"), "gradient", 1.35, 1.2, BLOCKS),
+  row(
     "psgd newton step, fit every 10 on a quarter of the batch",
-    every(10, "psgd newton, fit on a quarter of the batch", "psgd newton, no fit"),
-    {"gradient": 1.0},
+    every(10, "psgd newton", "fit on a quarter of the batch"),
+    "gradient",
   ),
-  Row("psgd step, one fit in 33", every(33, "psgd, fit", "psgd, no fit"), {"adam": 1.0}, 1.15, 1.05, BLOCKS),
-  Row("gradient with the inputs of all layers", {"gradient and inputs": 1.0}, {"gradient": 1.0}),
-  Row(
-    "gradient with their second moments",
-    {"gradient and second moments": 1.0},
-    {"gradient": 1.0, "second moments of the inputs": 1.0},
-    1.1,
-  ),
-  Row("bnp step", {"bnp": 1.0}, {"sgd": 1.0}, 1.1, None, ("layers",)),
-  Row("gls step", {"gls": 1.0}, {"adam": 1.0}),
-  Row("sgd_ph step, Hvp and fit", {"sgd_ph": 1.0}, {"gradient": 1.0}, 1.9, 1.5),
+  row("psgd step, one fit in 33", every(33, "psgd"), "adam", 1.15, 1.05, BLOCKS),
+  row("gradient with the inputs of all layers", "gradient and inputs", "gradient"),
+  row("gradient with their second moments", SECOND, {"gradient": 1.0, "second moments of the inputs": 1.0}, 1.1),
+  row("bnp step", "bnp", "sgd", 1.1, None, ("layers",)),
+  row("gls step", "gls", "adam"),
+  row("sgd_ph step, Hvp and fit", "sgd_ph", "gradient", 1.9, 1.5),
 )
-COMPILED = {"deep": (0.2, 0.1)}  # the others:
-COMPILED_ELSEWHERE = (0.5, 0.3)
-OUR_COMPILATION, THEIR_COMPILATION = f"update: {DENSE}, scheduled", f"update: {THEIRS}, fit"
+COMPILED, COMPILED_ELSEWHERE = {"deep": (0.2, 0.1)}, (0.5, 0.3)  # must and aim of the time to compile
+OUR_COMPILATION, THEIR_COMPILATION = f"{OURS}, scheduled", f"{THEIRS}, fit"
 COMPILATIONS = 3  # of each of these two, by turns
 
 
@@ -247,9 +217,10 @@ def _compiled(name: str, modes: Mapping[str, Any]) -> list[tuple[str, ...]]:
   must, aim = COMPILED.get(name, COMPILED_ELSEWHERE)
   seconds = [text for mode in modes.values() for text in (ratio_text(mode["compilation"]), "")]
   memory = (f"{ours['carry_bytes'] / theirs['carry_bytes']:.2f}", *[""] * (len(seconds) - 1))
+  theirs = THEIRS.removeprefix("update: ")
   return [
-    ("compiling `update`", THEIRS, *seconds, f"{must:g}", f"{aim:g}"),
-    ("bytes of the state, P kept", THEIRS, *memory, "", ""),
+    ("compiling `update`", theirs, *seconds, f"{must:g}", f"{aim:g}"),
+    ("bytes of the state, P kept", theirs, *memory, "", ""),
   ]
 
 
@@ -262,21 +233,10 @@ def details(document: dict[str, Any]) -> Table:
     times = (f"{of['median_cpu_ms']:.2f}", f"{of['median_wall_ms']:.2f}", f"{of['compile_cpu_seconds']:.1f}")
     return label, *times, str(of["instructions"]), *counted, number(of["carry_bytes"])
 
-  return Table(
-    f"{document['workload']}: every contestant, threads: {threads}",
-    (
-      "call",
-      "CPU ms",
-      "wall ms",
-      "compile CPU s",
-      "instructions",
-      "flops",
-      "bytes",
-      "temporary bytes",
-      "carried bytes",
-    ),
-    [row(label, of) for label, of in mode["contestants"].items()],
-  )
+  header = ("call", "CPU ms", "wall ms", "compile CPU s", "instructions")
+  header += ("flops", "bytes", "temporary bytes", "carried bytes")
+  title = f"{document['workload']}: every contestant, threads: {threads}"
+  return Table(title, header, [row(label, of) for label, of in mode["contestants"].items()])
 
 
 def add_arguments(parser: ArgumentParser) -> None:

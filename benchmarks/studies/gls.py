@@ -22,7 +22,7 @@ import dpsgd_optax as dpo
 from benchmarks.engine import analysis, arguments
 from benchmarks.engine.calls import name_of
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import environment, load_average, rounded, write
+from benchmarks.engine.records import Run, environment, load_average, rounded, write
 from benchmarks.engine.report import Table, number, quartiles
 from benchmarks.engine.runner import compiled, make_plan
 from benchmarks.engine.timing import interleaved, quartiles_of, ratio_text
@@ -89,27 +89,24 @@ def compare(
   races = Races(problem, lambda label, rate: typed(*entered[label][:2], rate), options)
   raced = tune_then_race({label: grid for label, (_, _, grid) in entered.items()}, races, seeds)
   targets = {run.seed: run.final() for run in raced["Adam"].runs}
+
+  def to_adam(run: Run, axis: str) -> float:
+    """Where the curve passes Adam's end, as a share of its own run."""
+    return analysis.reached(run.curves[axis], run.curves["train_loss"], targets[run.seed]) / run.curves[axis][-1]
+
   found = {}
   for label, (rate, _, runs) in raced.items():
+    losses = [run.curves["train_loss"] for run in runs]
     found[label] = {
       "typed": races.typed(label, rate),
       "trials": raced[label].trials,
       **{name: [run.final(name) for run in runs] for name in ("train_loss", "test_loss")},
       "seconds": [run.curves["seconds"][-1] for run in runs],
-      **{f"{axis}_to_adam": [_to(run, axis, targets[run.seed]) for run in runs] for axis in ("step", "seconds")},
-      "curve": np.median([run.curves["train_loss"] for run in runs], 0).tolist() if _equal(runs) else None,
+      **{f"{axis}_to_adam": [to_adam(run, axis) for run in runs] for axis in ("step", "seconds")},
+      "curve": np.median(losses, 0).tolist() if len(set(map(len, losses))) == 1 else None,
     }
   assert races.last is not None
   return {"plan": vars(races.last.plan), "sessions": races.last.sessions, "contestants": found}
-
-
-def _to(run: Any, axis: str, target: float) -> float:
-  """Where the curve passes the target, as a share of its own run."""
-  return analysis.reached(run.curves[axis], run.curves["train_loss"], target) / run.curves[axis][-1]
-
-
-def _equal(runs: Sequence[Any]) -> bool:
-  return len({len(run.curves["train_loss"]) for run in runs}) == 1
 
 
 def one_layer(problem: str, seeds: Sequence[int]) -> dict[str, Any]:
@@ -185,30 +182,19 @@ def summary(document: dict[str, Any]) -> Table:
     best = min((label for label in of if label.startswith("GLS")), key=best_trial)
     lowest = min(of, key=lambda label: analysis.spread(_numbers(of[label]["train_loss"])).median)
     middle = lambda values: number(analysis.spread(_numbers(values)).median)
-    rows.append(
-      (
-        problem,
-        str(found["plan"]["steps"]),
-        middle(of["Adam"]["train_loss"]),
-        best,
-        middle(of[best]["train_loss"]),
-        middle(of[best]["step_to_adam"]),
-        middle(_seconds_to_adam(found, best)),
-        f"{lowest} {middle(of[lowest]['train_loss'])}",
-      )
-    )
+    mine, steps = (middle(of[best][name]) for name in ("train_loss", "step_to_adam"))
+    seconds, winner = middle(_seconds_to_adam(found, best)), f"{lowest} {middle(of[lowest]['train_loss'])}"
+    adam = middle(of["Adam"]["train_loss"])
+    rows.append((problem, str(found["plan"]["steps"]), adam, best, mine, steps, seconds, winner))
   header = ("problem", "steps", "Adam", "GLS", "its loss", "steps to Adam's loss", "seconds to Adam's loss", "lowest")
+  ratios = {name_of(problem): found["ratios"]["GLS"]["cpu"] for problem, found in document["cost"].items()}
+  costs = ", ".join(f"{ratio_text(ratio)} on {name}" for name, ratio in ratios.items())
   note = (
     f"Median training loss over {document['seeds']} seeds, five rates each; shares of Adam's run; – is not reached. "
-    f"A step of plain GLS beside one of Adam's: {_costs(document)}. It fits the training data: its test loss is often "
+    f"A step of plain GLS beside one of Adam's: {costs}. It fits the training data: its test loss is often "
     "higher."
   )
   return Table("GLS beside Adam (`python -m benchmarks gls`)", header, rows, (note,))
-
-
-def _costs(document: dict[str, Any]) -> str:
-  ratios = {name_of(problem): found["ratios"]["GLS"]["cpu"] for problem, found in document["cost"].items()}
-  return ", ".join(f"{ratio_text(ratio)} on {name}" for name, ratio in ratios.items())
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
@@ -228,12 +214,12 @@ def cost_table(problem: str, found: dict[str, Any]) -> Table:
   return Table(title, ("optimizer", "CPU ratio", "wall ratio"), rows)
 
 
-def _one(part: str, problem: str, seeds: int, data_dir: str | None) -> dict[str, Any]:
+def measure(part: str, problem: str, seeds: Sequence[int], data_dir: str | None) -> dict[str, Any]:
   if part == "cost":
     return cost(problem, data_dir)
   options, entered = RACES[problem]
-  found = compare(problem, entered, range(1, 1 + seeds), options | {"data_dir": data_dir})
-  return found | ({"irls": one_layer(problem, range(1, 1 + seeds))} if name_of(problem) == "single_layer" else {})
+  irls = {"irls": one_layer(problem, seeds)} if name_of(problem) == "single_layer" else {}
+  return compare(problem, entered, seeds, options | {"data_dir": data_dir}) | irls
 
 
 def show(part: str, problem: str, found: dict[str, Any]) -> None:
@@ -261,7 +247,7 @@ def run(args: Namespace) -> None:
   for part, problem in [("cost", problem) for problem in COSTS] + [("races", problem) for problem in RACES]:
     if problem not in document[part]:
       try:
-        document[part][problem] = rounded(_one(part, problem, args.seeds, args.data_dir))
+        document[part][problem] = rounded(measure(part, problem, range(1, 1 + args.seeds), args.data_dir))
       except DataError as error:
         say(f"{problem} left out: {error}")
         continue

@@ -16,12 +16,17 @@ from benchmarks.studies import batch_sizes, cost, defaults, gls, rl, robustness
 README = Path(__file__).parents[2] / "README.md"
 CHOOSING = README.parent / "notebooks" / "choosing.md"
 BEGIN, END = "<!-- figures: written by `python -m benchmarks readme` -->", "<!-- /figures -->"
+HOW = (
+  "`author` is the setting of the paper's notebooks (normaliser, factor step, learning rates, decay, cadence), "
+  "`tuned` gives every optimizer the same number of trials. The target is PSGD's final training loss of the same "
+  "seed, PSGD being the same code without damping and averaging."
+)
 DEMO, ABLATION, LENET = "demo", "ablation", "lenet-psgd"
 
 
 def figures(results: Path) -> str:
   """Markdown of everything the README quotes."""
-  parts = ["## Measured", f"All on 2 shared CPU cores, from the JSON under `benchmarks/{results.name}/`; {_how()}"]
+  parts = ["## Measured", f"All on 2 shared CPU cores, from the JSON under `benchmarks/{results.name}/`; {HOW}"]
   if claim := claim_table(_runs(results)):
     parts += [claim.markdown()]
   for name, picture in ((DEMO, True), (ABLATION, False)):
@@ -53,14 +58,6 @@ def advice(results: Path) -> str:
   return "\n\n".join(parts)
 
 
-def _how() -> str:
-  return (
-    "`author` is the setting of the paper's notebooks (normaliser, factor step, learning rates, decay, cadence), "
-    "`tuned` gives every optimizer the same number of trials. The target is PSGD's final training loss of the same "
-    "seed, PSGD being the same code without damping and averaging."
-  )
-
-
 def _runs(results: Path) -> list[Results]:
   return [load(path) for path in sorted(results.glob("*.json")) if path.stem.endswith(("-author", "-tuned", DEMO))]
 
@@ -77,16 +74,8 @@ def winners(results: Path) -> str:
       best = min(losses, key=lambda label: losses[label].median)
       cells += [best, number(losses[best].median)]
     rows.append((found.plan.problem, found.plan.setting, str(found.plan.steps), str(len(found.contestants)), *cells))
-  header = (
-    "problem",
-    "setting",
-    "steps",
-    "optimizers",
-    "lowest at equal steps",
-    "loss",
-    "lowest at equal seconds",
-    "loss",
-  )
+  header = ("problem", "setting", "steps", "optimizers")
+  header += ("lowest at equal steps", "loss", "lowest at equal seconds", "loss")
   return Table("Lowest training loss (median over seeds)", header, rows).markdown()
 
 

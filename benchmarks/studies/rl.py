@@ -108,17 +108,10 @@ def table(name: str, document: dict[str, Any]) -> Table:
   """A row per optimizer, the best first."""
 
   found = document["optimizers"]
-  best_first = sorted(found, key=lambda label: -spread(found[label]["whole"]).median)
-  rows = [
-    (
-      label,
-      f"{found[label]['learning_rate']:g}",
-      quartiles(found[label]["whole"]),
-      quartiles(found[label]["final"]),
-      number(spread(found[label]["seconds"]).median),
-    )
-    for label in best_first
-  ]
+  rows = []
+  for label, entry in sorted(found.items(), key=lambda item: -spread(item[1]["whole"]).median):
+    seconds = number(spread(entry["seconds"]).median)
+    rows.append((label, f"{entry['learning_rate']:g}", quartiles(entry["whole"]), quartiles(entry["final"]), seconds))
   return Table(
     f"PPO on {name}, {document['steps']} steps: mean return, median [quartiles] over {len(document['seeds'])} seeds",
     ("optimizer", "learning rate", "whole run", "last tenth", "seconds"),

@@ -147,37 +147,23 @@ def table(document: dict[str, Any]) -> Table:
   settings = document["settings"]
   count = lambda steps: "never" if steps is None else str(steps)
   steps = lambda found: count(found["recovered"])
-  rows = [
-    (
-      row["preconditioner"],
-      row["criterion"],
-      f"{number(row['zeros']['smallest_first'])} to {number(row['zeros']['largest_first'])}",
-      steps(row["zeros"]),
-      number(row["outlier"]["largest"]),
-      steps(row["outlier"]),
-      steps(row["nan"]),
-      number(row["bf16"]["median_ratio"]),
-      *(f"{count(with_guard)} ({count(without)})" for with_guard, without in zip(*row["spike"].values(), strict=True)),
-    )
-    for row in document["rows"]
-  ]
-  header = (
-    "preconditioner",
-    "criterion",
-    f"{settings['disturbed']} zeros: first update",
-    "recovered",
-    "×1000: largest update",
-    "recovered",
-    "NaN: recovered",
-    "bfloat16",
-    *(f"momentum, ×{spike:.0e}: recovered (no guard)" for spike in settings["spikes"]),
-  )
+
+  def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    zeros, outlier, spikes = row["zeros"], row["outlier"], zip(*row["spike"].values(), strict=True)
+    first = f"{number(zeros['smallest_first'])} to {number(zeros['largest_first'])}"
+    found = (row["preconditioner"], row["criterion"], first, steps(zeros), number(outlier["largest"]), steps(outlier))
+    found += (steps(row["nan"]), number(row["bf16"]["median_ratio"]))
+    return found + tuple(f"{count(guarded)} ({count(unguarded)})" for guarded, unguarded in spikes)
+
+  header = ("preconditioner", "criterion", f"{settings['disturbed']} zeros: first update", "recovered")
+  header += ("×1000: largest update", "recovered", "NaN: recovered", "bfloat16")
+  header += tuple(f"momentum, ×{spike:.0e}: recovered (no guard)" for spike in settings["spikes"])
   notes = (
     "Updates as root mean squares, clipped to 2 by `psgd`. Recovered: steps until they stay within a factor of "
     f"{settings['band']:g} of an undisturbed twin's, worst of {settings['seeds']} seeds. bfloat16: median factor "
     "between the updates of bfloat16 and of float32 parameters. The step with the NaN is skipped, and counted.",
   )
-  return Table("Bad gradients: what they do to the next steps", header, rows, notes)
+  return Table("Bad gradients: what they do to the next steps", header, [cells(row) for row in document["rows"]], notes)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -301,15 +301,10 @@ def measure(hardware: dict[str, float]) -> dict[str, Any]:
 
 def tables(document: dict[str, Any]) -> tuple[Table, Table]:
   """How far the model is from what was compiled, and what it predicts."""
-  rows = [
-    (
-      f"{c['layout']}, {'fit' if c['fit'] else 'no fit'}",
-      f"{c['flops_ratio']:.2f}",
-      f"{c['sent_ratio']:.2f}",
-      f"{c['held_ratio']:.3f}",
-    )
-    for c in document["checks"]
-  ]
+  rows = []
+  for c in document["checks"]:
+    ratios = f"{c['flops_ratio']:.2f}", f"{c['sent_ratio']:.2f}", f"{c['held_ratio']:.3f}"
+    rows.append((f"{c['layout']}, {'fit' if c['fit'] else 'no fit'}", *ratios))
   header = ("a step of the small model on 8 devices", "flops", "bytes sent", "bytes held")
   checked = Table("Predicted over compiled", header, rows)
   rows = [

@@ -141,35 +141,20 @@ def sound(row: dict[str, Any]) -> bool:
 
 def table(document: dict[str, Any]) -> Table:
   """One line per preconditioner, criterion and dtype."""
-  rows = [
-    (
-      row["preconditioner"],
-      row["criterion"],
-      row["dtype"],
-      "yes" if row["sound"] else "NO",
-      number(row["asymmetry"]),
-      number(row["definite"]),
-      f"{number(row['smallest_ratio'])} to {number(row['largest_ratio'])}",
-      str(row["frozen"]),
-    )
-    for row in document["rows"]
-  ]
-  header = (
-    "preconditioner",
-    "criterion",
-    "products",
-    "sound",
-    "asymmetry",
-    "least / largest",
-    "p_ii / ideal",
-    "frozen",
-  )
+
+  def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    ratios = f"{number(row['smallest_ratio'])} to {number(row['largest_ratio'])}"
+    found = (row["preconditioner"], row["criterion"], row["dtype"], "yes" if row["sound"] else "NO")
+    return (*found, number(row["asymmetry"]), number(row["definite"]), ratios, str(row["frozen"]))
+
+  header = ("preconditioner", "criterion", "products", "sound")
+  header += ("asymmetry", "least / largest", "p_ii / ideal", "frozen")
   notes = (
     f"{document['fits']} fits on a curvature that drifts over six decades, P looked at every {document['every']}. "
     "Sound: all states finite, P symmetric to 1e-4 and positive to −1e-6 of its largest eigenvalue, no entry of its "
     "diagonal unchanged at more than two looks in a row.",
   )
-  return Table("Soak", header, rows, notes)
+  return Table("Soak", header, [cells(row) for row in document["rows"]], notes)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

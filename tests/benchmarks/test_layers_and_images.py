@@ -241,7 +241,7 @@ def test_the_claims_are_measured_kept_and_not_done_again(tmp_path, monkeypatch, 
   document["cost"][name]["ratios"]["GLS"] = document["cost"][name]["ratios"]["SGD"]
   (row,) = gls.summary(document).rows
   assert row[0] == name and row[3] == "GLS, length of SGD"
-  monkeypatch.setattr(gls, "_one", lambda *arguments: pytest.fail("done again"))
+  monkeypatch.setattr(gls, "measure", lambda *arguments: pytest.fail("done again"))
   assert main(["gls", "--seeds", "2", "--out", str(tmp_path)]) == 0
   assert "Train loss at equal step length" in capsys.readouterr().out
 
