@@ -107,16 +107,9 @@ GRIDS = {
   "muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
   "psgd": SECOND_ORDER_GRID,
   "psgd_whiten": ADAPTIVE_GRID,
-  "psgd_newton": SECOND_ORDER_GRID,
-  "psgd+damping": SECOND_ORDER_GRID,
-  "psgd+averaging": SECOND_ORDER_GRID,
-  "dpsgd": SECOND_ORDER_GRID,
-  "gls": (0.05, 0.1, 0.2, 0.4, 0.8),
-  "gls_curvature": (0.05, 0.1, 0.2, 0.4, 0.8),
-  "bnp": (0.01, 0.03, 0.1, 0.3, 1.0),
-  "sgd_ph": (0.01, 0.03, 0.1, 0.3, 1.0),
-  "sgd_ph_tau": (0.01, 0.03, 0.1, 0.3, 1.0),
-  "sgd_ph_released": (0.01, 0.03, 0.1, 0.3, 1.0),
+  **dict.fromkeys(("psgd_newton", "psgd+damping", "psgd+averaging", "dpsgd"), SECOND_ORDER_GRID),
+  **dict.fromkeys(("gls", "gls_curvature"), (0.05, 0.1, 0.2, 0.4, 0.8)),
+  **dict.fromkeys(("bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released"), (0.01, 0.03, 0.1, 0.3, 1.0)),
 }
 PARTICULAR = ("gls", "gls_curvature", "bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released")  # they need (norm) layers
 

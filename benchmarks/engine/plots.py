@@ -17,18 +17,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.engine.records import Results
 
-STYLE = {
-  "figure.dpi": 130,
-  "font.size": 9,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "grid.alpha": 0.25,
-  "grid.linewidth": 0.6,
-  "axes.titleweight": "bold",
-  "axes.titlesize": 10,
-  "legend.frameon": False,
-}
+STYLE = Path(__file__).with_name("plots.mplstyle")
 COLOURS = {
   "dpsgd": "#c1121f",
   "psgd": "#1d3557",
@@ -81,7 +70,7 @@ def draw(axes: Axes, results: Results, x: str, y: str) -> None:
 @contextmanager
 def panels(path: Path, rows: int, columns: int, height: float, title: str = "") -> Iterator[Any]:
   """A grid of axes to draw in; then one legend for all of them, and the picture is written."""
-  with plt.rc_context(STYLE):
+  with plt.style.context(STYLE):
     figure, grid = plt.subplots(
       rows, columns, figsize=(5.5 * columns + (columns == 1) * 1.5, height * rows), squeeze=False, layout="constrained"
     )

@@ -7,6 +7,7 @@ folder and downloaded once. Either way a missing, truncated or altered file is a
 
 import gzip
 import hashlib
+import json
 import math
 import os
 import urllib.error
@@ -41,38 +42,11 @@ class RemoteFile(NamedTuple):
     return f"{'MD5' if self.algorithm == 'md5' else 'SHA-256'} {self.sha256}"
 
 
-BASES = {
-  "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist",
-  "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-}
 TRAIN_X, TRAIN_Y = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 TEST_X, TEST_Y = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
-
-FILES = {
-  f"{folder}/{name}": RemoteFile(f"{BASES[folder]}/{name}", size, sha256)
-  for folder, name, size, sha256 in [
-    ("mnist", TRAIN_X, 9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
-    ("mnist", TRAIN_Y, 28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-    ("mnist", TEST_X, 1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
-    ("mnist", TEST_Y, 4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
-    ("fashion_mnist", TRAIN_X, 26421880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
-    ("fashion_mnist", TRAIN_Y, 29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
-    ("fashion_mnist", TEST_X, 4422102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
-    ("fashion_mnist", TEST_Y, 5148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
-  ]
-}
-SHAKESPEARE = "tiny_shakespeare/input.txt"
-FILES[SHAKESPEARE] = RemoteFile(
-  "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-  1115394,
-  "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-)
-PTB_TRAIN, PTB_TEST = "ptb/ptb.train.txt", "ptb/ptb.valid.txt"
-PTB_SOURCE = "Mikolov's simple-examples.tgz, folder data/ (the text is licensed by the LDC, LDC99T42)"
-FILES |= {  # MD5 as in torchtext, which published nothing better
-  PTB_TRAIN: RemoteFile(PTB_SOURCE, 5101618, "f26c4b92c5fdc7b3f8c7cdcb991d8420"),
-  PTB_TEST: RemoteFile(PTB_SOURCE, 399782, "aa0affc06ff7c36e977d7cd49e3839bf"),
-}
+SHAKESPEARE, PTB_TRAIN, PTB_TEST = "tiny_shakespeare/input.txt", "ptb/ptb.train.txt", "ptb/ptb.valid.txt"
+# of the Penn Treebank the MD5, as in torchtext: nothing better was published
+FILES = {key: RemoteFile(*row) for key, row in json.loads(Path(__file__).with_name("files.json").read_text()).items()}
 CURVES_FILE = "digs3pts_1.mat"
 CURVES_BYTES = 189_600_400  # no checksum of the original was ever published
 

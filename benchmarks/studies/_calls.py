@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls that `python -m benchmarks cost` times on each network.
+"""What `python -m benchmarks cost` times: networks with made-up data, and calls on each of them.
 
-Each is a whole step, or `update` alone, that goes on from its own result; its state is donated, as in training.
+mlp        784-512-512-10, batch 256            charlm    4 decoder blocks of width 128, 16 x 128 characters
+lenet5     5 layers on 28 x 28, batch 64        resnet8   8 layers with batch norm on 32 x 32 x 3, batch 64
+deep       kernels of 100 layers 64 x 64        gpt2      12 decoder blocks of width 768, 8 x 1024 tokens: for a GPU
+layers     lenet5 as `nn.Conv` and `nn.Dense`: `capture` and `bnp` on an unchanged model, convolutions in a `lax.cond`
+
+Each call is a whole step, or `update` alone, that goes on from its own result; its state is donated, as in training.
 `dense` is not among them: the square of the number of parameters of the smallest of these networks is 15 GB.
+
+psgd-jax 0.2.9 (extra `peers`) does not import today; `psgd_jax` gives back the two names that it misses. It holds the
+factors, not P; ours keeps P as well, so that a step without a fit costs one product per factor.
 """
 
+import importlib
+import importlib.util
 import itertools
+import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import linen as nn
 
 import dpsgd_optax as dpo
-from benchmarks.engine.workload import Timed, Workload, of_gradient, probe, whole_step
-from benchmarks.studies import _peers as peers
+from benchmarks.engine.problem import STATISTICS, cross_entropy
+from benchmarks.engine.timing import Timed, Workload, of_gradient, probe, whole_step
+from benchmarks.problems.models import MLP, LeNet5, Transformer
+from benchmarks.problems.resnet import SIZES, ResNet
 from dpsgd_optax import training
 
 RATE = 1e-5  # nothing may run away: a step is repeated some hundred times
@@ -25,6 +41,76 @@ DENSE = dpo.kron(max_skew=100.0, geometry=dpo.qeq)
 QUICK = dpo.kron(geometry=dpo.quad)  # what `psgd` fits here
 BLOCK = 256
 LAYERED = ("mlp", "layers")  # where each layer is shown what enters it
+
+
+def _classifier(model: nn.Module, shape: tuple[int, ...], classes: int = 10, **train: Any) -> Workload:
+  """Cross-entropy of random images or tokens; `train`: arguments of a model that has running statistics."""
+  rng = np.random.default_rng(0)
+  images = len(shape) != 2 or not isinstance(model, Transformer)
+  x = jnp.asarray(rng.standard_normal(shape), jnp.float32) if images else jnp.asarray(rng.integers(0, classes, shape))
+  y = jnp.asarray(rng.integers(0, classes, shape[:1] if images else shape))
+  variables = jax.jit(model.init)(jax.random.key(0), x[:1])
+
+  def loss(params: Any, statistics: Any, batch: Any) -> tuple[jax.Array, Any]:
+    if not train:
+      return cross_entropy(model.apply(params, batch[0]), batch[1])["loss"], statistics
+    logits, new = model.apply(params | {STATISTICS: statistics}, batch[0], mutable=[STATISTICS], **train)
+    return cross_entropy(logits, batch[1])["loss"], new[STATISTICS]
+
+  statistics = variables.get(STATISTICS, ())
+  params = {name: part for name, part in variables.items() if name != STATISTICS}
+  return Workload(params, statistics, (x, y), loss)
+
+
+class Layers(nn.Module):
+  """LeNet-5 as anybody would write it."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for features in (6, 16):
+      x = nn.max_pool(nn.relu(nn.Conv(features, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
+    x = x.reshape(len(x), -1)
+    for features in (120, 84):
+      x = nn.relu(nn.Dense(features)(x))
+    return nn.Dense(10)(x)
+
+
+def deep(depth: int = 100, width: int = 64) -> Workload:
+  rng = np.random.default_rng(0)
+  return Workload({f"w{i}": jnp.asarray(rng.standard_normal((width, width)), jnp.float32) for i in range(depth)})
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+  "mlp": lambda: _classifier(MLP((512, 512, 10)), (256, 784)),
+  "lenet5": lambda: _classifier(LeNet5(), (64, 28, 28, 1)),
+  "charlm": lambda: _classifier(Transformer(65, 4, 128, 4), (16, 128), 65),
+  "resnet8": lambda: _classifier(ResNet(*SIZES["resnet8"], "batch", True), (64, 32, 32, 3), train=True),
+  "deep": deep,
+  "layers": lambda: _classifier(Layers(), (64, 28, 28, 1)),
+  "gpt2": lambda: _classifier(Transformer(50257, 12, 768, 12), (8, 1024), 50257),
+}
+USUAL = ("mlp", "lenet5", "charlm", "resnet8", "deep", "layers")
+
+
+def peers_installed() -> bool:
+  return importlib.util.find_spec("psgd_jax") is not None
+
+
+def psgd_jax(module: str) -> Any:
+  """A module of it, importable again: `optax._src.clipping` and `jax.tree_unflatten` are gone from optax and jax."""
+  name = "optax._src.clipping"
+  if name not in sys.modules:
+    clipping = types.ModuleType(name)
+    clipping.clip_by_global_norm = optax.clip_by_global_norm
+    clipping.clip_by_block_rms = optax.clip_by_block_rms
+    clipping.clip = optax.clip
+    sys.modules[name] = clipping
+  if not hasattr(jax, "tree_unflatten"):
+    jax.tree_unflatten = jax.tree_util.tree_unflatten
+  try:
+    return importlib.import_module(f"psgd_jax.{module}")
+  except ModuleNotFoundError:
+    raise SystemExit("error: psgd-jax is not installed. Type: pip install 'dpsgd_optax[peers]'") from None
 
 
 def per_leaf(make: Callable[[], optax.GradientTransformation], params: Any) -> optax.GradientTransformation:
@@ -76,7 +162,7 @@ def updates(work: Workload, name: str) -> dict[str, Timed]:
       "a fit taken": _fit(work, True),
       "a fit not taken": _fit(work, False),
     }
-  if peers.installed():
+  if peers_installed():
     found |= of_peers(work, name)
   return {f"update: {label}": call for label, call in found.items()}
 
@@ -94,16 +180,16 @@ def _fit(work: Workload, taken: bool) -> Timed:
 
 def of_peers(work: Workload, name: str) -> dict[str, Timed]:
   """The same by psgd-jax."""
-  kron = peers.psgd_jax("kron").kron
+  kron = psgd_jax("kron").kron
   theirs = lambda p: alone(kron(RATE, b1=0.9, preconditioner_update_probability=p), work)
   found = {"psgd-jax kron, fit": theirs(1.0)}
   if name != "deep":  # it takes minutes to compile there
     found["psgd-jax kron, no fit"] = theirs(1e-9)
   if name == "mlp":
     every = {"b1": 0.9, "preconditioner_update_probability": 1.0}
-    lra = peers.psgd_jax("low_rank_approximation").low_rank_approximation
+    lra = psgd_jax("low_rank_approximation").low_rank_approximation
     found["psgd-jax lra of rank 10, fit"] = alone(lra(RATE, **every), work)
-    found["psgd-jax xmat, fit"] = alone(peers.psgd_jax("xmat").xmat(RATE, **every), work)
+    found["psgd-jax xmat, fit"] = alone(psgd_jax("xmat").xmat(RATE, **every), work)
   return found
 
 
@@ -133,7 +219,7 @@ def steps(work: Workload, name: str) -> dict[str, Timed]:
   }
   if name == "resnet8":
     found["sgd_ph"] = step(dpo.sgd_ph(RATE, training.is_norm_param), "leaves", refresh=True)
-  if name in ("mlp", "lenet5", "layers") and peers.installed():
+  if name in ("mlp", "lenet5", "layers") and peers_installed():
     found["psgd-jax affine, fit"] = _affine(work, True)
     found["psgd-jax affine on our Hvp, fit"] = _affine(work, False)
   return found | (layered(work) if name in LAYERED else {})
@@ -198,8 +284,8 @@ def _affine(work: Workload, as_documented: bool) -> Timed:
   ``as_documented``: with the products of its `hessian_helper`, as its README tells, which computes them in a
   `lax.cond`; otherwise it is handed products made as ours are, and told at trace time that there is one.
   """
-  tx = peers.psgd_jax("affine").affine(RATE, b1=0.0)
-  helper = peers.psgd_jax("utils").hessian_helper
+  tx = psgd_jax("affine").affine(RATE, b1=0.0)
+  helper = psgd_jax("utils").hessian_helper
 
   def run(carry: Any, batch: Any, vector: Any) -> tuple[Any, Any]:
     params, statistics, state, (key, count) = carry

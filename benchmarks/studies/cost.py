@@ -31,8 +31,7 @@ from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment, load_average
 from benchmarks.engine.report import Table, number, publish
 from benchmarks.engine.timing import Step, compile_anew, interleaved, ratio_text
-from benchmarks.studies._calls import steps, updates
-from benchmarks.studies._workloads import USUAL, WORKLOADS
+from benchmarks.studies._calls import USUAL, WORKLOADS, steps, updates
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 THREADS = {"one": ONE_THREAD, "all": ""}

@@ -19,8 +19,7 @@ import optax
 import dpsgd_optax as dpo
 from benchmarks.engine.records import environment, load_average
 from benchmarks.engine.report import Table, publish
-from benchmarks.engine.timing import Step, interleaved, quartiles_of, ratio_text
-from benchmarks.engine.workload import first_batch, of_gradient, whole_step
+from benchmarks.engine.timing import Step, first_batch, interleaved, of_gradient, quartiles_of, ratio_text, whole_step
 from benchmarks.problems.table import build
 from dpsgd_optax import training
 

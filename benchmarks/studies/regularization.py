@@ -21,8 +21,7 @@ from benchmarks.engine.problem import cross_entropy
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment, load_average, write
 from benchmarks.engine.report import Table, number, publish
-from benchmarks.engine.timing import Step, interleaved, quartiles_of
-from benchmarks.engine.workload import first_batch, of_gradient, whole_step
+from benchmarks.engine.timing import Step, first_batch, interleaved, of_gradient, quartiles_of, whole_step
 from benchmarks.problems import data
 from benchmarks.problems.models import MLP
 from benchmarks.problems.table import build

@@ -10,9 +10,8 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.engine import timing
-from benchmarks.engine.workload import Workload
+from benchmarks.engine.timing import Workload
 from benchmarks.studies import _calls as calls
-from benchmarks.studies import _workloads as workloads
 from benchmarks.studies import cost
 
 
@@ -47,14 +46,14 @@ def test_the_same_row_asks_different_things_of_different_workloads():
 def test_every_row_has_contestants_on_some_workload():
   """A name that is misspelt would drop its row in silence."""
   known = set()
-  for name in workloads.USUAL:
-    work = workloads.deep(2, 4)
+  for name in calls.USUAL:
+    work = calls.deep(2, 4)
     known |= set(calls.updates(work, name))
     output = lambda params: jnp.ones((4, 3)) @ params["w"] * params["norm"]["scale"] + params["norm"]["bias"]
     loss = lambda params, statistics, batch: (jnp.sum(output(params) ** 2), statistics)
     work = Workload({"w": jnp.ones((3, 2)), "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)}}, (), (), loss)
     known |= set(calls.steps(work, name))
-  if not calls.peers.installed():
+  if not calls.peers_installed():
     known |= {name for row in cost.ROWS for name in (*row.of, *row.against) if "psgd-jax" in name}
   assert {name for row in cost.ROWS for name in (*row.of, *row.against)} <= known
 
@@ -69,8 +68,8 @@ def test_leaf_by_leaf_is_the_same_rule():
 
 
 def test_the_whole_command(tmp_path, monkeypatch):
-  monkeypatch.setitem(workloads.WORKLOADS, "deep", lambda: workloads.deep(2, 8))
-  monkeypatch.setattr(calls.peers, "installed", lambda: False)
+  monkeypatch.setitem(calls.WORKLOADS, "deep", lambda: calls.deep(2, 8))
+  monkeypatch.setattr(calls, "peers_installed", lambda: False)
   monkeypatch.setenv("XLA_FLAGS", "")
   assert main(["cost", "deep", "--threads", "one", "--rounds", "2", "--calls", "1", "--out", str(tmp_path)]) == 0
   assert "leaf by leaf" in cost.table(json.loads((tmp_path / "cost-deep.json").read_text())).markdown()
