@@ -3,8 +3,8 @@
 
 Options are written as on the command line: numbers, or the text of a value of `dpsgd_optax` ("additive").
 The author's values are those of his notebooks (usmanqadeer1/DPSGD): normaliser, factor step, learning rates, decay per
-epoch, cadence, average. Form of the damping and rule of τ are those of `dpsgd` everywhere; he
-had the additive form on fashion_mnist and addition, and the rule the other way round (factor=0.7738, 0.95 on mnist).
+epoch, cadence, average. Form of the damping and rule of τ are those of `dpsgd` everywhere. He had the additive form on
+fashion_mnist and addition, and the rule the other way round (factor=0.7738, 0.95 on mnist).
 """
 
 import json

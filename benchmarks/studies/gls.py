@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The claims of the note on GLS, measured: python -m benchmarks gls
+"""GLS beside Adam and others: losses, layers wider than their input, and the cost of a step.
 
 classifiers   loss after equal steps; at SGD's step length, for each rate; steps and seconds to where Adam ends
 autoencoder   layers wider than their input: plain GLS, the three mends, Kron whitening, Adam

@@ -206,7 +206,7 @@ def test_ptb_without_the_files_says_what_to_put_where(tmp_path, monkeypatch):
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(("model", "shape", "parameters"), [(LeNet5, (2, 28, 28, 1), 44426), (Elman, (2, 32, 2), 481)])
 def test_models_have_the_number_of_parameters_of_the_paper(model, shape, parameters, folded):
-  """N of specs/DPSGD section 11, in both layouts of the biases."""
+  """44426 and 481, in both layouts of the biases."""
   params = jax.eval_shape(model(folded=folded).init, jax.random.key(0), np.zeros(shape, np.float32))
   leaves = jax.tree.leaves(params)
   assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
