@@ -3,13 +3,9 @@
 
 python -m benchmarks cost mlp lenet5
 
-Every round runs a few calls of each contestant, in a fresh random order; ratios are formed within a round, and their
-median and quartiles over the rounds are reported, of CPU and of wall seconds. An absolute time on a shared machine
-means nothing. With one thread and with all of them (`--threads`), each in a process of its own.
-
-The contestants are in _calls.py. A cadence is a weighted mean of its parts: one fit in 33 steps is a step with a fit
-and 32 without. For every contestant also: CPU seconds to compile, instructions, flops and bytes by the compiler's own
-count, bytes of temporaries and of the optimizer's state.
+Every ratio is measured as `engine/timing.py` says, with one thread and with all of them (`--threads`), each in a
+process of its own. The contestants are in _calls.py. One fit in 33 steps is not run: it is the mean of a step with a
+fit and of 32 without. For every contestant the compiler's own counts are kept too, and the bytes of its state.
 """
 
 import json

@@ -2,8 +2,8 @@
 """Entropy and margin of the predictions of a kept run; whether they are higher for what was forgotten."""
 
 import math
-from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,5 +38,4 @@ def entropy(kept: Kept) -> Found:
   }
 
 
-def run(args: Namespace) -> None:
-  run_all(entropy, args)
+run = partial(run_all, entropy)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often the samples of a kept run were learned and forgotten again (arXiv:1812.05159)."""
 
-from argparse import Namespace
+from functools import partial
 
 import numpy as np
 
@@ -22,5 +22,4 @@ def forgetting(kept: Kept) -> Found:
   }
 
 
-def run(args: Namespace) -> None:
-  run_all(forgetting, args)
+run = partial(run_all, forgetting)

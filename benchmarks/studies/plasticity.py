@@ -6,8 +6,8 @@ python -m benchmarks plasticity fashion_mnist-noise-0.4-tuned
 """
 
 import math
-from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,5 +47,4 @@ def with_right_labels(problem: Problem) -> Problem:
   return replace(problem, arrays=problem.arrays._replace(train=train), deficit=0)
 
 
-def run(args: Namespace) -> None:
-  run_all(plasticity, args)
+run = partial(run_all, plasticity)

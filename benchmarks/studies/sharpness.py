@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest eigenvalue of the Hessian where a kept run has ended."""
 
-from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,5 +37,4 @@ def sharpness(kept: Kept, samples: int = 512) -> Found:
   return {"largest_eigenvalue": largest_eigenvalue(loss, jax.tree.map(jnp.asarray, params))}
 
 
-def run(args: Namespace) -> None:
-  run_all(sharpness, args)
+run = partial(run_all, sharpness)
