@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: one runner, one table of problems, one table of optimizers. Run `python -m benchmarks --help`.
+"""Benchmarks: optimizers against each other on real data. Run `python -m benchmarks --help`; README.md says more.
 
-problem.py               what a problem is          problems.py           the table of them
-layered.py, vision.py    problems of layers, images models.py, resnet.py  the networks
-data.py, curves.py       what it is trained on      cifar.py, tabular.py  the same; spoilers.py: spoiled on purpose
-optimizers.py            who trains it              hyperparameters.py    every number, in one place
-runner.py                train, timed, interleaved  records.py            what is kept, as JSON
-analysis.py              curves to figures          report.py, plots.py   figures to tables and pictures
-session.py               one invocation             tune.py               choose learning rates
-saved.py                 what `--save` keeps        studies.py            and the analyses of it
-gls.py                   the claims of the note     curvature_step.py     one of its mends, as a reference
-progress.py              live output                __main__.py           the command line
+engine/              trains, times and reports; knows no problem, no optimizer and no study
+problems/            what is minimised: one function, one row; with the data sets and the networks
+optimizers.py        who trains: the table, and contestants as they are typed on the command line
+hyperparameters.py   every number: settings, grids of learning rates, groups of contestants
+studies/             what is asked: one file, one subcommand
+__main__.py          the command line
+results/             what was measured: JSON and pictures, from which the figures of the pages are written
+
+Rooms import upwards only: engine, then problems, then hyperparameters and optimizers, then studies.
 """
 
 import os

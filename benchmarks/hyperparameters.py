@@ -2,16 +2,17 @@
 """Every number of the benchmarks: the author's settings, the learning-rate grids, and what was chosen from them.
 
 Options are written as on the command line: numbers, or the text of a value of `dpsgd_optax` ("additive").
-Reference of the author's values: specs/DPSGD.md, section 11 (notebooks of usmanqadeer1/DPSGD): normaliser, factor step,
-learning rates, decay per epoch, cadence, average. Form of the damping and rule of τ are those of `dpsgd` everywhere; he
-had the additive form on fashion_mnist and addition, and the rule the other way round (factor=0.7738, 0.95 on mnist).
+The author's values are those of his notebooks (usmanqadeer1/DPSGD): normaliser, factor step, learning rates, decay per
+epoch, cadence, average. Form of the damping and rule of τ are those of `dpsgd` everywhere. He had the additive form on
+fashion_mnist and addition, and the rule the other way round (factor=0.7738, 0.95 on mnist).
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.calls import Options, file_name, name_of
+from benchmarks.engine.arguments import RESULTS as RESULTS
+from benchmarks.engine.calls import Options, file_name, name_of
 
 ABLATION = ("psgd", "psgd+damping", "psgd+averaging", "dpsgd")  # damping and averaging, each off and on
 
@@ -32,7 +33,7 @@ CLASSIFICATION_DECAY = 0.01 ** (1 / 9)  # of the learning rate, per epoch, in hi
 
 
 def _author(sgd: float, adam: float, newton: float, decay: float = 1.0, **dpsgd: float | int | str | None) -> Setting:
-  """One column of the table in section 11; the four ablation cells share the learning rate, T1 and the factor step."""
+  """One of his notebooks; the four ablation cells share the learning rate, T1 and the factor step."""
   shared: Options = {"learning_rate": newton, "every": 1, **SLOW_FACTORS}
   averaging: Options = {"average": dpsgd.pop("average")}
   return Setting(
@@ -57,7 +58,7 @@ AUTHOR = {
   "mnist_autoencoder": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5),
 }
 
-# Settings of the original PSGD code, specs/PSGD_RESULTS.md section 9, T3 to T5; its function is rosenbrock(pairs=True).
+# Settings of the original PSGD code; its function is rosenbrock(pairs=True).
 AUTHOR |= {
   "rosenbrock": Setting(
     {
@@ -106,20 +107,11 @@ GRIDS = {
   "muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
   "psgd": SECOND_ORDER_GRID,
   "psgd_whiten": ADAPTIVE_GRID,
-  "psgd_newton": SECOND_ORDER_GRID,
-  "psgd+damping": SECOND_ORDER_GRID,
-  "psgd+averaging": SECOND_ORDER_GRID,
-  "dpsgd": SECOND_ORDER_GRID,
-  "gls": (0.05, 0.1, 0.2, 0.4, 0.8),
-  "gls_curvature": (0.05, 0.1, 0.2, 0.4, 0.8),
-  "bnp": (0.01, 0.03, 0.1, 0.3, 1.0),
-  "sgd_ph": (0.01, 0.03, 0.1, 0.3, 1.0),
-  "sgd_ph_tau": (0.01, 0.03, 0.1, 0.3, 1.0),
-  "sgd_ph_released": (0.01, 0.03, 0.1, 0.3, 1.0),
+  **dict.fromkeys(("psgd_newton", "psgd+damping", "psgd+averaging", "dpsgd"), SECOND_ORDER_GRID),
+  **dict.fromkeys(("gls", "gls_curvature"), (0.05, 0.1, 0.2, 0.4, 0.8)),
+  **dict.fromkeys(("bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released"), (0.01, 0.03, 0.1, 0.3, 1.0)),
 }
 PARTICULAR = ("gls", "gls_curvature", "bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released")  # they need (norm) layers
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def tuned(problem: str) -> dict[str, float]:
@@ -143,7 +135,6 @@ GROUPS = {
   "geometries": tuple(f"dpsgd(geometry={geometry})" for geometry in ("eq", "qeq", "quad", "pro")),
   "models": tuple(f"dpsgd(model={model})" for model in ("newton_model", "half_slope", "quadratic_model")),
 }
-TUNING_SEED = 0  # the results use seeds 1, 2, ...
 
 
 def setting(name: str, problem: str) -> Setting:

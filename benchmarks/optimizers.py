@@ -1,46 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of optimizers, and contestants: an optimizer with its options, as written on the command line.
+"""Who trains: the table of optimizers, and contestants, which are optimizers with options as typed on the command line.
 
 dpsgd                                  with the options of the setting
 dpsgd(average=0.5, judge_every=10)     the same with two of them changed
 dpsgd(form=additive)                   a bare word is a name of `dpsgd_optax`
 psgd_newton(preconditioner=lra(rank=5))    so is the function of a call
 momentum(clip=1.0)                     any optimizer: gradients clipped to a global norm of 1 before it
+
+`prepare` brings together what a run needs: the problem, the plan and the contestants. `Races` gives `tune_then_race`
+its races on one problem.
 """
 
-import ast
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import dpsgd_optax as dpo
-from benchmarks import calls
-from benchmarks.calls import Options, SpecError
-from benchmarks.curvature_step import gls_curvature
+from benchmarks.engine import calls
+from benchmarks.engine.calls import Options, SpecError
+from benchmarks.engine.contestant import Contestant, Method
+from benchmarks.engine.problem import Problem, limit
+from benchmarks.engine.records import Plan, Results, Run
+from benchmarks.engine.runner import make_plan
+from benchmarks.engine.session import run
 from benchmarks.hyperparameters import GROUPS
+from benchmarks.hyperparameters import setting as setting_of
+from benchmarks.problems.table import build
 from dpsgd_optax import training
 
 EXAMPLE = "dpsgd(average=0.5)"
 
 
-@dataclass(frozen=True)
-class Method:
-  """One row: the constructor and its fixed options.
+def dpsgd(learning_rate: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+  """`dpo.dpsgd`, its options and those of `damped_kron` side by side, as they are typed: dpsgd(average=0.5)."""
+  factors = {name: options.pop(name) for name in inspect.signature(dpo.damped_kron).parameters if name in options}
+  return dpo.dpsgd(learning_rate, dpo.damped_kron(**factors), **options)
 
-  `newton`: it fits on Hessian-vector products, and the host chooses the steps of fitting and judging.
-  `keyed`: it draws probes, from a key that is given by the seed of the run.
-  `layerwise`: it is shown what enters each linear layer, and the host chooses the steps of fitting.
+
+def gls_curvature(learning_rate: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+  """`gls` with the step of each layer as long as the curvature along it allows: D times 1 / max(1, c).
+
+  c = D'HD / (rate (-g'D)). A reference for the study `gls`, at one Hessian-vector product per layer and step. With
+  U = -D / rate that is U'HU / g'U, the curvature of the loss with respect to the outputs of the layer along the change
+  that was asked for: a Rayleigh quotient, one step of the power iteration that would give the largest.
   """
+  inner = dpo.gls(learning_rate, **options)
 
-  make: Callable[..., optax.GradientTransformation]
-  options: Mapping[str, Any] = field(default_factory=dict)
-  newton: bool = False
-  keyed: bool = False
-  layerwise: bool = False
+  def update(updates, state, params=None, *, value_fn, **extra):
+    steps, state = inner.update(updates, state, params, value_fn=value_fn, **extra)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(steps)
+    layers = [path[:-1] for path, _ in paths]
+    leaves, gradient, product = [x for _, x in paths], jax.tree.leaves(updates), dpo.hvp(value_fn, params)
+    for layer in dict.fromkeys(layers):
+      mine = [x if where == layer else jnp.zeros_like(x) for where, x in zip(layers, leaves, strict=True)]
+      image = jax.tree.leaves(product(jax.tree.unflatten(treedef, mine)))
+      curvature, slope = optax.tree.vdot(mine, image), -learning_rate * optax.tree.vdot(mine, gradient)
+      scale = 1 / jnp.maximum(1, curvature / jnp.where(slope > 0, slope, jnp.inf))
+      leaves = [x * scale if where == layer else x for where, x in zip(layers, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, leaves), state
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+NORM: Options = {"where": training.is_norm_param}
 OPTIMIZERS = {
   "sgd": Method(optax.sgd),
   "momentum": Method(optax.sgd, {"momentum": 0.9, "nesterov": True}),
@@ -48,114 +78,56 @@ OPTIMIZERS = {
   "adamw": Method(optax.adamw),
   "lbfgs": Method(optax.lbfgs, {"linesearch": None}),
   "muon": Method(optax.contrib.muon),
-  "psgd": Method(dpo.dpsgd, {"average": None, "damping": None}, newton=True, keyed=True),
+  "psgd": Method(dpsgd, {"average": None, "damping": None}, newton=True, keyed=True),
   "psgd_whiten": Method(dpo.psgd, keyed=True),
   "psgd_newton": Method(dpo.psgd, {"curvature": dpo.newton(), "every": 1}, newton=True, keyed=True),
-  "psgd+damping": Method(dpo.dpsgd, {"average": None}, newton=True, keyed=True),
-  "psgd+averaging": Method(dpo.dpsgd, {"damping": None}, newton=True, keyed=True),
-  "dpsgd": Method(dpo.dpsgd, newton=True, keyed=True),
-  "sgd_ph": Method(dpo.sgd_ph, {"where": training.is_norm_param}, newton=True, keyed=True),
-  "sgd_ph_tau": Method(
-    dpo.sgd_ph, {"where": training.is_norm_param, "tau": 0.1, "damping": 0.01}, newton=True, keyed=True
-  ),
+  "psgd+damping": Method(dpsgd, {"average": None}, newton=True, judged=True, keyed=True),
+  "psgd+averaging": Method(dpsgd, {"damping": None}, newton=True, keyed=True),
+  "dpsgd": Method(dpsgd, newton=True, judged=True, keyed=True),
+  "sgd_ph": Method(dpo.sgd_ph, NORM, newton=True, keyed=True),
+  "sgd_ph_tau": Method(dpo.sgd_ph, NORM | {"tau": 0.1, "damping": 0.01}, newton=True, keyed=True),
   "sgd_ph_released": Method(
-    dpo.sgd_ph,
-    {"where": training.is_norm_param, "probe": dpo.probes.ones, "cycle": True, "signed": False},
-    newton=True,
-    keyed=True,
+    dpo.sgd_ph, NORM | {"probe": dpo.probes.ones, "cycle": True, "signed": False}, newton=True, keyed=True
   ),
   "gls": Method(dpo.gls, layerwise=True),
   "gls_curvature": Method(gls_curvature, layerwise=True),
   "bnp": Method(dpo.bnp, layerwise=True),
 }
 
-
-@dataclass(frozen=True)
-class Contestant:
-  """An optimizer of the table with the options of this run; `label` is how the results call it."""
-
-  label: str
-  name: str
-  options: Options
-
-  @property
-  def method(self) -> Method:
-    return OPTIMIZERS[self.name]
-
-  def _option(self, name: str, default: Any) -> Any:
-    return (dict(self.method.options) | self.options).get(name, default)
-
-  @property
-  def fit_period(self) -> int | None:
-    """T1, or None if the host does not choose the steps of fitting."""
-    return self._option("every", 1) if self.method.newton or self.method.layerwise else None
-
-  @property
-  def judge_period(self) -> int | None:
-    """T2, or None if there is no Levenberg-Marquardt rule."""
-    judged = self.method.make is dpo.dpsgd and self._option("damping", 1.0) is not None
-    return self._option("judge_every", 5) if judged else None
-
-  @property
-  def records(self) -> str | None:
-    """What of each layer it is shown: its "inputs", its output "gradients" too, or None."""
-    if not self.method.layerwise:
-      return None
-    from_gradients = self._option("from_outputs", False) or self._option("output_damping", None) is not None
-    return "gradients" if from_gradients else "inputs"
-
-  def build(
-    self, decay: float, steps_per_epoch: int, key: int, layers: Any = None
-  ) -> optax.GradientTransformationExtraArgs:
-    """The transform, its learning rate multiplied by `decay` after every epoch; `layers`: shapes of the records.
-
-    The initial learning rate is a number in the state: contestants that differ in nothing else share a compilation.
-    """
-    options = dict(self.method.options) | {name: value_of(option) for name, option in self.options.items()}
-    if self.method.keyed:
-      options["key"] = key
-    if self.method.layerwise:
-      options["layers"] = layers
-    initial, clip = options.pop("learning_rate"), options.pop("clip", None)
-    make = self.method.make
-
-    def decayed(initial: Any, decay: Any) -> optax.GradientTransformation:
-      tx = make(initial * decay, **options)
-      return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
-
-    schedule = optax.exponential_decay(1.0, steps_per_epoch, decay, staircase=True)
-    return optax.inject_hyperparams(decayed)(initial=initial, decay=schedule)
-
-  def compilation(self) -> tuple[Any, ...]:
-    """Equal for contestants that differ in their learning rate only."""
-    return self.name, *sorted((name, repr(value)) for name, value in self.options.items() if name != "learning_rate")
-
-
-def value_of(option: Any) -> Any:
-  """The value of an option: text is a literal, a name of `dpsgd_optax`, or a call of one."""
-  if not isinstance(option, str):
-    return option
-  node = ast.parse(option, mode="eval").body
-  if isinstance(node, ast.Call):
-    value = lambda argument: value_of(calls.literal(argument))
-    named = {str(keyword.arg): value(keyword.value) for keyword in node.keywords}
-    return value_of(ast.unparse(node.func))(*map(value, node.args), **named)
-  if not isinstance(node, ast.Name) or not hasattr(dpo, node.id):
-    raise SpecError(f"an option must be a number, None or a name of `dpsgd_optax`, got `{option}`.")
-  return getattr(dpo, node.id)
+GEOMETRIES = ("pro", "qeq", "qep", "quad", "eq", "quad4p", "pro4p")
+PRECONDITIONERS: dict[str, Callable[[], dpo.Preconditioner]] = {
+  "diagonal": dpo.diagonal,
+  "kron, some diagonal": partial(dpo.kron, geometry=dpo.quad),
+  **{f"kron {name}": partial(dpo.kron, geometry=getattr(dpo.geometry, name), max_skew=jnp.inf) for name in GEOMETRIES},
+  "kron bfloat16 state": partial(dpo.kron, geometry=dpo.quad, state_dtype=jnp.bfloat16),
+  "affine": partial(dpo.affine, max_skew=jnp.inf),
+  "scan": dpo.scan,
+  "scaw": dpo.scaw,
+  "dense": dpo.dense,
+  "dense eq": partial(dpo.dense, geometry=dpo.eq),
+  "dense gl": partial(dpo.dense, geometry=dpo.geometry.gl),
+  "lra": dpo.lra,
+  "xmat": dpo.xmat,
+  "damped_kron": dpo.damped_kron,
+}
 
 
 def parse(text: str) -> tuple[str, Options]:
   """`name(option=value, ...)` -> the name of an optimizer and its options."""
-  if calls.name_of(text) not in OPTIMIZERS:
-    known = ", ".join([*OPTIMIZERS, *GROUPS])
-    raise SpecError(f"`{text}` is no optimizer. Type one of {known}, or one with options: {EXAMPLE}.")
+  if (name := calls.name_of(text)) not in OPTIMIZERS:
+    message = calls.unknown("optimizer", name, [*OPTIMIZERS, *GROUPS])
+    raise SpecError(f"{message} Options are written behind the name: {EXAMPLE}.")
   return calls.parse(text, EXAMPLE)
 
 
 def split(text: str) -> list[str]:
   """Split at the commas outside parentheses; names of groups become their members."""
   return [member for part in calls.split(text) for member in GROUPS.get(part, (part,))]
+
+
+def contestant(label: str, name: str, options: Options) -> Contestant:
+  """The optimizer of this name in the table, with options."""
+  return Contestant(label, name, options, OPTIMIZERS[name])
 
 
 def contestants(text: str, defaults: Mapping[str, Options], problem: str) -> list[Contestant]:
@@ -169,5 +141,62 @@ def contestants(text: str, defaults: Mapping[str, Options], problem: str) -> lis
         f"`{name}` has no learning rate on `{problem}` in this setting. Type {name}(learning_rate=0.1), or run "
         f"`python -m benchmarks tune {problem} --optimizers {name}`."
       )
-    found.append(Contestant(part.replace(" ", ""), name, options))
+    found.append(contestant(part.replace(" ", ""), name, options))
   return found
+
+
+def typed(name: str, options: Options, rate: float) -> str:
+  """An optimizer as it is written on the command line."""
+  return f"{name}({','.join(f'{key}={value}' for key, value in (options | {'learning_rate': rate}).items())})"
+
+
+def prepare(
+  name: str,
+  setting: str,
+  optimizers: str,
+  *,
+  data_dir: str | None = None,
+  epochs: float | None = None,
+  batch_size: int | None = None,
+  train_size: int | None = None,
+  test_size: int | None = None,
+  evaluations: int | None = None,
+  decay: float | None = None,
+  folded: bool | None = None,
+) -> tuple[Problem, Plan, list[Contestant]]:
+  """The problem, the plan and the contestants; what is None comes from the setting or from the problem."""
+  chosen = setting_of(setting, name)
+  folded = chosen.folded if folded is None else folded
+  decay = chosen.decay if decay is None else decay
+  ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
+  found = contestants(optimizers or ",".join(ready or chosen.optimizers), chosen.optimizers, name)
+  problem = limit(build(name, data_dir, folded), train_size, test_size)
+  if batch_size is not None:
+    problem = replace(problem, batch_size=batch_size)
+  plan = make_plan(problem, setting, epochs or problem.epochs, decay, folded, evaluations or problem.evaluations)
+  return problem, plan, found
+
+
+@dataclass
+class Races:
+  """Races on one problem, whose results stay in memory: what `tune_then_race` plays.
+
+  Attributes:
+    problem: as it is typed on the command line.
+    typed: (contestant, learning rate) -> the optimizer as it is typed there.
+    options: of `prepare`.
+    last: the results of the latest race.
+  """
+
+  problem: str
+  typed: Callable[[str, float], str]
+  options: dict[str, Any]
+  last: Results | None = None
+
+  def __call__(self, entries: Sequence[tuple[str, float]], seeds: Sequence[int]) -> dict[tuple[str, float], list[Run]]:
+    """The runs of each (contestant, learning rate), all of them side by side."""
+    labels = {entry: self.typed(*entry).replace(" ", "") for entry in entries}
+    built, plan, entered = prepare(self.problem, "tuned", ",".join(labels.values()), **self.options)
+    with TemporaryDirectory() as folder:
+      self.last = run(built, plan, entered, seeds, Path(folder) / "race.json")
+    return {entry: self.last.of(label) for entry, label in labels.items()}

@@ -5,7 +5,7 @@ A promise is a function of the name of a row that raises if it is broken. Most o
 structure, which `jax.eval_shape` answers without compiling anything. A cell that cannot hold is listed in EXCUSES with
 its reason, and its error is part of the table: the test asserts that it comes, and that it says what to do.
 
-``python -m benchmarks conformance`` prints the table.
+``python -m tests.contract`` prints the table.
 """
 
 import contextlib

@@ -8,8 +8,8 @@ import sys
 import time
 import warnings
 
-from benchmarks.progress import say
-from benchmarks.report import Table
+from benchmarks.engine.progress import say
+from benchmarks.engine.report import Table
 from tests.clients.cells import CLIENTS, Broken, ask, cells, versions
 from tests.clients.columns import OPTIMIZERS
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import hyperparameters, readme
+from benchmarks import hyperparameters
+from benchmarks.studies import readme
 
 README = Path(__file__).parents[2] / "README.md"
 NOTEBOOKS = sorted((README.parent / "notebooks").glob("[0-9]*.py"))

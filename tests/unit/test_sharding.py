@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import dpsgd_optax as dpo
-from benchmarks.distributed import QUICK_TO_COMPILE
+from benchmarks.engine.devices import QUICK_TO_COMPILE
 
 ROOT = Path(__file__).parents[2]
 EIGHT = AbstractMesh((8,), ("data",))

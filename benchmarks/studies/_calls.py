@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `python -m benchmarks cost` times: networks with made-up data, and calls on each of them.
+
+mlp        784-512-512-10, batch 256            charlm    4 decoder blocks of width 128, 16 x 128 characters
+lenet5     5 layers on 28 x 28, batch 64        resnet8   8 layers with batch norm on 32 x 32 x 3, batch 64
+deep       kernels of 100 layers 64 x 64        gpt2      12 decoder blocks of width 768, 8 x 1024 tokens: for a GPU
+layers     lenet5 as `nn.Conv` and `nn.Dense`: `capture` and `bnp` on an unchanged model, convolutions in a `lax.cond`
+
+Each call is a whole step, or `update` alone, that goes on from its own result; its state is donated, as in training.
+`dense` is not among them: the square of the number of parameters of the smallest of these networks is 15 GB.
+
+psgd-jax 0.2.9 (extra `peers`) does not import today; `psgd_jax` gives back the two names that it misses. It holds the
+factors, not P; ours keeps P as well, so that a step without a fit costs one product per factor.
+"""
+
+import importlib
+import importlib.util
+import itertools
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+import dpsgd_optax as dpo
+from benchmarks.engine.problem import STATISTICS, cross_entropy
+from benchmarks.engine.timing import Timed, Workload, of_gradient, probe, whole_step
+from benchmarks.problems.models import MLP, LeNet5, Transformer
+from benchmarks.problems.resnet import SIZES, ResNet
+from dpsgd_optax import training
+
+RATE = 1e-5  # nothing may run away: a step is repeated some hundred times
+# both factors of every matrix dense, vectors diagonal: the structure of psgd-jax; the geometry of the fewest products
+DENSE = dpo.kron(max_skew=100.0, geometry=dpo.qeq)
+QUICK = dpo.kron(geometry=dpo.quad)  # what `psgd` fits here
+BLOCK = 256
+LAYERED = ("mlp", "layers")  # where each layer is shown what enters it
+
+
+def _classifier(model: nn.Module, shape: tuple[int, ...], classes: int = 10, **train: Any) -> Workload:
+  """Cross-entropy of random images or tokens; `train`: arguments of a model that has running statistics."""
+  rng = np.random.default_rng(0)
+  images = len(shape) != 2 or not isinstance(model, Transformer)
+  x = jnp.asarray(rng.standard_normal(shape), jnp.float32) if images else jnp.asarray(rng.integers(0, classes, shape))
+  y = jnp.asarray(rng.integers(0, classes, shape[:1] if images else shape))
+  variables = jax.jit(model.init)(jax.random.key(0), x[:1])
+
+  def loss(params: Any, statistics: Any, batch: Any) -> tuple[jax.Array, Any]:
+    if not train:
+      return cross_entropy(model.apply(params, batch[0]), batch[1])["loss"], statistics
+    logits, new = model.apply(params | {STATISTICS: statistics}, batch[0], mutable=[STATISTICS], **train)
+    return cross_entropy(logits, batch[1])["loss"], new[STATISTICS]
+
+  statistics = variables.get(STATISTICS, ())
+  params = {name: part for name, part in variables.items() if name != STATISTICS}
+  return Workload(params, statistics, (x, y), loss)
+
+
+class Layers(nn.Module):
+  """LeNet-5 as anybody would write it."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for features in (6, 16):
+      x = nn.max_pool(nn.relu(nn.Conv(features, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
+    x = x.reshape(len(x), -1)
+    for features in (120, 84):
+      x = nn.relu(nn.Dense(features)(x))
+    return nn.Dense(10)(x)
+
+
+def deep(depth: int = 100, width: int = 64) -> Workload:
+  rng = np.random.default_rng(0)
+  return Workload({f"w{i}": jnp.asarray(rng.standard_normal((width, width)), jnp.float32) for i in range(depth)})
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+  "mlp": lambda: _classifier(MLP((512, 512, 10)), (256, 784)),
+  "lenet5": lambda: _classifier(LeNet5(), (64, 28, 28, 1)),
+  "charlm": lambda: _classifier(Transformer(65, 4, 128, 4), (16, 128), 65),
+  "resnet8": lambda: _classifier(ResNet(*SIZES["resnet8"], "batch", True), (64, 32, 32, 3), train=True),
+  "deep": deep,
+  "layers": lambda: _classifier(Layers(), (64, 28, 28, 1)),
+  "gpt2": lambda: _classifier(Transformer(50257, 12, 768, 12), (8, 1024), 50257),
+}
+USUAL = ("mlp", "lenet5", "charlm", "resnet8", "deep", "layers")
+
+
+def peers_installed() -> bool:
+  return importlib.util.find_spec("psgd_jax") is not None
+
+
+def psgd_jax(module: str) -> Any:
+  """A module of it, importable again: `optax._src.clipping` and `jax.tree_unflatten` are gone from optax and jax."""
+  name = "optax._src.clipping"
+  if name not in sys.modules:
+    clipping = types.ModuleType(name)
+    clipping.clip_by_global_norm = optax.clip_by_global_norm
+    clipping.clip_by_block_rms = optax.clip_by_block_rms
+    clipping.clip = optax.clip
+    sys.modules[name] = clipping
+  if not hasattr(jax, "tree_unflatten"):
+    jax.tree_unflatten = jax.tree_util.tree_unflatten
+  try:
+    return importlib.import_module(f"psgd_jax.{module}")
+  except ModuleNotFoundError:
+    raise SystemExit("error: psgd-jax is not installed. Type: pip install 'dpsgd_optax[peers]'") from None
+
+
+def per_leaf(make: Callable[[], optax.GradientTransformation], params: Any) -> optax.GradientTransformation:
+  """The same rule for every leaf by itself, one after the other: what batching by shape saves."""
+  counter = itertools.count()
+  labels = jax.tree.map(lambda _: str(next(counter)), params)
+  return optax.partition({label: make() for label in jax.tree.leaves(labels)}, labels)
+
+
+def alone(tx: optax.GradientTransformation, work: Workload, **extra: Any) -> Timed:
+  """`update` by itself, on made-up gradients."""
+  tx = optax.with_extra_args_support(tx)
+
+  def call(state: Any, grads: Any, params: Any) -> tuple[Any, Any]:
+    new, state = tx.update(grads, state, params, **extra)
+    return state, new
+
+  return call, tx.init(work.params), work.gradients, work.params
+
+
+def updates(work: Workload, name: str) -> dict[str, Timed]:
+  """`update` alone: name -> call, carry, arguments."""
+  update = lambda tx, **extra: alone(tx, work, **extra)
+  whitening = partial(dpo.psgd, RATE, b1=0.9)
+  product, given = (lambda v: v), {"judge": False, "value": jnp.ones(())}
+  found = {
+    "sgd": update(optax.sgd(RATE)),
+    "adam": update(optax.adam(RATE)),
+    "adamw": update(optax.adamw(RATE)),
+    "muon": update(optax.contrib.muon(RATE)),
+    "psgd, no fit": update(whitening(QUICK), refresh=False),
+    "psgd, fit": update(whitening(QUICK), refresh=True),
+    "psgd dense, no fit": update(whitening(DENSE), refresh=False),
+    "psgd dense, fit": update(whitening(DENSE), refresh=True),
+    "psgd dense, scheduled": update(whitening(DENSE)),
+    "dpsgd, no fit": update(dpo.dpsgd(RATE), refresh=False, **given),
+    "dpsgd, fit": update(dpo.dpsgd(RATE), refresh=True, hvp=product, **given),
+  }
+  if name == "deep":
+    found["psgd dense per leaf, fit"] = update(per_leaf(lambda: whitening(DENSE), work.params), refresh=True)
+  if name == "mlp":
+    found |= {
+      "psgd lra of rank 10, fit": update(whitening(dpo.lra(rank=10)), refresh=True),
+      "psgd xmat, fit": update(whitening(dpo.xmat()), refresh=True),
+      "psgd affine, fit": update(whitening(dpo.affine(max_skew=100.0)), refresh=True),
+      "psgd scan, fit": update(whitening(dpo.scan()), refresh=True),
+      "psgd diagonal, fit": update(whitening(dpo.diagonal()), refresh=True),
+      f"psgd dense in blocks of {BLOCK}, fit": update(whitening(dpo.blocked(DENSE, BLOCK)), refresh=True),
+      "a fit taken": _fit(work, True),
+      "a fit not taken": _fit(work, False),
+    }
+  if peers_installed():
+    found |= of_peers(work, name)
+  return {f"update: {label}": call for label, call in found.items()}
+
+
+def _fit(work: Workload, taken: bool) -> Timed:
+  """The fit of all factors inside a `lax.cond`."""
+  p = DENSE
+
+  def call(state: Any, taken: jax.Array, grads: Any) -> tuple[Any, Any]:
+    fit = lambda state: p.fit(state, dpo.Probe(None, grads), key=jax.random.key(0), damping=0.0)
+    return jax.lax.cond(taken, fit, lambda state: state, state), ()
+
+  return call, p.init(work.params), jnp.asarray(taken), work.gradients
+
+
+def of_peers(work: Workload, name: str) -> dict[str, Timed]:
+  """The same by psgd-jax."""
+  kron = psgd_jax("kron").kron
+  theirs = lambda p: alone(kron(RATE, b1=0.9, preconditioner_update_probability=p), work)
+  found = {"psgd-jax kron, fit": theirs(1.0)}
+  if name != "deep":  # it takes minutes to compile there
+    found["psgd-jax kron, no fit"] = theirs(1e-9)
+  if name == "mlp":
+    every = {"b1": 0.9, "preconditioner_update_probability": 1.0}
+    lra = psgd_jax("low_rank_approximation").low_rank_approximation
+    found["psgd-jax lra of rank 10, fit"] = alone(lra(RATE, **every), work)
+    found["psgd-jax xmat, fit"] = alone(psgd_jax("xmat").xmat(RATE, **every), work)
+  return found
+
+
+def steps(work: Workload, name: str) -> dict[str, Timed]:
+  """Whole steps, gradient and all: name -> call, carry, arguments."""
+  aux = {"has_aux": True}
+  gradient, step = partial(of_gradient, work), partial(whole_step, work)
+  whitening, newton, dpsgd = dpo.psgd(RATE, QUICK, b1=0.9), dpo.psgd(RATE, QUICK, dpo.newton()), dpo.dpsgd(RATE)
+  found = {
+    "gradient": gradient(lambda f, p, v: jax.value_and_grad(f, **aux)(p)),
+    "gradient + Hvp": gradient(lambda f, p, v: dpo.value_and_grad_and_hvp(f, **aux)(p, v)),
+    "gradient + Hvp by differences": gradient(_differences),
+    "gradient and apply": gradient_and_apply(work),
+    "sgd": step(optax.sgd(RATE)),
+    "adam": step(optax.adam(RATE)),
+    "adamw": step(optax.adamw(RATE)),
+    "muon": step(optax.contrib.muon(RATE)),
+    "psgd, no fit": step(whitening, refresh=False),
+    "psgd, fit": step(whitening, refresh=True),
+    "psgd newton, no fit": step(newton, refresh=False),
+    "psgd newton, fit": step(newton, "fused", refresh=True),
+    "psgd newton, fit on a quarter of the batch": step(newton, "quarter", refresh=True),
+    "dpsgd, no fit": step(dpsgd, refresh=False, judge=False),
+    "dpsgd, fit": step(dpsgd, "fused", refresh=True, judge=False),
+    "levenberg_marquardt": step(dpo.levenberg_marquardt(optax.sgd(RATE))),
+    "sophia": step(optax.contrib.sophia(RATE)),
+  }
+  if name == "resnet8":
+    found["sgd_ph"] = step(dpo.sgd_ph(RATE, training.is_norm_param), "leaves", refresh=True)
+  if name in ("mlp", "lenet5", "layers") and peers_installed():
+    found["psgd-jax affine, fit"] = _affine(work, True)
+    found["psgd-jax affine on our Hvp, fit"] = _affine(work, False)
+  return found | (layered(work) if name in LAYERED else {})
+
+
+def gradient_and_apply(work: Workload) -> Timed:
+  """The least that a preconditioned step can do: no fit, no momentum, no clipping."""
+  p = dpo.damped_kron()
+
+  def run(carry: Any, batch: Any) -> tuple[Any, Any]:
+    params, statistics, state = carry
+    (value, statistics), grads = jax.value_and_grad(work.of_params(statistics, batch), has_aux=True)(params)
+    new = jax.tree.map(lambda w, u: w - RATE * u, params, p.apply(state, grads))
+    return (new, statistics, state), value
+
+  return run, (work.params, work.statistics, p.init(work.params)), work.batch
+
+
+def layered(work: Workload) -> dict[str, Timed]:
+  """Gradients with what enters each layer, and the methods that live on it."""
+  assert work.loss is not None
+  params, statistics, batch = work.params, work.statistics, work.batch
+  loss = lambda p, batch: work.loss(p, statistics, batch)
+  captured = lambda reduce=None: dpo.capture(loss, has_aux=True, reduce=reduce)
+  inputs = jax.jit(captured())(params, batch)[2]
+  is_record = lambda x: isinstance(x, dpo.LayerRecord)
+
+  def of_gradient(reduce: Callable | None) -> Timed:
+    return lambda carry, params, batch: (carry, captured(reduce)(params, batch)), jnp.zeros(()), params, batch
+
+  def products(carry: Any, inputs: Any) -> tuple[Any, Any]:
+    moments = lambda record: None if record is None else dpo.layers.second_moments(record, ())
+    return carry, jax.tree.map(moments, inputs, is_leaf=is_record)
+
+  def step(tx: optax.GradientTransformationExtraArgs) -> Timed:
+    def run(carry: Any, batch: Any) -> tuple[Any, Any]:
+      params, state = carry
+      (value, _), grads, records = captured()(params, batch)
+      new, state = tx.update(grads, state, params, layer_inputs=records)
+      return (optax.apply_updates(params, new), state), value
+
+    return run, (params, tx.init(params)), batch
+
+  return {
+    "gradient and inputs": of_gradient(None),
+    "gradient and second moments": of_gradient(dpo.layers.second_moments),
+    "second moments of the inputs": (products, jnp.zeros(()), inputs),
+    "bnp": step(dpo.bnp(RATE, layers=inputs)),
+    "gls": step(dpo.gls(RATE, layers=inputs, fallback=optax.sgd(RATE))),
+  }
+
+
+def _differences(loss: Callable, params: Any, vector: Any) -> Any:
+  """Gradient and product from two gradients: the compiler sees that one of the three is asked for twice."""
+  value, grads = jax.value_and_grad(loss, has_aux=True)(params)
+  return value, grads, dpo.hvp_finite_difference(loss, params, has_aux=True)(vector)
+
+
+def _affine(work: Workload, as_documented: bool) -> Timed:
+  """A whole step of psgd-jax's affine preconditioner on Hessian-vector products, every step a fit.
+
+  ``as_documented``: with the products of its `hessian_helper`, as its README tells, which computes them in a
+  `lax.cond`; otherwise it is handed products made as ours are, and told at trace time that there is one.
+  """
+  tx = psgd_jax("affine").affine(RATE, b1=0.0)
+  helper = psgd_jax("utils").hessian_helper
+
+  def run(carry: Any, batch: Any, vector: Any) -> tuple[Any, Any]:
+    params, statistics, state, (key, count) = carry
+    loss, due = work.of_params(statistics, batch), True
+    if as_documented:
+      key, probe_key = jax.random.split(key)
+      (value, statistics), grads, product, vector, due = helper(probe_key, count, loss, params, has_aux=True)
+    else:
+      (value, statistics), grads, product = dpo.value_and_grad_and_hvp(loss, has_aux=True)(params, vector)
+    new, state = tx.update(grads, state, params, Hvp=product, vector=vector, update_preconditioner=due)
+    return (optax.apply_updates(params, new), statistics, state, (key, count + 1)), value
+
+  ahead = jax.random.key(0), jnp.zeros((), jnp.int32)
+  return run, (work.params, work.statistics, tx.init(work.params), ahead), work.batch, probe(work.params)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks cost`: what is timed, how ratios are formed, what is asked where."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.engine import timing
+from benchmarks.engine.timing import Workload
+from benchmarks.studies import _calls as calls
+from benchmarks.studies import cost
+
+
+def test_a_step_goes_on_from_its_own_result_and_compiles_once():
+  step = timing.Step(lambda carry, x: (carry + x, carry), jnp.zeros(3), jnp.ones(3))
+  for _ in range(4):
+    step()
+  assert step.carry.tolist() == [5.0] * 3  # one call at construction
+  assert step.recompiled == 0
+  assert step.counts()["flops"] >= 3
+
+
+def test_a_state_of_another_type_than_at_first_counts_as_a_recompilation():
+  weak = timing.Step(lambda carry, x: (carry * 2.0, x), jnp.asarray(1.0), jnp.ones(3))
+  assert weak.recompiled == 0
+  assert timing.process_types(1.0 * jnp.ones(2)) != timing.process_types(jnp.ones(2, jnp.bfloat16))
+
+
+def test_a_cadence_is_the_weighted_mean_of_its_parts():
+  weights = cost.every(10, "psgd")
+  found = cost._mean({"psgd, fit": [30.0, 60.0], "psgd, no fit": [10.0, 20.0]}, weights)
+  np.testing.assert_allclose(found, [12.0, 24.0])
+
+
+def test_the_same_row_asks_different_things_of_different_workloads():
+  names = [name for row in cost.ROWS for name in (*row.of, *row.against)]
+  must = {name: {row.label: row.must for row in cost.rows_of(name, names)} for name in ("mlp", "lenet5")}
+  assert must["mlp"]["dpsgd step, Hvp and fit"] == 0.75
+  assert must["lenet5"]["dpsgd step, Hvp and fit"] == 0.3
+
+
+def test_every_row_has_contestants_on_some_workload():
+  """A name that is misspelt would drop its row in silence."""
+  known = set()
+  for name in calls.USUAL:
+    work = calls.deep(2, 4)
+    known |= set(calls.updates(work, name))
+    output = lambda params: jnp.ones((4, 3)) @ params["w"] * params["norm"]["scale"] + params["norm"]["bias"]
+    loss = lambda params, statistics, batch: (jnp.sum(output(params) ** 2), statistics)
+    work = Workload({"w": jnp.ones((3, 2)), "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)}}, (), (), loss)
+    known |= set(calls.steps(work, name))
+  if not calls.peers_installed():
+    known |= {name for row in cost.ROWS for name in (*row.of, *row.against) if "psgd-jax" in name}
+  assert {name for row in cost.ROWS for name in (*row.of, *row.against)} <= known
+
+
+def test_leaf_by_leaf_is_the_same_rule():
+  params = {"a": jnp.ones((4, 3)), "b": 2 * jnp.ones((4, 3))}
+  apart = calls.per_leaf(lambda: optax.scale_by_adam(), params)
+  together = optax.scale_by_adam()
+  for tx in (apart, together):
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["b"], np.ones((4, 3)), rtol=1e-5)
+
+
+def test_the_whole_command(tmp_path, monkeypatch):
+  monkeypatch.setitem(calls.WORKLOADS, "deep", lambda: calls.deep(2, 8))
+  monkeypatch.setattr(calls, "peers_installed", lambda: False)
+  monkeypatch.setenv("XLA_FLAGS", "")
+  assert main(["cost", "deep", "--threads", "one", "--rounds", "2", "--calls", "1", "--out", str(tmp_path)]) == 0
+  assert "leaf by leaf" in cost.table(json.loads((tmp_path / "cost-deep.json").read_text())).markdown()
+
+
+def test_an_unknown_workload_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    main(["cost", "no_such"])
+  assert "known are mlp, lenet5" in capsys.readouterr().err

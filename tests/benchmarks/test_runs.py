@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks: data that is checked, results that can be resumed, figures with known answers, and a tiny demo."""
+
+import gzip
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import hyperparameters
+from benchmarks.__main__ import main
+from benchmarks.engine import analysis
+from benchmarks.engine.calls import SpecError
+from benchmarks.engine.plots import plot
+from benchmarks.engine.problem import Arrays, batches, limit
+from benchmarks.engine.records import Plan, Results, ResumeError, Run, load, resume, rounded, save
+from benchmarks.engine.report import claim_table, tables
+from benchmarks.engine.runner import fresh, gradients_of, make_step, variant_at
+from benchmarks.engine.tune_then_race import best
+from benchmarks.optimizers import OPTIMIZERS, contestant, contestants, parse, split
+from benchmarks.problems import data
+from benchmarks.problems.curves import draw_curves
+from benchmarks.problems.models import LSTM, Elman, LeNet5, Transformer
+from benchmarks.problems.table import PROBLEMS, build
+
+CHEAP = "sgd(learning_rate=0.3),adam(learning_rate=0.01)"
+
+
+def idx(array: np.ndarray) -> bytes:
+  """The array as a gzipped IDX file."""
+  head = struct.pack(f">HBB{array.ndim}i", 0, 8, array.ndim, *array.shape)
+  return gzip.compress(head + array.tobytes())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """A data folder with a small `mnist` whose checksums are the published ones, as far as data.py can tell."""
+  rng = np.random.default_rng(0)
+  for key in [key for key in data.FILES if key.startswith("mnist/")]:
+    shape = (20, 28, 28) if "images" in key else (20,)
+    raw = idx(rng.integers(0, 10, shape).astype(np.uint8))
+    path = tmp_path / key
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(raw)
+    known = data.RemoteFile(f"file://{path}", len(raw), hashlib.sha256(raw).hexdigest())
+    monkeypatch.setitem(data.FILES, key, known)
+  return tmp_path
+
+
+def made(finals: dict[str, list[float]], seconds: float = 1.0) -> Results:
+  """Results whose loss falls from 1 to the given final values, one per seed, in 10 steps."""
+  plan = Plan("toy", "tuned", "made up", 10, 10, 10, 10, 1, 10.0, 10, 5, 1, 1.0, False)
+  about = {"options": {}, "state_bytes": 8, "compile_seconds": 1.0}
+  results = Results("toy", plan, {label: {"name": label} | about for label in finals})
+  for label, values in finals.items():
+    for seed, final in enumerate(values, 1):
+      losses = [1.0, final**0.5, final]
+      times = [0.0, seconds, 2 * seconds]
+      curves = {"step": [0, 5, 10], "gradients": [0, 5, 10], "seconds": times, "cpu_seconds": times}
+      curves |= {"train_loss": losses, "test_loss": losses}
+      results.runs.append(Run(label, seed, finished=True, curves=curves))
+  return results
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_read_scaled_and_shaped(folder):
+  found = data.images("mnist", str(folder))
+  assert found.train["x"].shape == (20, 28, 28, 1) and found.train["x"].dtype == np.float32
+  assert found.train["x"].max() <= 9 / 255 and found.test["y"].dtype == np.int32
+  assert data.flat(found).train["x"].shape == (20, 784)
+
+
+def test_missing_file_is_named_with_its_checksum_and_a_remedy(folder):
+  key = f"mnist/{data.TEST_Y}"
+  (folder / key).unlink()
+  with pytest.raises(data.DataError, match="missing") as error:
+    data.images("mnist", str(folder))
+  assert key in str(error.value) and data.FILES[key].sha256 in str(error.value) and "--data-dir" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("damage", "word"), [(lambda raw: raw[:-7], "truncated"), (lambda raw: raw[:-1] + b"!", "altered")]
+)
+def test_damaged_file_is_named_with_both_checksums(folder, damage, word):
+  key = f"mnist/{data.TRAIN_X}"
+  raw = damage((folder / key).read_bytes())
+  (folder / key).write_bytes(raw)
+  with pytest.raises(data.DataError, match=word) as error:
+    data.images("mnist", str(folder))
+  message = str(error.value)
+  assert key in message and data.FILES[key].sha256 in message and hashlib.sha256(raw).hexdigest() in message
+
+
+def test_without_a_folder_files_are_downloaded_to_the_cache_and_verified(folder, tmp_path, monkeypatch):
+  monkeypatch.delenv("DPSGD_OPTAX_DATA", raising=False)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  assert data.images("mnist", None).train["y"].shape == (20,)
+  assert (tmp_path / "cache" / "dpsgd_optax" / "mnist" / data.TRAIN_X).exists()
+
+
+def test_failed_download_says_where_to_put_the_file(folder, tmp_path, monkeypatch):
+  monkeypatch.delenv("DPSGD_OPTAX_DATA", raising=False)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  (folder / "mnist" / data.TRAIN_X).unlink()
+  with pytest.raises(data.DataError, match=r"could not be downloaded.*--data-dir"):
+    data.images("mnist", None)
+
+
+def test_curves_are_reproducible_images_and_said_to_be_generated(monkeypatch):
+  images = draw_curves(5, seed=1)
+  assert images.shape == (5, 784) and images.dtype == np.float32
+  assert images.min() >= 0 and images.max() <= 1 and images.max(1).min() > 0.5
+  assert np.array_equal(images, draw_curves(5, seed=1)) and not np.array_equal(images, draw_curves(5, seed=2))
+  monkeypatch.setattr(data, "draw_curves", lambda count, seed: draw_curves(4, seed))
+  assert "GENERATED" in data.curves(None).note
+
+
+def test_a_file_that_is_not_the_original_curves_is_refused(tmp_path):
+  (tmp_path / data.CURVES_FILE).write_bytes(b"short")
+  with pytest.raises(data.DataError, match="5 bytes instead of 189600400"):
+    data.curves(str(tmp_path))
+
+
+def test_addition_targets_are_the_mean_of_two_marked_values():
+  arrays = data.addition(samples=100, length=12).train
+  values, marks = arrays["x"][..., 0], arrays["x"][..., 1]
+  assert np.all(marks.sum(1) == 2) and np.all(marks[:, 6:] == 0)
+  assert np.allclose(arrays["y"][:, 0], np.where(marks == 1, values, 0).sum(1) / 2)
+
+
+def test_xor_target_is_the_exclusive_or_of_the_marked_bits():
+  """By brute force over every sequence; one mark in the first tenth, one between it and the middle."""
+  for x, y in zip(*(data.delayed_xor(length=30, samples=64).train[name] for name in "xy"), strict=True):
+    first, second = np.flatnonzero(x[:, 1])
+    assert set(x[:, 0]) == {-1, 1} and first < 3 <= second < 15
+    assert y[0] == (x[first, 0] * x[second, 0] < 0)
+
+
+def test_xor_bits_targets_and_marks_are_evenly_spread():
+  """Means of 4096 draws, within 5 standard deviations; every admissible position of the marks occurs."""
+  found = data.delayed_xor(length=20, samples=4096)
+  assert abs(found.train["x"][..., 0].mean()) < 5 / math.sqrt(20 * 4096) and abs(found.train["y"].mean() - 0.5) < 0.04
+  assert set(np.flatnonzero(found.train["x"][..., 1].any(0))) == set(range(10))
+  assert not np.array_equal(found.train["x"][:128], found.test["x"][:128])
+  assert np.array_equal(found.train["x"], data.delayed_xor(length=20, samples=4096).train["x"])
+
+
+def test_quadratic_features_are_all_products():
+  x = np.arange(6, dtype=np.float32).reshape(2, 3)
+  arrays = data.quadratic_features(Arrays({"x": x}, {"x": x}, "toy"))
+  assert np.array_equal(arrays.train["x"][1], [3, 4, 5, 9, 12, 15, 12, 16, 20, 15, 20, 25])
+
+
+def test_generated_tensor_has_the_rank_it_says():
+  (tensor,) = data.low_rank_tensor(rank=3, shape=(4, 5, 6)).train["x"]
+  for axis in range(3):
+    assert np.linalg.matrix_rank(np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1), tol=1e-4) == 3
+
+
+def put(folder: Path, key: str, raw: bytes, monkeypatch) -> None:
+  """A file in the data folder whose checksum is, as far as data.py can tell, the published one."""
+  path = folder / key
+  path.parent.mkdir(exist_ok=True)
+  path.write_bytes(raw)
+  digest = hashlib.new(data.FILES[key].algorithm, raw).hexdigest()
+  monkeypatch.setitem(data.FILES, key, data.RemoteFile("nowhere", len(raw), digest))
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+  """A data folder with a small Shakespeare and a small Penn Treebank."""
+  put(tmp_path, data.SHAKESPEARE, b"the quick brown fox jumps over the lazy dog. " * 20, monkeypatch)
+  put(tmp_path, data.PTB_TRAIN, b" a b c\n c b a\n" * 20, monkeypatch)
+  put(tmp_path, data.PTB_TEST, b" c a b\n" * 10, monkeypatch)
+  return tmp_path
+
+
+def test_characters_and_words_are_numbered_in_windows_of_the_text(texts):
+  arrays, vocabulary = data.shakespeare(str(texts), length=16)
+  assert vocabulary == 28 and arrays.train["x"].shape[1:] == (17,)
+  assert np.array_equal(arrays.train["x"][1][:-2], arrays.train["x"][0][2:])
+  arrays, vocabulary = data.ptb(str(texts), length=3)
+  assert vocabulary == 4 and arrays.train["x"].tolist()[:2] == [[1, 2, 3, 0], [0, 3, 2, 1]]  # <eos> a b c
+
+
+def test_ptb_without_the_files_says_what_to_put_where(tmp_path, monkeypatch):
+  with pytest.raises(data.DataError, match=r"ptb\.train\.txt is missing.*MD5 f26c4b92.*LDC") as error:
+    data.ptb(str(tmp_path), length=3)
+  assert "5101618 bytes" in str(error.value)
+  monkeypatch.delenv("DPSGD_OPTAX_DATA", raising=False)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  with pytest.raises(data.DataError, match="is missing"):  # it is never downloaded
+    data.ptb(None, length=3)
+
+
+# --- problems -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(("model", "shape", "parameters"), [(LeNet5, (2, 28, 28, 1), 44426), (Elman, (2, 32, 2), 481)])
+def test_models_have_the_number_of_parameters_of_the_paper(model, shape, parameters, folded):
+  """44426 and 481, in both layouts of the biases."""
+  params = jax.eval_shape(model(folded=folded).init, jax.random.key(0), np.zeros(shape, np.float32))
+  leaves = jax.tree.leaves(params)
+  assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
+  assert not folded or all(leaf.ndim == 2 for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", ["digits", "rosenbrock", "quadratic"])
+def test_embedded_problems_have_finite_losses(name):
+  problem = PROBLEMS[name](None, False)
+  batch = {key: array[: problem.batch_size] for key, array in problem.arrays.train.items()}
+  assert np.isfinite(problem.loss(problem.init(jax.random.key(0)), batch))
+
+
+@pytest.mark.parametrize(
+  ("text", "optimizer"),
+  [
+    ("xor(length=12)", "psgd_whiten(learning_rate=0.01, every=1)"),
+    ("xor(length=12, cell=lstm)", "adam(learning_rate=0.01)"),
+    ("logistic", "lbfgs(learning_rate=0.1)"),
+    ("tensor_decomposition(rank=2)", "psgd_newton(learning_rate=0.2)"),
+    ("rosenbrock(size=4, start=0)", "psgd_newton(learning_rate=0.5, preconditioner=dense(step_size=0.5))"),
+    ("charlm(layers=1, width=8, block=8)", "adamw(learning_rate=0.01)"),
+    ("charlm(model=lstm, layers=1, width=8, block=8)", "momentum(learning_rate=0.3, clip=1.0)"),
+    ("ptb(width=8, block=4)", "adam(learning_rate=0.01)"),
+  ],
+)
+def test_loss_falls_on_a_repeated_batch(text, optimizer, texts, monkeypatch):
+  monkeypatch.setattr(data.delayed_xor, "__defaults__", (64, 0))
+  problem = limit(build(text, str(texts), False), 32)
+  (entered,) = contestants(optimizer, {}, text)
+  tx, params = entered.build(1.0, 1, key=0), problem.init(jax.random.key(1))
+  step, opt_state = make_step(problem, tx), fresh(tx.init(params))
+  before = float(problem.loss(params, problem.arrays.train))
+  train, rows = {name: np.asarray(array) for name, array in problem.arrays.train.items()}, np.arange(problem.train_size)
+  for _ in range(20):
+    params, opt_state = step(params, opt_state, train, rows, variant_at(entered, 0))
+  assert problem.name == text.replace(" ", "") and float(problem.loss(params, problem.arrays.train)) < before
+
+
+def test_a_token_sees_none_that_follow():
+  """Causality of the transformer and of the LSTM: logits up to t do not move when tokens after t do."""
+  tokens = np.arange(12).reshape(2, 6)
+  model = Transformer(vocabulary=12, layers=2, width=8, heads=2)
+  params = jax.tree.map(lambda x: 10 * x, model.init(jax.random.key(0), tokens))
+  changed = np.where(np.arange(6) < 4, tokens, 0)
+  first, second = (model.apply(params, x) for x in (tokens, changed))
+  assert np.allclose(first[:, :4], second[:, :4]) and not np.allclose(first[:, 4:], second[:, 4:])
+
+
+def test_lstm_is_its_equations_step_by_step():
+  sigmoid = lambda a: 1 / (1 + np.exp(-a))
+  x = np.cos(np.arange(12, dtype=np.float32)).reshape(1, 4, 3)
+  model = LSTM(hidden=2)
+  params = model.init(jax.random.key(0), x)
+  p = jax.tree.map(np.asarray, params["params"])
+  h, c = np.zeros(2), np.zeros(2)
+  for t in range(4):
+    i, f, g, o = np.split(x[0, t] @ p["Affine_0"]["kernel"] + p["Affine_0"]["bias"] + h @ p["recurrent"], 4)
+    c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
+    h = sigmoid(o) * np.tanh(c)
+  assert np.allclose(model.apply(params, x)[0, -1], h, atol=1e-6)
+
+
+def test_rosenbrock_in_pairs_is_the_function_of_two_side_by_side():
+  """Of size 2 both are 100 (x2 - x1^2)^2 + (1 - x1)^2 = 4 at (-1, 1); ones are the minimum of any size."""
+  point, batch = {"x": np.array([-1.0, 1.0] * 3)}, {"x": np.zeros((1, 0))}
+  chained, pairs = build("rosenbrock(size=6)", None, False), build("rosenbrock(size=6, pairs=True)", None, False)
+  assert float(pairs.loss(point, batch)) == 12 and float(chained.loss(point, batch)) == 12 + 2 * 400
+  assert all(float(problem.loss({"x": np.ones(6)}, batch)) == 0 for problem in (chained, pairs))
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("xor(lenght=3)", "no option lenght.*length=32, cell=rnn"),
+    ("xor(cell=gru)", "`cell` must be one of rnn, lstm, got 'gru'"),
+    ("xor(32)", "name=value, for example xor"),
+    ("digits(size=1)", "Its options and their defaults: none"),
+    ("cifar", "no problem is called `cifar`; known are digits"),
+  ],
+)
+def test_a_problem_that_cannot_be_understood_is_explained(text, message):
+  with pytest.raises(SpecError, match=message):
+    build(text, None, False)
+
+
+def test_batches_cover_the_data_once_an_epoch_and_depend_on_the_seed_only():
+  problem = limit(PROBLEMS["digits"](None, False), 128)
+  first = np.concatenate(list(batches(problem, seed=1, epochs=1)))
+  assert sorted(first) == list(range(128))
+  assert np.array_equal(first, np.concatenate(list(batches(problem, seed=1, epochs=1))))
+  assert not np.array_equal(first, np.concatenate(list(batches(problem, seed=2, epochs=1))))
+
+
+# --- contestants --------------------------------------------------------------------------------------------------
+
+
+def test_options_are_read_as_typed():
+  text = "sgd, dpsgd(average=two_tap(0.9, 0.1), judge_every=10),psgd+damping(form=additive)"
+  assert [parse(part) for part in split(text)] == [
+    ("sgd", {}),
+    ("dpsgd", {"average": "two_tap(0.9, 0.1)", "judge_every": 10}),
+    ("psgd+damping", {"form": "additive"}),
+  ]
+  assert split("ablation") == list(hyperparameters.ABLATION)
+
+
+@pytest.mark.parametrize("text", ["adamax", "sgd(0.1)", "dpsgd(average=)", "dpsgd(form=nonsense)", "sgd"])
+def test_what_cannot_be_understood_is_explained(text):
+  with pytest.raises(SpecError):
+    contestants(text, {}, "digits")[0].build(1.0, 1, key=0)
+
+
+def test_every_optimizer_of_every_setting_can_be_built():
+  norm = {"scale": np.zeros(2, np.float32), "bias": np.zeros(2, np.float32)}
+  for problem in PROBLEMS:
+    for name in ("author", "tuned"):
+      chosen = hyperparameters.setting(name, problem)
+      ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
+      for entered in contestants(",".join(ready), chosen.optimizers, problem):
+        jax.eval_shape(entered.build(0.5, 3, key=1).init, {"w": np.zeros((3, 2), np.float32), "norm": norm})
+
+
+def test_grids_are_of_one_size_and_tuned_rates_are_among_their_trials():
+  assert set(hyperparameters.GRIDS) == set(OPTIMIZERS)
+  assert len({len(grid) for grid in hyperparameters.GRIDS.values()}) == 1
+  assert set(hyperparameters.GROUPS["demo"]) <= hyperparameters.tuned("digits").keys() <= hyperparameters.GRIDS.keys()
+  assert hyperparameters.tuned("no such problem") == {}
+  for problem in PROBLEMS:
+    assert all(rate in hyperparameters.GRIDS[name] for name, rate in hyperparameters.tuned(problem).items())
+
+
+def test_the_host_chooses_fits_and_judgements():
+  """A fit when t mod T1 = 0, a judgement when (t + 1) mod T2 = 0; 1 + 1 + 1/3 gradients when both."""
+  dpsgd = contestant("dpsgd", "dpsgd", {"every": 2, "judge_every": 3})
+  variants = [variant_at(dpsgd, t) for t in range(4)]
+  assert variants == [(True, False), (False, False), (True, True), (False, False)]
+  assert [gradients_of(variant) for variant in variants] == pytest.approx([2, 1, 7 / 3, 1])
+  assert variant_at(contestant("psgd", "psgd", {}), 4) == (True, False)
+  assert variant_at(contestant("adam", "adam", {}), 4) == (None, None)
+
+
+# --- analysis -----------------------------------------------------------------------------------------------------
+
+
+def test_target_is_reached_where_the_logarithm_of_the_loss_is():
+  assert analysis.reached([0, 10, 20], [1.0, 0.1, 0.001], 0.01) == pytest.approx(15)
+  assert analysis.reached([0, 10], [1.0, 0.1], 0.1) == 10
+  assert analysis.reached([0, 10], [1.0, 0.1], 2.0) == 0
+  assert analysis.reached([0, 10], [1.0, 0.1], 0.01) == math.inf
+  assert analysis.reached([0, 10, 20], [1.0, math.nan, 0.1], 0.2) > 10
+  assert analysis.reached([0, 10], [1.0, 0.0], 0.5) < 1
+
+
+def test_quartiles_know_infinity():
+  assert analysis.spread([3.0, 1.0, 2.0]) == (2.0, 1.5, 2.5)
+  assert analysis.spread([1.0, math.inf, math.nan]) == (math.inf, math.inf, math.inf)
+  assert analysis.spread([1.0, 2.0, 3.0, 4.0, math.inf]) == (3.0, 2.0, 4.0)
+
+
+def test_ratio_to_the_target_of_the_same_seed():
+  """PSGD needs 10 steps to its own final loss 0.01; a contestant that ends at 1e-4 passes it after half of its time."""
+  results = made({"psgd": [1e-2, 1e-2], "dpsgd": [1e-4, 1e-4]})
+  targets = analysis.psgd_targets(results)
+  assert analysis.ratios(results, "dpsgd", "seconds", targets) == pytest.approx([0.5, 0.5])
+  assert analysis.ranks(analysis.losses_at_equal(results, "step")) == {"dpsgd": 1, "psgd": 2}
+
+
+def test_equal_seconds_are_those_of_the_fastest():
+  slow, fast = made({"dpsgd": [1e-4]}, seconds=10.0), made({"sgd": [1e-2]}, seconds=1.0)
+  slow.contestants |= fast.contestants
+  slow.runs += fast.runs
+  losses = analysis.losses_at_equal(slow, "seconds")
+  assert losses["sgd"].median == pytest.approx(1e-2) and losses["dpsgd"].median == pytest.approx(1e-4**0.1)
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def test_results_survive_a_round_trip(tmp_path):
+  results = made({"psgd": [1e-2], "dpsgd": [math.nan]})
+  save(results, tmp_path / "toy.json")
+  again = load(tmp_path / "toy.json")
+  assert again.plan == results.plan and again.contestants == results.contestants and again.seeds() == [1]
+  assert math.isnan(again.of("dpsgd")[0].curves["train_loss"][-1])
+  assert rounded({"a": [1 / 3, math.inf]}) == {"a": [0.333333, None]}
+
+
+def test_resume_refuses_other_settings(tmp_path):
+  results = made({"psgd": [1e-2]})
+  save(results, tmp_path / "toy.json")
+  assert resume(tmp_path / "toy.json", results.plan, results.contestants) is not None
+  assert resume(tmp_path / "other.json", results.plan, results.contestants) is None
+  other = Plan(**(vars(results.plan) | {"steps": 20}))
+  with pytest.raises(ResumeError, match=r"steps \(10 there, 20 now\)"):
+    resume(tmp_path / "toy.json", other, results.contestants)
+  changed = {"psgd": results.contestants["psgd"] | {"options": {"learning_rate": 1.0}}}
+  with pytest.raises(ResumeError, match="options of psgd"):
+    resume(tmp_path / "toy.json", results.plan, changed)
+
+
+def test_tables_and_plot_of_results_with_damping(tmp_path):
+  results = made({"psgd": [1e-2, 2e-2], "dpsgd": [1e-4, 4e-4]})
+  for run in results.of("dpsgd"):
+    run.curves |= {"damping": [1.0, 0.5, 0.2], "ratio": [math.nan, 0.9, 0.5]}
+  text = "\n".join(table.markdown() for table in tables(results, [0.5]))
+  assert "-50 %" in text and text.index("| dpsgd ") < text.index("| psgd ")
+  claim = claim_table([results])
+  assert claim is not None and "-50 %" in claim.markdown()
+  plot(results, tmp_path / "toy.png")
+  assert (tmp_path / "toy.png").stat().st_size > 10_000
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def schema_of(path: Path) -> dict:
+  return json.loads(path.read_text())
+
+
+def test_demo_runs_resumes_and_reports(tmp_path, capsys):
+  arguments = ["demo", "--epochs", "0.2", "--evaluations", "2", "--train-size", "640", "--out", str(tmp_path)]
+  assert main([*arguments, "--optimizers", CHEAP, "--seeds", "1"]) == 0
+  assert (tmp_path / "demo.png").exists()
+  document = schema_of(tmp_path / "demo.json")
+  assert set(document) == {"schema", "name", "plan", "contestants", "sessions", "runs"}
+  assert {"python", "jax", "jaxlib", "optax", "flax", "numpy", "cpus"} <= set(document["sessions"][0]["environment"])
+  (first, second) = document["runs"]
+  assert first["curves"]["step"] == [0, 1, 2] and first["finished"] and first["curves"]["seconds"][0] == 0
+  assert first["curves"]["train_loss"][0] == second["curves"]["train_loss"][0]
+  for entry in document["contestants"].values():
+    assert {"name", "options", "parameters", "state_bytes", "compile_seconds"} <= set(entry)
+
+  assert main([*arguments, "--optimizers", CHEAP, "--seeds", "2", "--resume"]) == 0
+  resumed = schema_of(tmp_path / "demo.json")
+  assert resumed["runs"][:2] == document["runs"] and len(resumed["runs"]) == 4
+  assert main([*arguments, "--optimizers", CHEAP, "--seeds", "2", "--resume"]) == 0
+  assert "nothing left to do" in capsys.readouterr().out
+  assert main(["report", "--out", str(tmp_path)]) == 0
+  assert "digits, tuned setting: 2 steps" in capsys.readouterr().out
+
+
+def test_interrupt_keeps_finished_seeds(tmp_path, monkeypatch, capsys):
+  from benchmarks.engine import session
+
+  race, calls = session.race, []
+
+  def interrupted(*arguments):
+    calls.append(arguments)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return race(*arguments)
+
+  monkeypatch.setattr(session, "race", interrupted)
+  arguments = ["demo", "--epochs", "0.1", "--optimizers", CHEAP, "--seeds", "3", "--out", str(tmp_path)]
+  assert main(arguments) == 130
+  assert "[1]" in capsys.readouterr().out and load(tmp_path / "demo.json").seeds() == [1]
+  assert main([*arguments, "--resume"]) == 0
+  assert load(tmp_path / "demo.json").seeds() == [1, 2, 3]
+
+
+def test_divergence_is_recorded_not_raised(tmp_path):
+  arguments = ["digits", "--epochs", "2", "--evaluations", "5", "--seeds", "1", "--out", str(tmp_path)]
+  assert main([*arguments, "--optimizers", "sgd(learning_rate=1e30),sgd(learning_rate=0.1)"]) == 0
+  bad, good = load(tmp_path / "digits-tuned.json").runs
+  assert not bad.finished and bad.final() == math.inf and good.finished
+
+
+def test_tuning_tries_the_grid_and_says_what_it_chose(tmp_path, capsys, monkeypatch):
+  arguments = ["tune", "digits", "--epochs", "0.2", "--optimizers", "sgd,adam", "--out", str(tmp_path)]
+  assert main(arguments) == 0
+  document = schema_of(tmp_path / "tune-digits.json")
+  assert set(document["trials"]) == {"sgd", "adam"} and len(document["trials"]["sgd"]) == len(
+    hyperparameters.GRIDS["sgd"]
+  )
+  assert document["chosen"]["sgd"] in hyperparameters.GRIDS["sgd"]
+  assert f"chosen: {document['chosen']}" in capsys.readouterr().out
+  assert best({0.1: 3.0, 0.2: 1.0, 0.3: math.inf}) == 0.2
+
+
+def test_a_wrong_command_line_exits_with_2(tmp_path, capsys):
+  assert main(["mnist", "--data-dir", str(tmp_path), "--optimizers", CHEAP, "--out", str(tmp_path)]) == 2
+  assert "missing" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    main(["cifar"])
+  assert main(["xor(lenght=3)", "--out", str(tmp_path)]) == 2
+  assert "its options" in capsys.readouterr().err.lower()
+
+
+def test_files_of_problems_with_options_have_plain_names(tmp_path):
+  arguments = ["rosenbrock(size=4, start=0)", "--epochs", "3", "--seeds", "1", "--out", str(tmp_path)]
+  assert main([*arguments, "--optimizers", "sgd(learning_rate=0.001)"]) == 0
+  assert load(tmp_path / "rosenbrock-size-4-start-0-tuned.json").plan.problem == "rosenbrock(size=4,start=0)"
+  assert hyperparameters.targets("xor(length=55)") == (0.1,) and hyperparameters.targets("digits") == ()
+
+
+@pytest.mark.slow
+def test_demo_with_all_optimizers(tmp_path):
+  """A few steps of every row of the table that needs no norm layer, fits and judgements included."""
+  every = ",".join(f"{name}(learning_rate=0.05)" for name in OPTIMIZERS if not name.startswith("sgd_ph"))
+  arguments = ["demo", "--epochs", "0.5", "--seeds", "1", "--out", str(tmp_path), "--optimizers", every]
+  assert main(arguments) == 0
+  results = load(tmp_path / "demo.json")
+  judged = {run.optimizer.split("(")[0] for run in results.runs if "damping" in run.curves}
+  assert judged == {"psgd+damping", "dpsgd"} and all(run.finished for run in results.runs)
+
+
+def test_training_and_test_samples_are_limited_apart():
+  whole = PROBLEMS["digits"](None, False)
+  part = limit(whole, 128, 50)
+  assert (len(part.arrays.train["x"]), len(part.arrays.test["y"])) == (128, 50)
+  assert part.arrays.note.endswith("the first 128 of 1438 training samples; the first 50 of 359 test samples")
+  np.testing.assert_array_equal(part.arrays.test["x"], whole.arrays.test["x"][:50])
+  assert limit(whole, None, 5000) is whole
