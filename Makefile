@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-slow test-clients test-lowest test-newest dist dist-check notebooks docs bench lint typecheck format clean
+.PHONY: help venv demo test test-full test-slow test-clients test-lowest test-newest dist dist-check notebooks docs bench lint typecheck format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,14 +28,17 @@ venv: $(STAMP) ## the environment only
 demo: $(STAMP) ## train on real handwritten digits with every optimizer; ends with a table and a picture
 	$(BIN)/python -m benchmarks demo --out demo
 
-test: lint typecheck ## lint, types and all tests but the slow ones
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+# A worker compiles a row of the tables once; compiled programs are kept in .jax_cache from run to run.
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadgroup
 
-test-fast: $(STAMP) ## the tests alone, until the first failure
-	$(BIN)/python -m pytest -q -x -n $(WORKERS)
+test: lint typecheck ## lint, types and the quick tests: six rows of each law, no long test (tests/tiers.py)
+	$(BIN)/python $(PYTEST) --tier quick
 
-test-slow: $(STAMP) ## the tests that take longer than a few seconds each
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+test-full: lint typecheck ## every row of every law and contract; not the soaks and the clients
+	$(BIN)/python $(PYTEST) --tier full
+
+test-slow: $(STAMP) ## the soaks alone: convergence on real problems, races, eight virtual devices
+	$(BIN)/python $(PYTEST) --tier slow
 
 $(VENV)/.clients: $(STAMP)
 	@echo "installing Equinox, NumPyro, NetKet and others into $(VENV) ..."
@@ -43,23 +46,23 @@ $(VENV)/.clients: $(STAMP)
 	@touch $@
 
 test-clients: $(VENV)/.clients ## our optimizers in the training loops of a dozen other packages
-	$(BIN)/python -m pytest -q -n $(WORKERS) --tier clients tests/clients
+	$(BIN)/python $(PYTEST) --tier clients tests/clients
 
 # The bounds of pyproject.toml, `>=` read as `==`; and whatever pip takes to be the newest.
 LOWEST = $$($(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*(d.replace(">=", "==") for d in p["dependencies"]))')
 SELECTION ?= dpsgd_optax tests/contract tests/unit/test_report.py tests/golden/test_golden_kron.py tests/golden/test_golden_dpsgd.py
 
-test-lowest: ## a selection of the tests with the lowest versions that pyproject.toml allows
+test-lowest: ## a selection of the quick tests with the lowest versions that pyproject.toml allows
 	@rm -rf build/lowest && $(PYTHON) -m venv build/lowest
-	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST) pytest hypothesis
-	build/lowest/bin/python -m pytest -q -p no:cacheprovider $(SELECTION)
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST) pytest pytest-xdist hypothesis chex
+	build/lowest/bin/python $(PYTEST) -p no:cacheprovider $(SELECTION)
 
-test-newest: ## the same selection with the newest versions
+test-newest: ## the quick tests with the newest versions of everything; PYTHON=python3.12 for the newest jax
 	@rm -rf build/newest && $(PYTHON) -m venv build/newest
-	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade . pytest hypothesis
+	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager ".[dev]"
 	build/newest/bin/python -m pip uninstall --quiet --yes dpsgd_optax
-	build/newest/bin/python -m pytest -q -p no:cacheprovider $(SELECTION)
+	build/newest/bin/python $(PYTEST) -p no:cacheprovider
 
 dist: $(STAMP) ## wheel and sdist in dist/
 	@rm -rf dist
@@ -99,5 +102,5 @@ format: $(STAMP) ## ruff, with repairs
 	$(BIN)/ruff format .
 
 clean: ## caches, not the environment
-	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .pytest_cache .ruff_cache .hypothesis .jax_cache build dist
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
