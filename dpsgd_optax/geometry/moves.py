@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sandwich for every fit of a Kronecker factor, and the values that tell them apart.
+"""The one formula by which every factor of a Kronecker product moves, and the values that tell the geometries apart.
 
 Notation
   Q = q_1 ⊗ … ⊗ q_k, P = QᴴQ; (v, h) the probe, v = None: integrated out
@@ -11,6 +11,8 @@ Notation
 Every fit is q_i ← move(q_i, project(T1 − T2), step_size / L). A geometry says where the probe is looked at
 (lift), which part of E lies in the Lie algebra (project), and how q moves; a normalizer says what L is.
 
+A moment T may also be a number, which stands for a multiple of I.
+
 Sources: arXiv:1512.04202 (EQ), arXiv:2402.11858 and psgd_torch 2.0 (the inverse-free ones); arXiv:1803.09383 (Kron).
 """
 
@@ -21,16 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.geometry.linalg import (
-  gram,
-  hermitian,
-  largest_diagonal,
-  largest_entry,
-  multiply,
-  solve_adjoint,
-  square,
-  triu,
-)
+from dpsgd_optax.geometry import linalg
+from dpsgd_optax.geometry.linalg import hermitian, largest_diagonal, largest_entry, multiply, solve_adjoint, square
 from dpsgd_optax.geometry.norms import procrustes, procrustes_step
 from dpsgd_optax.geometry.seen import Seen
 from dpsgd_optax.geometry.structured import LowRank
@@ -53,12 +47,12 @@ def _expected_of_inverse(q: Factors, shape: tuple[int, ...], seen: Seen | None =
   inverses = [solve_adjoint(one, x, 0) for one, x in zip(ones, q, strict=True)]
   traces = [jnp.sum(jnp.abs(x) ** 2) for x in inverses]
   others = [math.prod(traces[:i] + traces[i + 1 :]) for i in range(len(q))]
-  return [gram(x, 0, factor) * other for x, factor, other in zip(inverses, q, others, strict=True)]
+  return [linalg.gram(x, 0, factor) * other for x, factor, other in zip(inverses, q, others, strict=True)]
 
 
-def as_it_is(q, t, precision):
+def unchanged(q, t):
   """A moment that every factor sees alike."""
-  del q, precision
+  del q
   return t
 
 
@@ -66,15 +60,13 @@ class Geometry(NamedTuple):
   """Where the probe is looked at, and how a factor moves.
 
   Attributes:
-    lift: (q, p, v, h, precision) -> (a, b); b is None where v is.
+    lift: (q, p, v, h) -> (a, b); b is None where v is.
     project: the part of a dense E that lies in the group's Lie algebra.
     move: (q, E, μ) -> q for a dense factor, homogeneous of degree one in q: the unit of q does not matter.
     move_diagonal: the same for a diagonal factor.
-    samples: True if the geometry had better not integrate v out and wants a sample of it.
-    expected: (q, shape, seen) -> E ⟨b b*⟩_i of each factor, v integrated out, of the slices that were seen (None: all);
-      a number stands for a multiple of I.
-    moment: (q, T, precision) -> T as the factor sees it; T is a matrix, a diagonal, or a number that stands for a
-      multiple of the identity.
+    samples: True if v should be drawn when whitening, not integrated out.
+    expected: (q, shape, seen) -> E ⟨b b*⟩_i of each factor, v integrated out, of the slices that were seen (None: all).
+    moment: (q, T) -> T as the factor sees it.
     fits_p: True if what is moved is P itself: its factors are then Hermitian positive and P = q.
     keeps_inverse: True if ``lift`` wants q⁻¹ in the place of p.
     name: by which a saved state tells its geometry.
@@ -86,14 +78,14 @@ class Geometry(NamedTuple):
   move_diagonal: Callable
   samples: bool = False
   expected: Callable = _expected_of_v
-  moment: Callable = as_it_is
+  moment: Callable = unchanged
   fits_p: bool = False
   keeps_inverse: bool = False
   name: str = "own"
 
-  def factor_of_p(self, q: jax.Array, precision=None) -> jax.Array:
+  def factor_of_p(self, q: jax.Array) -> jax.Array:
     """The factor of P that belongs to a factor that is moved."""
-    return q if self.fits_p else square(q, precision)
+    return q if self.fits_p else square(q)
 
 
 class Normalizer(NamedTuple):
@@ -112,33 +104,34 @@ class Normalizer(NamedTuple):
   of_difference: bool = False
 
 
-def _through_q(q, p, v, h, precision):
+def _through_q(q, p, v, h):
   """a = Q h, b = Q⁻ᴴ v."""
   del p
   for i, factor in enumerate(q):
-    h = multiply(h, factor, i, precision)
+    h = multiply(h, factor, i)
     v = None if v is None else solve_adjoint(v, factor, i)
   return h, v
 
 
-def _through_p(q, p, v, h, precision):
+def _through_p(q, p, v, h):
   """a = P h, b = v: no inverse anywhere. Where p is not at hand (None), P h = Qᴴ(Q h)."""
-  for i, factor in enumerate(p or q):
-    h = multiply(h, factor, i, precision)
-    if p is None:
-      h = multiply(h, jnp.conj(factor.T), i, precision)
+  if p is not None:
+    return linalg.sandwich(p, h), v
+  for i, factor in enumerate(q):
+    h = multiply(multiply(h, factor, i), jnp.conj(factor.T), i)
   return h, v
 
 
-def _through_inverse(q, inverse, v, h, precision):
+def _through_inverse(q, inverse, v, h):
   """a = Q h, b = Q⁻ᴴ v, the inverse being at hand."""
   for i, factor in enumerate(q):
-    h = multiply(h, factor, i, precision)
-    v = multiply(v, jnp.conj(inverse[i].T), i, precision)
+    h = multiply(h, factor, i)
+    v = multiply(v, jnp.conj(inverse[i].T), i)
   return h, v
 
 
 def keep_all(e):
+  """Every matrix lies in the Lie algebra."""
   return e
 
 
@@ -155,21 +148,21 @@ def _both_sides(q, e, mu):
   return hermitian(left - (left @ e) * mu)
 
 
-def _through_one_factor(q, t, precision):
+def _through_one_factor(q, t):
   """q T qᴴ: what a moment of Ph or of v becomes when the factor q is applied to them along its axis."""
   if isinstance(t, LowRank):
     return t.through(q)
   if q.ndim == 1:
     return jnp.real(q * jnp.conj(q)) * t
   if t.ndim == 0:
-    return t * square(jnp.conj(q.T), precision)
-  return jnp.matmul(jnp.matmul(q, t, precision=precision), jnp.conj(q.T), precision=precision)
+    return t * square(jnp.conj(q.T))
+  return jnp.matmul(jnp.matmul(q, t), jnp.conj(q.T))
 
 
-eq = Geometry(_through_q, triu, _times, _scale, samples=True, expected=_expected_of_inverse, name="eq")
+eq = Geometry(_through_q, linalg.triu, _times, _scale, samples=True, expected=_expected_of_inverse, name="eq")
 """q ← q − μ triu(E) q, q upper triangular, a = Qh, b = Q⁻ᴴv: the classic fit, equivariant under its group.
-Two triangular solves per matrix, which are slow on GPUs. Whitening samples v; ``eq._replace(samples=False)`` integrates
-it out, which psgd_torch gave up because it wants a better estimate of L, and costs an inverse of every dense factor."""
+Two triangular solves per matrix, which are slow on GPUs. Whitening draws v; ``eq._replace(samples=False)`` integrates
+it out, at the cost of an inverse of every dense factor. psgd_torch gave that up: it wants a better estimate of L."""
 gl = Geometry(_through_inverse, keep_all, _times, _scale, samples=True, keeps_inverse=True, name="gl")
 """q ← q − μ E q with any invertible q, a = Qh, b = Q⁻ᴴv: equivariant under all invertible maps. For ``dense`` only,
 where q⁻¹ is kept and follows by the identity of Woodbury: no solve, no triangle."""
@@ -190,14 +183,14 @@ pro = Geometry(_through_p, keep_all, lambda q, e, mu: procrustes_step(_times(q, 
 """q ← q − μ E q, then one rotation towards the Hermitian positive matrices (the literature's Q^0.5 E Q^1.5):
 an online Newton-Schulz iteration; matrix products only."""
 quad4p = Geometry(_through_p, keep_all, _both_sides, lambda q, e, mu: q * (1 - mu * e) ** 2, fits_p=True, name="quad4p")
-"""P ← sym((I − μE) P (I − μE)): ``qeq`` without its Q, at half the memory. Rounding can cost it definiteness,
-so it refuses a state below float32."""
+"""P ← sym((I − μE) P (I − μE)): ``qeq`` without its Q, at half the memory. Rounding can make P indefinite, so a state
+below float32 is refused."""
 pro4p = Geometry(
   _through_p, keep_all, lambda p, e, mu: hermitian(procrustes(_times(p, e, mu))), _scale, fits_p=True, name="pro4p"
 )
-"""P ← P − μ E P, then up to ten rotations towards the Hermitian positive matrices and the Hermitian part
-of what they leave; refuses a state below float32. The rotation divides rounding by its own size: in float32 the fit has
-a floor of 1e-4."""
+"""P ← P − μ E P, then up to ten rotations towards the Hermitian positive matrices and the Hermitian part of what they
+leave. A state below float32 is refused. A rotation divides the rounding of a nearly symmetric P by its own norm, so
+that P cannot be fitted to the last bits."""
 
 
 def _second_order(t1, t2, e, norm):

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices that are never written down: of low rank, and arrow-heads."""
+"""Matrices that are never written down: of low rank, and arrow-heads.
+
+Notation
+  E        Σ_k s_k x_k x_kᴴ, (n, n) of rank r
+  Q, P     an upper arrow-head, diagonal and last column, and P = QᵀQ, whose last row mirrors its last column
+  x_(i)    the mode-i unfolding of a tensor x
+"""
 
 import dataclasses
 from typing import Any
@@ -13,9 +19,9 @@ from dpsgd_optax.base import check_real
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-  """Σ_k s_k x_k x_kᴴ, a Hermitian matrix of few terms that is never formed, so that products with it cost O(n²).
+  """E, a Hermitian matrix of few terms that is never formed, so that products with it cost O(n²).
 
-  It stands where a matrix E could: ``e @ q``, ``q @ e``, ``e - f``, ``e * c``, ``e / c``.
+  It stands where a matrix could: ``e @ q``, ``q @ e``, ``e - f``, ``e * c``, ``e / c``.
 
   Attributes:
     x: (r, n).
@@ -56,7 +62,7 @@ class LowRank:
     return jnp.sum(self.s * jnp.sum(jnp.abs(self.x) ** 2, 1))
 
   def norm(self) -> jax.Array:
-    """Its spectral norm, of two terms: the larger root of the characteristic polynomial of the 2 × 2 matrix XᴴX S."""
+    """Its spectral norm, for r = 2 only: the larger root of the characteristic polynomial of the 2 × 2 matrix XᴴX S."""
     inner = jnp.conj(self.x) @ self.x.T * self.s[None]
     trace = jnp.real(jnp.trace(inner))
     det = jnp.real(inner[0, 0] * inner[1, 1] - inner[0, 1] * inner[1, 0])
@@ -88,10 +94,12 @@ def hermitian_outer(x: jax.Array, y: jax.Array) -> LowRank:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arrow:
-  """Attributes:
-  diagonal: (d,).
-  column: (d,), the last column above the diagonal; its last entry is 0.
-  symmetric: (static) the matrix P: the last column is the last row too.
+  """A (d, d) arrow-head, Q or P: zero but for its diagonal and its last column, in P the last row too.
+
+  Attributes:
+    diagonal: (d,).
+    column: (d,), the last column above the diagonal; its last entry is 0.
+    symmetric: True for P. Static.
   """
 
   diagonal: jax.Array
@@ -148,6 +156,7 @@ class Arrow:
 
 
 def arrow_identity(d: int, dtype: Any) -> Arrow:
+  """The identity, (d, d). Raises a ValueError for a complex dtype."""
   check_real(dtype, "scan")
   return Arrow(jnp.ones(d, dtype), jnp.zeros(d, dtype))
 
@@ -160,5 +169,5 @@ def arrow_gram(x: jax.Array, axis: int) -> Arrow:
 
 
 def arrow_largest(e: Arrow) -> jax.Array:
-  """The largest entry, which bounds the relative change of the diagonal, and so keeps Q in its group."""
+  """max |e_ij|: it bounds the relative change of the diagonal, and so keeps Q in its group."""
   return jnp.maximum(jnp.max(jnp.abs(e.diagonal)), jnp.max(jnp.abs(e.column)))

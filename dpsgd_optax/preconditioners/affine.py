@@ -14,14 +14,15 @@ Sources: arXiv:1803.09383 and arXiv:1809.10232 (the groups); psgd_tf, legacy psg
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from dpsgd_optax._trees.buckets import Stacked
-from dpsgd_optax.base import Preconditioner, check, check_step_size
+from dpsgd_optax.base import Preconditioner, check
 from dpsgd_optax.geometry.linalg import as_matrix_shape
 from dpsgd_optax.geometry.moves import Geometry, Normalizer, eq, lipschitz
 from dpsgd_optax.geometry.structured import arrow_identity
-from dpsgd_optax.preconditioners._factors import Layout, check_geometry, dense_factor, dense_if, diagonal_factor, group
+from dpsgd_optax.preconditioners._factors import Layout, dense_factor, diagonal_factor, factor_kind, kron_of_array
 from dpsgd_optax.preconditioners._lift import per_leaf
 
 
@@ -46,22 +47,16 @@ def affine(
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
-  precision: Any = None,
 ) -> Preconditioner:
   """P = P_l ⊗ P_r on every leaf, seen as the matrix that is nearest to a square one.
 
   Of all ways to distribute the axes of a tensor over rows and columns, the one with the least m² + n² is taken; a conv
-  kernel (3, 3, 64, 64) becomes 192 × 192 where ``kron`` has four factors. Vectors have one diagonal factor.
+  kernel (3, 3, 64, 64) becomes 192 × 192 where ``kron`` has four factors. Vectors have one factor, diagonal unless
+  ``max_skew`` allows more.
 
   Args:
-    max_size: a longer side gets a diagonal factor. Static. ``jnp.inf``: any.
-    max_skew: a side d is dense iff d² ≤ ``max_skew`` · N. Static. ``jnp.inf``: all are.
-    geometry: how the factors move, as for :func:`dpsgd_optax.kron`.
-    step_size: of the fit, in (0, 1].
-    init_scale: the initial Q = init_scale · I; None: from the first probe that is not zero.
-    normalizer: what the step is divided by.
-    stacked: see :func:`dpsgd_optax.per_leaf`.
-    precision: of the matrix products, as ``jax.lax.Precision``.
+    max_skew: a side d is dense iff d ≤ ``max_size`` and d² ≤ ``max_skew`` · N. Static. ``jnp.inf``: all are.
+    max_size, geometry, step_size, init_scale, normalizer, stacked: see :func:`dpsgd_optax.kron`.
 
   Returns:
     A :class:`dpsgd_optax.Preconditioner`.
@@ -77,7 +72,6 @@ def affine(
     >>> [q.shape for q in state.buckets["3x3x8x8_float32"].q]
     [(1, 24, 24), (1, 24, 24)]
   """
-  check_geometry(geometry)
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use `max_size=1` to make both factors diagonal.")
   check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only.")
 
@@ -88,9 +82,9 @@ def affine(
       order, rows = squarest(shape)
       matrix = tuple(math.prod(shape[i] for i in part) for part in (order[:rows], order[rows:]))
     size = math.prod(matrix)
-    return Layout(matrix, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * size) for d in matrix), order)
+    return Layout(matrix, tuple(factor_kind(1 < d <= max_size and d * d <= max_skew * size) for d in matrix), order)
 
-  return _lifted(layout, geometry, step_size, init_scale, normalizer, stacked, precision)
+  return _lifted(layout, geometry, step_size, init_scale, normalizer, stacked)
 
 
 def scan(
@@ -100,7 +94,6 @@ def scan(
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
-  precision: Any = None,
 ) -> Preconditioner:
   """Scaling and normalisation: P of m × n kernels in O(m + n), an arrow-head on the inputs, a diagonal on the outputs.
 
@@ -110,11 +103,7 @@ def scan(
 
   Args:
     bias_row: False: the kernels have no bias row; inputs are then scaled, not shifted, and both factors are diagonal.
-    step_size: of the fit, in (0, 1].
-    init_scale: the initial Q = init_scale · I; None: from the first probe that is not zero.
-    normalizer: what the step is divided by.
-    stacked: see :func:`dpsgd_optax.per_leaf`.
-    precision: as ``jax.lax.Precision``.
+    step_size, init_scale, normalizer, stacked: see :func:`dpsgd_optax.kron`.
 
   Returns:
     A :class:`dpsgd_optax.Preconditioner` of real parameters. State: 4 m + 2 n numbers.
@@ -134,7 +123,7 @@ def scan(
     ((1, 5), (1, 5), (1, 3))
   """
   left = arrow_identity if bias_row else diagonal_factor
-  return _lifted(_pair(left, diagonal_factor), eq, step_size, init_scale, normalizer, stacked, precision)
+  return _lifted(_pair(left, diagonal_factor), eq, step_size, init_scale, normalizer, stacked)
 
 
 def scaw(
@@ -143,7 +132,6 @@ def scaw(
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
-  precision: Any = None,
 ) -> Preconditioner:
   """Scaling and whitening: a dense triangular factor on the inputs of m × n kernels, a diagonal one on the outputs.
 
@@ -158,10 +146,10 @@ def scaw(
     >>> [q.shape for q in dpo.scaw().init(jnp.zeros((5, 3))).buckets["5x3_float32"].q]
     [(1, 5, 5), (1, 3)]
   """
-  return _lifted(_pair(dense_factor, diagonal_factor), eq, step_size, init_scale, normalizer, stacked, precision)
+  return _lifted(_pair(dense_factor, diagonal_factor), eq, step_size, init_scale, normalizer, stacked)
 
 
-def _pair(left: Any, right: Any) -> Any:
+def _pair(left: Any, right: Any) -> Callable[[tuple[int, ...]], Layout]:
   """The layout of matrices with one factor on the rows and one on the columns; vectors are scaled."""
 
   def layout(shape: tuple[int, ...]) -> Layout:
@@ -172,8 +160,7 @@ def _pair(left: Any, right: Any) -> Any:
   return layout
 
 
-def _lifted(layout, geometry, step_size, init_scale, normalizer, stacked, precision) -> Preconditioner:
-  check_step_size(step_size)
-  check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
-  options = dict(geometry=geometry, step_size=step_size, normalizer=normalizer, precision=precision)
-  return per_leaf(group(layout, init_scale=init_scale, **options), stacked)
+def _lifted(layout, geometry, step_size, init_scale, normalizer, stacked) -> Preconditioner:
+  """The preconditioner of all leaves for a layout of one."""
+  options = dict(geometry=geometry, normalizer=normalizer, step_size=step_size, init_scale=init_scale)
+  return per_leaf(kron_of_array(layout, **options), stacked)
