@@ -15,10 +15,10 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax.geometry.fit import fit_factors
-from dpsgd_optax.geometry.linalg import balancing, scaled
-from dpsgd_optax.geometry.norms import norm_bound, norm_estimate, procrustes_step, procrustes_step_3
-from dpsgd_optax.preconditioners._factors import sandwich
+from dpsgd_optax.geometry.linalg import balancing, sandwich, scaled
+from dpsgd_optax.geometry.norms import norm_bound, procrustes_step, procrustes_step_3
 from tests.record import TOLERANCE, case, draws, error, load
+from tests.reference_norms import norm_estimate
 
 GEOMETRIES = {
   "EQ": dpo.eq,

@@ -75,7 +75,8 @@ def blocks(gram: jax.Array) -> jax.Array:
 
 def products_with(w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Uᵀx and Vᵀx."""
-  return tuple(jnp.matmul(x, w).reshape(2, -1))
+  ux, vx = jnp.split(jnp.matmul(x, w), 2)
+  return ux, vx
 
 
 def balancing(alpha: jax.Array, beta: jax.Array) -> jax.Array:
