@@ -113,4 +113,4 @@ def test_low_rank_products_equal_those_of_the_matrix(rng):
     np.testing.assert_allclose(q_ @ e, q @ full, atol=1e-12)
     np.testing.assert_allclose(LowRank(e.x, e.s, upper=True) @ q_, np.triu(full) @ q, atol=1e-12)
     np.testing.assert_allclose(e.divide_by_one_minus(q_), q @ np.linalg.inv(np.eye(5) - full), atol=1e-10)
-    np.testing.assert_allclose((e / 2 - e * 3).trace(), -2.5 * np.trace(full).real, atol=1e-12)
+    np.testing.assert_allclose((e * 0.5 - e * 3).trace(), -2.5 * np.trace(full).real, atol=1e-12)

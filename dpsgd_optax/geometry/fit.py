@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One fit of the factors: look at the probe through Q, take its moments, move.
-
-Notation: that of `moves`, and
-  ℓ        what a normalizer measures in this fit; L follows it with a memory
-  s        the scale of Q = s I that fits the first probe
-"""
+"""One fit of the factors: look at the probe through Q, take its moments, move. The notation is that of `moves`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +17,7 @@ from dpsgd_optax.geometry.structured import hermitian_outer, outer
 
 
 def tracked_step(step_size: Any, old: jax.Array, measured: jax.Array, memory: float) -> tuple[jax.Array, jax.Array]:
-  """μ = step_size / L and L ← max(memory · L + (1 − memory) · ℓ, ℓ)."""
+  """μ = step_size / L with the new L ← max(memory · L + (1 − memory) · ℓ, ℓ), and L; ℓ is what was measured."""
   lip = jnp.maximum(memory * old + (1 - memory) * measured, measured)
   return step_size / (lip + tiny(lip)), lip
 
@@ -41,23 +36,18 @@ def directions(
   low_rank: bool = False,
   seen: Seen | None = None,
 ) -> tuple[tuple, jax.Array, jax.Array]:
-  """Where each factor is to go, E, and how far, μ, from one probe: all of the same a, b (Jacobi, not Gauss-Seidel).
+  """E of each factor, μ (k,) and the new L (k,): where to go and how far, all from the same a, b (Jacobi).
 
   Args:
     q: factors, dense (d_i, d_i) or diagonal (d_i,).
     p: the factor of P that belongs to each; q⁻¹ for a geometry that keeps it; None if neither is at hand.
-    lip: (k,), the L of each factor; 0 before the first fit.
+    lip: (k,), L; 0 before the first fit.
     v: (d_1, …, d_k) probe vector, or None.
     h: its product, or the gradient; damped already.
-    geometry: lift, project and move.
-    normalizer: how L is measured.
-    step_size: in (0, 1].
+    geometry, normalizer, step_size: see `kron`.
     norms: one norm estimate per factor in place of the deterministic bound, to replay recorded random numbers.
     low_rank: keep the moments of a vector as outer products, so that a move costs O(n²); normalizer ``trace``.
-    seen: the slices along each axis that take part, see `seen`; None: all.
-
-  Returns:
-    E of each factor, μ (k,) and the new L (k,): the first two are what a geometry's ``move`` takes.
+    seen: the slices along each axis that take part (see `seen`); None: all.
   """
   a, b = geometry.lift(q, p, v, h)
   if seen is not None:
@@ -96,12 +86,10 @@ def _difference(a: jax.Array, b: jax.Array, axis: int, as_outer: bool) -> Any:
 def fit_factors(
   q: Factors, *args, geometry: Geometry, multiples: jax.Array | None = None, **options
 ) -> tuple[Factors, jax.Array]:
-  """One fit of all factors, arguments as for :func:`directions`: the new factors and the new L.
+  """The new factors and the new L after one fit, arguments as for :func:`directions`.
 
-  Args:
-    q: factors.
-    multiples: (k,), by which the factors are multiplied before the fit; None: by nothing. A move is homogeneous, so its
-      result is multiplied in place of q; where the geometry does not look at q, the multiple is never written down.
+  ``multiples`` (k,) are what the factors are multiplied by before the fit. A move is homogeneous, so its result is
+  multiplied in place of q: where the geometry does not look at q, the multiple is never written down.
   """
   at = q if multiples is None else scaled(q, multiples)
   found, mu, lip = directions(at, *args, geometry=geometry, **options)
@@ -132,10 +120,9 @@ def scale_of_probe(v: jax.Array | None, h: jax.Array) -> jax.Array:
 def scale_before_fit(
   init_scale: float | None, lipschitz: jax.Array, v: jax.Array | None, h: jax.Array
 ) -> jax.Array | None:
-  """What Q is multiplied by before a fit; None for nothing, where the user gave an ``init_scale``.
+  """What Q is multiplied by before a fit: the scale of the first probe, later 1; None if ``init_scale`` is given.
 
-  Otherwise :func:`scale_of_probe` before the first fit, which L = 0 tells, and 1 before all others. A branch, because
-  the scale reads v and h twice.
+  L = 0 tells the first fit. A branch, because the scale reads v and h twice.
   """
   if init_scale is not None:
     return None

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.geometry.structured import Arrow, LowRank, arrow_gram, arrow_largest
+from dpsgd_optax.geometry.structured import Arrow, LowRank, arrow_gram
 
 
 def along(q: jax.Array, axis: int, ndim: int) -> jax.Array:
@@ -29,7 +29,8 @@ def multiply(x: jax.Array, q: Any, axis: int) -> jax.Array:
     return q.multiply(x, axis)
   if q.ndim == 1:
     return x * along(q, axis, x.ndim)
-  letters, product = _letters(x.ndim, axis)
+  letters = "abcdefghijkl"[: x.ndim]
+  product = letters.replace(letters[axis], "z")
   return jnp.einsum(f"{letters},z{letters[axis]}->{product}", x, q)
 
 
@@ -57,14 +58,9 @@ def gram(x: jax.Array, axis: int, like: Any) -> Any:
 
 def cross_gram(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
   """x_(i) y_(i)ᴴ, (d, d)."""
-  letters, product = _letters(x.ndim, axis)
-  return jnp.einsum(f"{letters},{product}->{letters[axis]}z", x, jnp.conj(y))
-
-
-def _letters(ndim: int, axis: int) -> tuple[str, str]:
-  """Letters of ``einsum`` for the axes of a tensor, and the same with z in the place of ``axis``."""
-  letters = "abcdefghijkl"[:ndim]
-  return letters, letters.replace(letters[axis], "z")
+  letters = "abcdefghijkl"[: x.ndim]
+  moved = letters.replace(letters[axis], "z")
+  return jnp.einsum(f"{letters},{moved}->{letters[axis]}z", x, jnp.conj(y))
 
 
 def square(q: Any) -> Any:
@@ -96,8 +92,10 @@ def hermitian(x: jax.Array) -> jax.Array:
 
 
 def largest_entry(q: Any) -> jax.Array:
-  """max |q_ij|."""
-  return arrow_largest(q) if isinstance(q, Arrow) else jnp.max(jnp.abs(q))
+  """max |q_ij|. Of an arrow-head it bounds the relative change of the diagonal, and so keeps Q in its group."""
+  if isinstance(q, Arrow):
+    return jnp.maximum(jnp.max(jnp.abs(q.diagonal)), jnp.max(jnp.abs(q.column)))
+  return jnp.max(jnp.abs(q))
 
 
 def largest_diagonal(q: Any) -> jax.Array:
@@ -108,10 +106,10 @@ def largest_diagonal(q: Any) -> jax.Array:
 
 
 def balancing(factors: tuple[jax.Array, ...], size=largest_entry, scale: Any = None) -> jax.Array:
-  """The multiples that give all factors the same size, (k,); their Kronecker product stays, or is times ``scale``.
+  """(scale · Π n_j)^(1/k) / n_i with n_i = size(q_i), (k,): times these all factors have the same size.
 
-  (scale · Π n_j)^(1/k) / n_i with n_i = size(q_i). The roots come first, so that the product cannot overflow. All
-  multiples are made in one array: as scalars each would be a kernel to compile.
+  Their Kronecker product is then times ``scale`` (None: 1). The roots come first, so that the product cannot overflow.
+  All multiples are made in one array: as scalars each would be a kernel to compile.
   """
   k = len(factors)
   root = {1: lambda x: x, 2: jnp.sqrt}.get(k, lambda x: x ** (1 / k))

@@ -4,14 +4,12 @@
 Notation
   Q = q_1 ⊗ … ⊗ q_k, P = QᴴQ; (v, h) the probe, v = None: integrated out
   a, b    the probe seen through Q
-  T1, T2  ⟨a a*⟩_i and ⟨b b*⟩_i, (d, d) dense or (d,) diagonal; E ⟨b b*⟩_i where v is integrated out
+  T1, T2  the moments ⟨a a*⟩_i and ⟨b b*⟩_i, E ⟨b b*⟩_i where v is integrated out: (d, d), (d,), or a multiple of I
   E       T1 − T2, the (half) gradient of the criterion hᴴPh + vᴴP⁻¹v along the group
   L, μ    what the step is divided by, μ = step_size / L, so that ‖μE‖ ≤ step_size and q never leaves the group
 
 Every fit is q_i ← move(q_i, project(T1 − T2), step_size / L). A geometry says where the probe is looked at
 (lift), which part of E lies in the Lie algebra (project), and how q moves; a normalizer says what L is.
-
-A moment T may also be a number, which stands for a multiple of I.
 
 Sources: arXiv:1512.04202 (EQ), arXiv:2402.11858 and psgd_torch 2.0 (the inverse-free ones); arXiv:1803.09383 (Kron).
 """
@@ -33,7 +31,7 @@ Factors = tuple[jax.Array, ...]
 
 
 def _expected_of_v(q: Factors, shape: tuple[int, ...], seen: Seen | None = None) -> list:
-  """E ⟨v v*⟩_i = (N/d_i) I of the N numbers that were seen, kept as the number."""
+  """E ⟨v v*⟩_i = (N/d_i) I of the N numbers that were seen, kept as the number N/d_i."""
   if seen is None:
     return [jnp.asarray(math.prod(shape) / d, jnp.finfo(x.dtype).dtype) for x, d in zip(q, shape, strict=True)]
   counts = [jnp.sum(s, dtype=jnp.finfo(x.dtype).dtype) for x, s in zip(q, seen, strict=True)]

@@ -2,7 +2,6 @@
 """Bounds of the spectral norm ‖·‖, and rotations towards a Hermitian positive factor.
 
 Notation
-  a        (d, d), a square matrix
   q        (d, d), a factor that is to become Hermitian positive while P = qᴴ q stays
   R        the skew matrix qᴴ − q over its norm: exp(aR) is a rotation
 """
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import tiny
 from dpsgd_optax.geometry.linalg import largest_entry
-from dpsgd_optax.geometry.structured import Arrow, LowRank, arrow_largest
+from dpsgd_optax.geometry.structured import Arrow, LowRank
 
 
 def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
@@ -24,15 +23,13 @@ def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
   One step of the power iteration, started at the row or the column of largest norm, whichever is longer
   (a tie: the row). Deterministic; two products of a matrix with a vector; 0 for a = 0.
 
-  Args:
-    a: (d, d). Of an arrow-head the largest entry is returned, of a `LowRank` of two terms the exact norm.
-    normal: True promises a aᴴ = aᴴ a (Hermitian, skew). Each row is then as long as its column, so that rows will do,
-      which halves what there is to compile.
+  Of an arrow-head the largest entry is returned, of a `LowRank` of two terms the exact norm. ``normal`` promises
+  a aᴴ = aᴴ a (Hermitian, skew): each row is as long as its column, so rows will do, which halves what is compiled.
 
   Source: the bound of psgd_torch that arXiv:2402.11858 uses; same ties as there.
   """
   if isinstance(a, Arrow):
-    return arrow_largest(a)
+    return largest_entry(a)
   if isinstance(a, LowRank):
     return a.norm()
   size = jnp.max(jnp.abs(a))

@@ -8,7 +8,7 @@ PATIENCE ones. A slice that is seen now and then keeps its P for the mean over a
 A slice that never had a gradient keeps P at its start, is coupled with no other, and has an update of exactly zero.
 
 Notation
-  idle     counters of an axis, or of the entries of a vector; () where all take part in every fit
+  idle     uint8, counters of an axis, or of the entries of a vector; () where all take part in every fit
   s_i      (d_i,) bool, the slices along axis i that take part
 """
 
@@ -25,7 +25,7 @@ Seen = list[jax.Array]
 
 
 def idle_counters(shape: Any) -> jax.Array:
-  """Counters of slices, or of entries, that were never seen; uint8."""
+  """Counters of what was never seen."""
   return jnp.full(shape, PATIENCE, jnp.uint8)
 
 

@@ -2,8 +2,7 @@
 """Matrices that are never written down: of low rank, and arrow-heads.
 
 Notation
-  E        Σ_k s_k x_k x_kᴴ, (n, n) of rank r
-  Q, P     an upper arrow-head, diagonal and last column, and P = QᵀQ, whose last row mirrors its last column
+  E, Q, P  Σ_k s_k x_k x_kᴴ; an upper arrow-head, diagonal and last column; QᵀQ
   x_(i)    the mode-i unfolding of a tensor x
 """
 
@@ -21,7 +20,7 @@ from dpsgd_optax.base import check_real
 class LowRank:
   """E, a Hermitian matrix of few terms that is never formed, so that products with it cost O(n²).
 
-  It stands where a matrix could: ``e @ q``, ``q @ e``, ``e - f``, ``e * c``, ``e / c``.
+  It stands where a matrix could: ``e @ q``, ``q @ e``, ``e - f``, ``e * c``.
 
   Attributes:
     x: (r, n).
@@ -40,9 +39,6 @@ class LowRank:
 
   def __mul__(self, c: Any) -> "LowRank":
     return dataclasses.replace(self, s=self.s * c)
-
-  def __truediv__(self, c: Any) -> "LowRank":
-    return self * (1 / c)
 
   def __matmul__(self, q: jax.Array) -> jax.Array:
     if not self.upper:
@@ -82,8 +78,8 @@ def outer(x: jax.Array) -> LowRank:
 def hermitian_outer(x: jax.Array, y: jax.Array) -> LowRank:
   """The Hermitian part of x yᴴ of two vectors, (x yᴴ + y xᴴ) / 2.
 
-  It is ¼ (x + y)(x + y)ᴴ − ¼ (x − y)(x − y)ᴴ. With cx and y/c of equal length neither term is larger than twice
-  the norm of the difference, so that nothing cancels.
+  It is ¼ (x + y)(x + y)ᴴ − ¼ (x − y)(x − y)ᴴ. With cx and y/c of equal length neither term is larger than twice the
+  norm of the difference, so that nothing cancels.
   """
   a, b = (jnp.linalg.norm(z) for z in (x, y))
   c = jnp.sqrt((b + tiny(b)) / (a + tiny(a)))
@@ -94,7 +90,7 @@ def hermitian_outer(x: jax.Array, y: jax.Array) -> LowRank:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arrow:
-  """A (d, d) arrow-head, Q or P: zero but for its diagonal and its last column, in P the last row too.
+  """A (d, d) arrow-head: zero but for its diagonal and its last column, in P the last row too.
 
   Attributes:
     diagonal: (d,).
@@ -166,8 +162,3 @@ def arrow_gram(x: jax.Array, axis: int) -> Arrow:
   x = jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
   column = x @ x[-1]
   return Arrow(jnp.sum(x * x, 1), column.at[-1].set(0))
-
-
-def arrow_largest(e: Arrow) -> jax.Array:
-  """max |e_ij|: it bounds the relative change of the diagonal, and so keeps Q in its group."""
-  return jnp.maximum(jnp.max(jnp.abs(e.diagonal)), jnp.max(jnp.abs(e.column)))

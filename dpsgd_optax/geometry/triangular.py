@@ -15,9 +15,7 @@ def triangular_inverse(x: jax.Array, block: int = 32) -> jax.Array:
   On a CPU faster than one solve with the identity, the more so the larger d, and as stable: Higham, Accuracy and
   Stability of Numerical Algorithms, §14.2.2.
 
-  Args:
-    x: (d, d); what is above the diagonal is not read.
-    block: the largest size left to a solve. Static.
+  What is above the diagonal is not read. ``block`` (static) is the largest size left to a solve.
   """
   d = len(x)
   levels = max(0, math.ceil(math.log2(d / block)))

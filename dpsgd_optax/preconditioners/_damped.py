@@ -3,8 +3,7 @@
 
 Notation
   v, h   probe vector and its image under the curvature: h = H v, or h = g when whitening (v = None)
-  λ      the damping of the curvature
-  ξ      random signs, drawn for the damping when whitening
+  λ, ξ   the damping of the curvature; random signs, drawn for it when whitening
 """
 
 import math

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Kronecker factors of one array: state, layout, fit, and the product with P.
-
-Notation
-  q_i, p_i   factors of Q and of P along axis i; p_i = q_iᴴ q_i
-  v, h       probe vector and its image under the damped curvature, in the layout's shape
-  L          (k,) what the steps of the factors are divided by
-"""
+"""The Kronecker factors of one array: state, layout, fit, and the product with P. Symbols: see `geometry.moves`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -2,7 +2,7 @@
 """Two factors for every parameter, seen as a matrix: affine, and the pairs of scaling, whitening and normalisation.
 
 Notation
-  G        m × n matrix: the parameter with its axes merged; P G = (Q_lᵀQ_l) G (Q_rᵀQ_r)
+  G        m × n matrix: the parameter with its axes merged; P G = (Q_lᵀQ_l) G (Q_rᵀQ_r); N = m n
   dense    upper triangular (d, d): whitening of features
   diagonal (d,): scaling of features
   arrow    diagonal and last column: normalisation of features, x ↦ D x + c, the last feature being the constant 1
@@ -51,15 +51,11 @@ def affine(
   """P = P_l ⊗ P_r on every leaf, seen as the matrix that is nearest to a square one.
 
   Of all ways to distribute the axes of a tensor over rows and columns, the one with the least m² + n² is taken; a conv
-  kernel (3, 3, 64, 64) becomes 192 × 192 where ``kron`` has four factors. Vectors have one factor, diagonal unless
-  ``max_skew`` allows more.
+  kernel (3, 3, 64, 64) becomes 192 × 192 where ``kron`` has four factors. Vectors have one factor.
 
   Args:
     max_skew: a side d is dense iff d ≤ ``max_size`` and d² ≤ ``max_skew`` · N. Static. ``jnp.inf``: all are.
     max_size, geometry, step_size, init_scale, normalizer, stacked: see :func:`dpsgd_optax.kron`.
-
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner`.
 
   Raises:
     ValueError: for a step size outside (0, 1], or a scale, size or skew that is not positive.
@@ -95,21 +91,19 @@ def scan(
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
 ) -> Preconditioner:
-  """Scaling and normalisation: P of m × n kernels in O(m + n), an arrow-head on the inputs, a diagonal on the outputs.
+  """Scaling and normalisation: an arrow-head on the inputs of m × n kernels, a diagonal on the outputs. O(m + n).
 
-  Made for kernels (…, in + 1, out) whose last row is the bias, the input being extended by a constant 1. Training with
-  it is then invariant under a shift and a rescaling of each input feature, and under a rescaling of each output: batch
+  Made for kernels (…, in + 1, out) whose last row is the bias, the input being extended by a constant 1. Training is
+  then invariant under a shift and a rescaling of each input feature, and under a rescaling of each output: batch
   normalisation of the inputs by the optimizer. Kernels (h, w, in, out) are seen as (h·w·in, out). Vectors are scaled.
+  Parameters must be real. The state holds 4 m + 2 n numbers.
 
   Args:
     bias_row: False: the kernels have no bias row; inputs are then scaled, not shifted, and both factors are diagonal.
     step_size, init_scale, normalizer, stacked: see :func:`dpsgd_optax.kron`.
 
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` of real parameters. State: 4 m + 2 n numbers.
-
   Raises:
-    ValueError: for a step size outside (0, 1] or a scale that is not positive.
+    ValueError: for a step size outside (0, 1], a scale that is not positive, or complex parameters.
 
   Departure: in Flax's layout rows are inputs, so the arrow-head is the left factor; psgd_torch has it on the right.
 
@@ -136,8 +130,8 @@ def scaw(
   """Scaling and whitening: a dense triangular factor on the inputs of m × n kernels, a diagonal one on the outputs.
 
   With the bias as the last row of the kernel, training is invariant under all affine maps of the inputs under which a
-  feature receives only itself, later ones and a constant. One of them whitens the inputs: there is nothing to gain from
-  doing so. Arguments, returns and errors as for :func:`dpsgd_optax.scan`.
+  feature receives only itself, later ones and a constant. One of them whitens the inputs: doing so gains nothing.
+  Arguments and errors are those of :func:`dpsgd_optax.scan`.
 
   Source: legacy psgd_torch (SCAW); "scaw" of usmanqadeer1/DPSGD.
 

@@ -81,9 +81,6 @@ def damped_kron(
       diagonal; None leaves vectors and scalars to the plain gradient, at the same learning rate. Static.
     step_size, stacked: see :func:`dpsgd_optax.kron`.
 
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` with ``advance`` and ``power``.
-
   Raises:
     ValueError: for a step size outside (0, 1], an average outside [0, 1), a negative eta, repeats below 1.
 

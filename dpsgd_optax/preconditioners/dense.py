@@ -3,11 +3,8 @@
 
 Notation
   n        number of parameters, raveled to one vector
-  v, h     probe vector and its image under the damped curvature
-  a, b     the probe seen through Q (see `geometry.moves`)
-  E, μ     a aᵀ − b bᵀ, never formed: products with it cost O(n²); step_size / L
-
-Sources: Li, arXiv:1512.04202 (the criterion and EQ), arXiv:2402.11858 (the general linear group), psgd_torch 2.0.
+  v, h     probe vector and its image under the damped curvature;  a, b: both seen through Q (see `geometry.moves`)
+  E, μ     a aᵀ − b bᵀ, never formed: products with it cost O(n²); the step, step_size / L
 """
 
 from typing import Any, NamedTuple
@@ -58,7 +55,7 @@ def dense(
 ) -> Preconditioner:
   """P = QᵀQ, one matrix for all parameters: for up to some thousands of them. Memory n².
 
-  Fitted on Newton probes, P → |H + λ|⁻¹, whatever H is; on gradients, P → (E ggᵀ + λ²)^(−½), v being sampled.
+  Fitted on Newton probes, P → |H + λ|⁻¹, whatever H is; on gradients, P → (E ggᵀ + λ²)^(−½), v being drawn.
   At constant step size this converges linearly for a definite H without noise (there Ph = v for every sample); for an
   indefinite H and for whitening let the step size go to 0.
 
@@ -67,16 +64,13 @@ def dense(
       ``pro4p`` up to thirty; ``qeq``, ``quad``, ``qep``, ``quad4p``, ``gl``, ``eq`` (a triangular solve) cost O(n²).
     step_size, init_scale: see :func:`dpsgd_optax.kron`.
 
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` of the whole tree as one vector.
-
   Raises:
     ValueError: for a step size outside (0, 1] or a scale that is not positive.
 
-  Departures from psgd_torch 2.0: ``eq`` costs O(n²) there O(n³), by triu(aaᵀ)Q = a ⊙ (sums from below of a ⊙ Q);
+  Departures from psgd_torch 2.0: ``eq`` costs O(n²), there O(n³), by triu(aaᵀ)Q = a ⊙ (sums from below of a ⊙ Q);
   whitening is offered too.
 
-  Source: arXiv:1512.04202; arXiv:2402.11858.
+  Source: arXiv:1512.04202 (the criterion, ``eq``); arXiv:2402.11858 (``gl``); psgd_torch 2.0.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo

@@ -33,10 +33,9 @@ class DiagonalState(NamedTuple):
 def diagonal(step_size: float = 0.1, init_scale: float = 1.0, *, stacked: Stacked = None) -> Preconditioner:
   """P = diag(q²) on every leaf. Memory: 1.25 copies of the parameters.
 
-  Fitted on Newton probes, P → 1 / |h_ii + λ| if H is diagonal.
-  Fitted on gradients, P → 1 / sqrt(E g² + λ²): Adam's scaling without its second moment.
-
-  v is drawn also when whitening: with v integrated out the normaliser correlates with the sample and biases P.
+  Fitted on Newton probes, P → 1 / |h_ii + λ| if H is diagonal; on gradients, P → 1 / sqrt(E g² + λ²): Adam's scaling
+  without its second moment. v is drawn also when whitening: with v integrated out the normaliser correlates with the
+  sample and biases P.
 
   Args:
     step_size: largest relative change of q per fit, in (0, 1].

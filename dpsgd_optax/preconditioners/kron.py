@@ -4,12 +4,8 @@
 Notation
   x        a parameter of shape (d_1, …, d_k), axes of length 1 left out; N elements
   q_i      dense (d_i, d_i) or diagonal (d_i,);  p_i = q_iᴴ q_i;  P = p_1 ⊗ … ⊗ p_k
-  v, h     probe vector and its image under the curvature
-  L        (k,) what the steps of the factors are divided by
 
 How the factors move is said by a geometry, see `geometry.moves`.
-
-Sources: Li, arXiv:1803.09383 (Kron), arXiv:2402.04553, arXiv:2402.11858.
 """
 
 import math
@@ -85,7 +81,7 @@ def kron(
   An axis of length d gets a dense factor iff 1 < d ≤ ``max_size`` and d² ≤ ``max_skew`` · max(N, 64), otherwise a
   diagonal one: with the default the state is about as large as Adam's. Scalars and vectors longer than 8 are diagonal
   under that rule; on a vector of two, Newton's method with a diagonal factor does not get through Rosenbrock's valley.
-  Matrix products have the precision of ``jax.default_matmul_precision``.
+  Parameters may be complex. Matrix products have the precision of ``jax.default_matmul_precision``.
 
   Args:
     max_size: the longest axis that may have a dense factor. Static (decides shapes). ``jnp.inf``: any.
@@ -102,9 +98,6 @@ def kron(
       ``jnp.bfloat16`` they take half the memory; fits are computed in float32 all the same, and L stays there.
       Complex factors keep their dtype.
 
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner`. Complex parameters are supported.
-
   Raises:
     ValueError: for a step size outside (0, 1], a scale, size or skew that is not positive, or a ``state_dtype`` that
       is not real, or below float32 for ``quad4p`` and ``pro4p``.
@@ -116,7 +109,7 @@ def kron(
   norm is a deterministic lower bound; the initial scale is one per matrix; a matrix whose gradient is exactly zero
   keeps its factors.
 
-  Source: arXiv:1803.09383; arXiv:2402.11858.
+  Source: arXiv:1803.09383; arXiv:2402.04553; arXiv:2402.11858.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo

@@ -13,8 +13,6 @@ Notation
 Memory traffic is what this costs. Beside these vectors only inner products with U and V are needed. Those of their
 columns, wᵀw, are kept in the state, so that P g reads w twice, and a fit four times: for the inner products with x and
 y, for a, b, e, f, to move it, and for the new wᵀw.
-
-Source: arXiv:2402.04553 (LRA, "UVd"); the update and its balancing: psgd_torch 2.0.
 """
 
 from typing import Any, NamedTuple
@@ -79,20 +77,14 @@ def products_with(w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return ux, vx
 
 
-def balancing(alpha: jax.Array, beta: jax.Array) -> jax.Array:
-  """(2, r, r), symmetric: what to multiply U and V by, so that UᵀU and VᵀV draw near; UVᵀ changes by O(ε⁴) only."""
-  traces = jnp.trace(alpha), jnp.trace(beta)
-  rho = (traces[0] / traces[1]) ** 0.25
+def balanced(state: LRAState) -> LRAState:
+  """The same Q, up to O(ε⁴), with α = UᵀU and β = VᵀV nearer to each other: ε is the tilt of U and V."""
+  (alpha, _), (_, beta) = blocks(state.gram)
+  rho = (jnp.trace(alpha) / jnp.trace(beta)) ** 0.25
   alpha, beta = alpha / rho**2, beta * rho**2
   tilt = 0.1 * (alpha - beta) / (jnp.trace(alpha) + jnp.trace(beta))
   eye, half = jnp.eye(len(alpha), dtype=alpha.dtype), tilt @ tilt / 2
-  return jnp.stack([(eye - tilt + half) / rho, (eye + tilt + half) * rho])
-
-
-def balanced(state: LRAState) -> LRAState:
-  """The same Q, up to O(ε⁴), from factors whose UᵀU and VᵀV are nearer to each other."""
-  gram = blocks(state.gram)
-  mix = jax.scipy.linalg.block_diag(*balancing(gram[0, 0], gram[1, 1]))
+  mix = jax.scipy.linalg.block_diag((eye - tilt + half) / rho, (eye + tilt + half) * rho)
   return state._replace(w=jnp.matmul(state.w, mix), gram=mix @ state.gram @ mix)
 
 
@@ -121,16 +113,8 @@ def move_along(
 
   U ← U − μ [a (Vᵀa)ᵀ − b (Vᵀb)ᵀ] K, or V ← V − μ (I + V Uᵀ) [a (Uᵀa)ᵀ − b (Uᵀb)ᵀ] = V − μ [e sᵀ − y cᵀ].
 
-  Neither d nor the rows of U and V move where an entry was not seen lately.
-
-  Args:
-    state: before.
-    v: (n,) probe vector.
-    h: (n,) its product, damped.
-    seen: by :func:`probe_through_q`.
-    d_step: μ_d, scalar or (n,).
-    step: μ of the factor that moves, scalar.
-    of_u: whether U moves, scalar.
+  Neither d nor the rows of U and V move where an entry was not seen lately. ``d_step``: μ_d, scalar or (n,);
+  ``step``: μ of the factor that moves; ``of_u``: whether that is U.
   """
   idle = count_idle(state.idle, h != 0)
   d = state.d - d_step * zero_unseen(h * seen.e * state.d - v * seen.f / state.d, idle) * state.d
@@ -192,26 +176,24 @@ def root(state: LRAState, x: jax.Array, inverse: bool) -> jax.Array:
 def lra(*, rank: int = 10, step_size: float = 0.1, init_scale: float | None = None, key: int = 0) -> Preconditioner:
   """P = QᵀQ with Q = (I + U Vᵀ) diag(d): a diagonal and a low rank, over all parameters as one vector.
 
-  Memory: 2 rank + 1 copies of the parameters. The diagonal fits the scales, the r directions both the largest and the
-  smallest eigenvalues that remain. Fitted on Newton probes it becomes exact, slowly, for H = diag + rank r; on
-  gradients it whitens, v being drawn. A coin says whether U or V moves, another balances them on one fit in ten.
+  Memory: 2 rank + 1 copies of the parameters, which must be real. The diagonal fits the scales, the r directions both
+  the largest and the smallest eigenvalues that remain. Fitted on Newton probes it becomes exact, slowly, for H = diag +
+  rank r; on gradients it whitens, v being drawn. A coin says whether U or V moves, another balances them on one fit in
+  ten.
 
   Args:
     rank: r, 0 ≤ r. Static (decides shapes).
-    step_size, init_scale: see :func:`dpsgd_optax.kron`; of d at the start.
+    step_size, init_scale: see :func:`dpsgd_optax.kron`; the scale is that of d.
     key: of the initial U and V, normal and each of Frobenius norm √0.1: with U = V = 0 neither would ever move.
 
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` of the whole tree as one vector.
-
   Raises:
-    ValueError: for a negative rank, a step size outside (0, 1], a scale that is not positive.
+    ValueError: for a negative rank, a step size outside (0, 1], a scale that is not positive, complex parameters.
 
   Departures from psgd_torch 2.0: when whitening, v is not the damping noise but a draw of its own; U and V are balanced
   on one fit in ten in place of every one (its older version: one in a hundred): it is 8 n r² of the 10 n r² + 28 n r
   flops of its fit.
 
-  Source: arXiv:2402.04553.
+  Source: arXiv:2402.04553 (LRA, "UVd"); the update and its balancing: psgd_torch 2.0.
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo

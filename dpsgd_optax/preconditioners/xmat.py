@@ -6,8 +6,6 @@ Notation
   v, h     probe vector and its image under the damped curvature
   t        Qh
   s        Q⁻ᵀv; without v, E s² and E s s~ over all v
-
-Source: arXiv:2402.04553 (XMat); the update: psgd_torch.
 """
 
 from typing import Any, NamedTuple
@@ -94,16 +92,13 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
     step_size: of the fit, in (0, 0.5]: the normaliser may be half of the norm it stands for.
     init_scale: see :func:`dpsgd_optax.kron`.
 
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` of the whole tree as one vector.
-
   Raises:
-    ValueError: for a step size outside (0, 0.5] or a scale that is not positive.
+    ValueError: for a step size outside (0, 0.5], a scale that is not positive, or complex parameters.
 
   Departures from psgd_torch: the normaliser remembers (0.9 of its last value at least), as in version 2.0 of the
   others; when whitening, v is integrated out in place of drawn.
 
-  Source: arXiv:2402.04553.
+  Source: arXiv:2402.04553 (XMat); the update: psgd_torch.
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo

@@ -15,7 +15,8 @@ from dpsgd_optax.preconditioners import lra, xmat
 from dpsgd_optax.preconditioners.dense import DenseState, move_dense
 
 pytestmark = pytest.mark.usefixtures("x64")
-GEOMETRIES = {name: getattr(dpo, name) for name in ("eq", "gl", "qep", "qeq", "quad", "pro", "quad4p", "pro4p")}
+NAMES = ("eq", "gl", "qep", "qeq", "quad", "pro", "quad4p", "pro4p")
+GEOMETRIES = {name: getattr(dpo.geometry, name) for name in NAMES}
 N, R = 6, 2
 
 
