@@ -62,7 +62,11 @@ def directions(
     dense = factor.ndim == 2
     if by_difference and dense and isinstance(factor, jax.Array):
       t1 = t2 = None
-      e = _difference(a, b, i, two_terms and a.size == len(factor))
+      # one product: a aᴴ − b bᴴ is the Hermitian part of (a − b)(a + b)ᴴ; of a vector it is never written down
+      if two_terms and a.size == len(factor):
+        e = hermitian_outer((a - b).reshape(-1), (a + b).reshape(-1))
+      else:
+        e = hermitian(cross_gram(a - b, a + b, i))
     else:
       of = outer if low_rank else lambda x, i=i, factor=factor: gram(x, i, factor)
       second = expected[i] if b is None else of(b)
@@ -74,13 +78,6 @@ def directions(
     found.append(e)
   mu, lip = tracked_step(step_size, lip, jnp.stack(measured), normalizer.memory)
   return tuple(found), mu.astype(jnp.finfo(a.dtype).dtype), lip
-
-
-def _difference(a: jax.Array, b: jax.Array, axis: int, as_outer: bool) -> Any:
-  """E in one product: the Hermitian part of (a − b)(a + b)ᴴ is a aᴴ − b bᴴ. Of a vector it need not be written down."""
-  if as_outer:
-    return hermitian_outer((a - b).reshape(-1), (a + b).reshape(-1))
-  return hermitian(cross_gram(a - b, a + b, axis))
 
 
 def fit_factors(

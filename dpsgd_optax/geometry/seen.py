@@ -2,10 +2,10 @@
 """Which slices of a parameter were seen lately: what was not seen for long is not learned.
 
 The row of an embedding that no batch used has a gradient of exactly zero. To a fit that looks like a row of very small
-gradients: its P grows, fit by fit, up to 1/λ, and the first gradient of that row then takes the whole step. So each
-slice along each axis counts the fits since it was seen, and takes part in a fit only if it was seen in one of the last
-PATIENCE ones. A slice that is seen now and then keeps its P for the mean over all batches, those without it included.
-A slice that never had a gradient keeps P at its start, is coupled with no other, and has an update of exactly zero.
+gradients: its P grows, fit by fit, up to 1/λ, and the first gradient of that row then takes the whole step. So a slice
+takes part in a fit only if it was seen in one of the last PATIENCE ones. One that is seen now and then has the P of the
+mean over all batches, those without it included. One that never had a gradient keeps P at its start, is coupled with no
+other, and has an update of exactly zero.
 
 Notation
   idle     uint8, counters of an axis, or of the entries of a vector; () where all take part in every fit
@@ -61,7 +61,7 @@ def zero_unseen_slices(x: jax.Array, seen: Seen) -> jax.Array:
 
 
 def zero_unseen_block(e: Any, s: jax.Array) -> Any:
-  """A moment along one axis, zero outside of the rows and columns that take part."""
+  """A moment along one axis, zero but for the rows and columns that take part."""
   if isinstance(e, LowRank):
     return dataclasses.replace(e, x=jnp.where(s[None], e.x, 0))
   if isinstance(e, Arrow):

@@ -75,8 +75,9 @@ class Layout(NamedTuple):
     return jnp.transpose(y.reshape([shape[i] for i in self.order]), inverse)
 
 
-def check_geometry(geometry: Geometry) -> None:
-  """Raises for a geometry of a single matrix."""
+def check_options(geometry: Geometry, step_size: Any) -> None:
+  """Raises for a geometry of a single matrix, and for a step size outside (0, 1]."""
+  check_step_size(step_size)
   if geometry.keeps_inverse:
     raise ValueError(
       "the geometry `gl` keeps the inverse of a single matrix, got it for factors. Type `dense(geometry=gl)`."
@@ -92,34 +93,19 @@ def initial(layout: Layout, dtype: Any, scale: float, geometry: Geometry) -> Kro
 
 
 def move_factors(
-  state: KronState,
-  v: jax.Array | None,
-  h: jax.Array,
-  *,
-  geometry: Geometry,
-  normalizer: Normalizer,
-  step_size,
-  scale: jax.Array | None = None,
+  state: KronState, v: jax.Array | None, h: jax.Array, *, scale: jax.Array | None = None, **options: Any
 ) -> KronState:
   """Balance, move, and square. Balancing leaves the product P, and so what the fit sees, as it is.
 
   It comes first because DPSGD averages the factors one by one, and the split between them is then part of the rule.
-  ``scale`` is what Q is multiplied by before the fit; None: 1. The other arguments are those of `directions`.
+  ``scale`` is what Q is multiplied by before the fit; None: 1. ``options`` are geometry, normalizer and step_size.
   """
+  geometry, normalizer = options["geometry"], options["normalizer"]
   of_p = None if scale is None else scale**2
   q, idle = state.q or state.p, count_idle_slices(state.idle, h)
-  q, lip = fit_factors(
-    q,
-    state.p if of_p is None else scale_smallest(state.p, of_p),
-    state.lipschitz,
-    v,
-    h,
-    geometry=geometry,
-    normalizer=normalizer,
-    step_size=step_size,
-    multiples=balancing(q, normalizer.size, of_p if geometry.fits_p else scale),
-    seen=seen_lately(idle),
-  )
+  p = state.p if of_p is None else scale_smallest(state.p, of_p)
+  multiples = balancing(q, normalizer.size, of_p if geometry.fits_p else scale)
+  q, lip = fit_factors(q, p, state.lipschitz, v, h, multiples=multiples, seen=seen_lately(idle), **options)
   return with_factors(q, lip, geometry, idle)
 
 
@@ -132,8 +118,7 @@ def kron_of_array(
   init_scale: float | None,
 ) -> Preconditioner:
   """The Kronecker preconditioner of one array, seen in the ``layout`` of its shape; see `kron` for the rest."""
-  check_step_size(step_size)
-  check_geometry(geometry)
+  check_options(geometry, step_size)
   check_init_scale(init_scale)
   options = dict(geometry=geometry, normalizer=normalizer, step_size=step_size)
 

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From one array to a pytree: trees, batching by shape, keys and damping, once for all groups.
 
-A *group* is a preconditioner of one array.
-
-`batched`   leaves of equal shape are stacked on a leading axis, a *bucket*, and `init`, `fit`, `apply` of the group run
-            once per bucket under `vmap`; every statistic stays one per matrix
-`per_leaf`  `batched` with the curvature damped before the fit: (v, Hv + λv), or g + λ·noise when whitening
+A *group* is a preconditioner of one array, a *bucket* the stack of all matrices of one shape. The group runs once per
+bucket under `vmap`; every statistic stays one per matrix.
 """
 
 import functools
@@ -76,12 +73,9 @@ def over_matrices(one: Callable, size: int) -> Callable:
 
 
 def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
-  """A preconditioner of one array, run once per distinct shape on the stacked leaves of a pytree.
+  """The preconditioner of a pytree that runs ``group`` once per distinct shape; ``stacked`` as for :func:`per_leaf`.
 
-  Args:
-    group: on one array; ``fit(state, probe, *, key, damping)``, to which a ``noise`` is handed on where one is given.
-    stacked: leaves that hold a stack of layers: the number of their leading axes, as a prefix tree of ints or a
-      callable on (path, leaf). None: no leaf does.
+  The group's ``fit(state, probe, *, key, damping)`` is handed the ``noise`` of a matrix where one is given.
   """
 
   def init(params):
@@ -92,9 +86,11 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
   def advance(state, *, damping):
     _check_meaning(state, group)
     one = lambda old: old if group.advance is None else group.advance(old, damping=damping)
+    if not isinstance(state.buckets, dict):
+      return state
     # a group may keep nothing for some shapes, and vmap refuses a tree without arrays
     each = lambda old: jax.vmap(one)(old) if jax.tree.leaves(old) else old
-    return _with_buckets(state, lambda name: each(state.buckets[name]))
+    return state._replace(buckets={name: each(old) for name, old in state.buckets.items()})
 
   lift = lambda of_one: of_one and functools.partial(_product, of_one, stacked)
   return Preconditioner(
@@ -108,13 +104,6 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     root=lift(group.root),
     matrices=None if stacked is None else functools.partial(_matrices, stacked),
   )
-
-
-def _with_buckets(state: LiftState, new: Callable[[str], Any]) -> LiftState:
-  """The state with ``new(name)`` for every bucket; a state without buckets as it is."""
-  if not isinstance(state.buckets, dict):
-    return state
-  return state._replace(buckets={name: new(name) for name in state.buckets})
 
 
 def _fit(group: Preconditioner, stacked: Stacked, state: LiftState, probe: Probe, *, key, damping, noise=None):
@@ -133,13 +122,13 @@ def _fit(group: Preconditioner, stacked: Stacked, state: LiftState, probe: Probe
     drawn = {} if xi is None else {"noise": xi}
     return group.fit(state, Probe(v, h), key=key, damping=damping, **drawn)
 
-  def new(name):
+  new = {}
+  for name, old in state.buckets.items():
     bucket = buckets[name]
     paths = bucket_paths(bucket, probe.product)
     inputs = [None if leaves is None else as_leaves(stack(bucket, leaves), paths) for leaves in trees]
-    return over_matrices(one, bucket.size)(state.buckets[name], *inputs, keys_of[name])
-
-  return _with_buckets(state, new)
+    new[name] = over_matrices(one, bucket.size)(old, *inputs, keys_of[name])
+  return state._replace(buckets=new)
 
 
 def _product(of_one: Callable, stacked: Stacked, state: LiftState, updates: Any, *more: Any) -> Any:
@@ -169,12 +158,12 @@ def _matrices(stacked: Stacked, updates: Any) -> tuple[list[jax.Array], Callable
 
 
 def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
-  """One P for each leaf (block diagonal), the leaves of equal shape batched.
+  """One P for each leaf (block diagonal), the leaves of equal shape batched, fitted on the damped curvature.
 
   Args:
     group: a preconditioner of one array whose ``fit(state, probe, *, key)`` knows neither trees nor λ.
     stacked: leaves that stand for a stack of layers (``nn.scan``, vmapped modules): the number of their leading
-      axes, as a prefix tree of ints or as a callable on (path, leaf). Each layer gets a P of its own.
+      axes, as a prefix tree of ints or as a callable on (path, leaf). Each layer gets a P of its own. None: no leaf.
 
   Returns:
     A preconditioner of any pytree of floating-point leaves. Its ``fit`` takes λ as ``damping``.

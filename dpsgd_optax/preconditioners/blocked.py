@@ -48,11 +48,8 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
 
   Args:
     preconditioner: of any pytree, fitted on gradients or Hessian-vector products: ``kron()``, ``affine()``,
-      ``damped_kron()``, … Static.
+      ``damped_kron()``, … Static. The result has the parts that this one has.
     block_size: the longest axis of a block, at least 1. Static. Axes of stacked layers count as axes.
-
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` with the parts that the inner one has.
 
   Raises:
     ValueError: for a ``block_size`` below 1 or not an int, and what the inner one raises.

@@ -2,12 +2,10 @@
 """DPSGD's preconditioner: Kronecker factors of each weight matrix, averaged over time, then damped.
 
 Notation ([paper] is M. U. Qadeer, Damped Preconditioned Stochastic Gradient Descent)
-  W, G         a weight matrix (m, n) and its gradient; a tensor is seen as (all leading axes, last axis)
-  Q_L, Q_R     factors, upper triangular with the paper's ``eq``;  P_L = Q_LᵀQ_L (m, m),  P_R = Q_RᵀQ_R (n, n)
-  Pbar         their weighted averages
+  G, U         the gradient of a weight matrix (m, n), and U = P G; a tensor is seen as (all leading axes, last axis)
+  P_L, P_R     Q_LᵀQ_L (m, m) and Q_RᵀQ_R (n, n), the fitted factors;  Pbar: their weighted averages
   τ, η         adaptive damping (given to ``fit`` as ``damping``) and the constant below it; c = sqrt(τ + η)
-  s_L, s_R     what is added to the eigenvalues of Pbar_L and of Pbar_R
-  U            the preconditioned gradient
+  s_L, s_R     what is added to the eigenvalues of Pbar_L and of Pbar_R, see `tikhonov`
 
 This is a damping of the *factors*, in the space of P: more of it makes the step longer and closer to the plain
 gradient, the opposite of damping the curvature (fitting on Hv + λv), which makes it shorter.
@@ -20,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.buckets import Stacked
-from dpsgd_optax.base import Preconditioner, Probe, check, check_not_negative, check_step_size
+from dpsgd_optax.base import Preconditioner, Probe, check, check_not_negative
 from dpsgd_optax.geometry.linalg import as_matrix_shape, kron_power, multiply
 from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._damped import sampled, unless_zero
-from dpsgd_optax.preconditioners._factors import KronState, Layout, check_geometry, factor_kind, initial, move_factors
+from dpsgd_optax.preconditioners._factors import KronState, Layout, check_options, factor_kind, initial, move_factors
 from dpsgd_optax.preconditioners._lift import batched
 from dpsgd_optax.tikhonov import Average, Form, factored, recursive
 
@@ -64,14 +62,14 @@ def damped_kron(
 ) -> Preconditioner:
   """P = (Pbar_L + s_L I) ⊗ (Pbar_R + s_R I) on every leaf, seen as a matrix: DPSGD's P.
 
-  Each ``fit`` moves the factors on a probe (Lie-group step, [paper] Eq. 49), then averages them (Eq. 47), then damps
-  the averages (Eq. 36 or 46). On steps without a probe, ``advance`` does the last two. Both take τ as ``damping``;
-  None leaves the factors undamped, s_L = s_R = 0.
+  Each ``fit`` moves the factors on a probe ([paper] Eq. 49), then averages them (Eq. 47), then damps the averages (Eq.
+  36 or 46). On steps without a probe, ``advance`` does the last two. Both take τ as ``damping``; None leaves the
+  factors undamped, whatever η is.
 
   Args:
     average: β_max of Eq. 47 in [0, 1), or an :class:`tikhonov.Average` such as ``tikhonov.two_tap(0.7, 0.3)``; None: no
       averaging, and none kept in the state.
-    eta: η, added to τ under the root; in squared units of P. Without a τ it is not added either.
+    eta: η, added to τ under the root; in squared units of P.
     form: ``tikhonov.factored`` (Eq. 46) or ``tikhonov.additive`` (Eq. 36).
     geometry: see :func:`dpsgd_optax.kron`; the default needs matrix products only, the paper's is ``eq``.
     normalizer: ``spectral`` (with step_size 0.1) or ``max_abs`` (the paper's runs, with step_size 0.01).
@@ -94,8 +92,7 @@ def damped_kron(
     >>> [q.shape for q in state.buckets["3x3x2x4_float32"].kron.q]
     [(1, 18, 18), (1, 4, 4)]
   """
-  check_step_size(step_size)
-  check_geometry(geometry)
+  check_options(geometry, step_size)
   check_not_negative(eta, "eta", "It is added to the damping under a square root. Try 1e-5.")
   check(lambda x: x >= 1, repeats, "repeats", "at least 1", "The paper moves once per probe: `repeats=1`.")
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use 1 to make every factor diagonal.")

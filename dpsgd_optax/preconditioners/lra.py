@@ -10,9 +10,8 @@ Notation
   a, b     Qh = x + U t with t = Vᵀx;  Q⁻ᵀv = y − V c with Kᵀc = Uᵀy
   e, f     Ph ⊘ d = a + V s with s = Uᵀa = Uᵀx + UᵀU t;  d ⊙ P⁻¹v = b − U z with K z = Vᵀb
 
-Memory traffic is what this costs. Beside these vectors only inner products with U and V are needed. Those of their
-columns, wᵀw, are kept in the state, so that P g reads w twice, and a fit four times: for the inner products with x and
-y, for a, b, e, f, to move it, and for the new wᵀw.
+What costs time is to read w. The inner products of its columns, wᵀw, are kept in the state, so that P g reads w twice,
+and a fit four times: for the inner products with x and y, for a, b, e, f, to move it, and for the new wᵀw.
 """
 
 from typing import Any, NamedTuple
