@@ -39,11 +39,9 @@ def directions(
   """E of each factor, μ (k,) and the new L (k,): where to go and how far, all from the same a, b (Jacobi).
 
   Args:
-    q: factors, dense (d_i, d_i) or diagonal (d_i,).
-    p: the factor of P that belongs to each; q⁻¹ for a geometry that keeps it; None if neither is at hand.
+    q, p: factors of Q and of P; p is q⁻¹ for a geometry that keeps it, None if neither is at hand.
     lip: (k,), L; 0 before the first fit.
-    v: (d_1, …, d_k) probe vector, or None.
-    h: its product, or the gradient; damped already.
+    v, h: (d_1, …, d_k), the damped probe; v may be None.
     geometry, normalizer, step_size: see `kron`.
     norms: one norm estimate per factor in place of the deterministic bound, to replay recorded random numbers.
     low_rank: keep the moments of a vector as outer products, so that a move costs O(n²); normalizer ``trace``.

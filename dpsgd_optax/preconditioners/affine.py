@@ -14,7 +14,7 @@ Sources: arXiv:1803.09383 and arXiv:1809.10232 (the groups); psgd_tf, legacy psg
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dpsgd_optax._trees.buckets import Stacked
@@ -26,16 +26,18 @@ from dpsgd_optax.preconditioners._factors import Layout, dense_factor, diagonal_
 from dpsgd_optax.preconditioners._lift import per_leaf
 
 
-def squarest(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-  """Order of the axes, and how many go to the rows, so that m² + n² is least; the first such in that order."""
+def squarest(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The axes that go to the rows, and those that go to the columns, so that m² + n² is least; of several the first."""
   axes = range(len(shape))
   candidates = [
-    ((*rows, *(i for i in axes if i not in rows)), len(rows))
-    for count in axes
-    for rows in itertools.combinations(axes, count)
+    (rows, tuple(i for i in axes if i not in rows)) for count in axes for rows in itertools.combinations(axes, count)
   ]
-  sides = lambda found: [math.prod(shape[i] for i in part) for part in (found[0][: found[1]], found[0][found[1] :])]
-  return min(candidates, key=lambda found: sum(d * d for d in sides(found)))
+  return min(candidates, key=lambda parts: sum(d * d for d in _sides(shape, parts)))
+
+
+def _sides(shape: tuple[int, ...], parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+  """The lengths of the axes into which the parts are merged."""
+  return tuple(math.prod(shape[i] for i in part) for part in parts)
 
 
 def affine(
@@ -72,13 +74,10 @@ def affine(
   check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only.")
 
   def layout(shape: tuple[int, ...]) -> Layout:
-    if len(shape) < 2:
-      order, matrix = None, (math.prod(shape),)
-    else:
-      order, rows = squarest(shape)
-      matrix = tuple(math.prod(shape[i] for i in part) for part in (order[:rows], order[rows:]))
-    size = math.prod(matrix)
-    return Layout(matrix, tuple(factor_kind(1 < d <= max_size and d * d <= max_skew * size) for d in matrix), order)
+    parts = squarest(shape) if len(shape) > 1 else (tuple(range(len(shape))),)
+    matrix, limit = _sides(shape, parts), max_skew * math.prod(shape)
+    factors = tuple(factor_kind(1 < d <= max_size and d * d <= limit) for d in matrix)
+    return Layout(matrix, factors, tuple(itertools.chain(*parts)))
 
   return _lifted(layout, geometry, step_size, init_scale, normalizer, stacked)
 

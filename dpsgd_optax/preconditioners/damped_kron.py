@@ -119,7 +119,8 @@ def damped_kron(
     shifts = jnp.zeros_like(state.shifts)
     if damping is not None:
       c = jnp.sqrt(jnp.asarray(damping + eta, shifts.dtype))
-      shifts = jnp.stack(form(_mean_eigenvalue(mean[0]), _mean_eigenvalue(mean[1]), c))
+      mean_eigenvalue = lambda p: jnp.mean(p if p.ndim == 1 else jnp.real(jnp.diagonal(p)))
+      shifts = jnp.stack(form(*map(mean_eigenvalue, mean), c))
     kept = None if average is None else mean
     return DampedKronState(state.kron, state.count + 1, kept, memory, shifts.astype(state.shifts.dtype))
 
@@ -140,10 +141,6 @@ def damped_kron(
   meaning = f"geometry={geometry.name}, form={getattr(form, '__name__', 'own')}"
   group = Preconditioner(init, fit, _product, advance, power=_power, meaning=meaning)
   return batched(_matrices_only(group) if max_vector_size is None else group, stacked)
-
-
-def _mean_eigenvalue(p: jax.Array) -> jax.Array:
-  return jnp.mean(p if p.ndim == 1 else jnp.real(jnp.diagonal(p)))
 
 
 def _product(state: DampedKronState, x: jax.Array) -> jax.Array:

@@ -74,16 +74,10 @@ def dense(
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
-    >>> h = jnp.array([[2.0, 1.0], [1.0, 3.0]])
-    >>> p, loss, params = dpo.dense(step_size=0.5), lambda x: x @ h @ x / 2, jnp.ones(2)
-    >>> @jax.jit
-    ... def fit(state, key):
-    ...   probe = dpo.newton()(key, params, params, hvp=dpo.hvp(loss, params))
-    ...   return p.fit(state, probe, key=key, damping=0.0)
-    >>> state = p.init(params)
-    >>> for key in jax.random.split(jax.random.key(0), 100):
-    ...   state = fit(state, key)
-    >>> p.apply(state, h @ params).round(2)
+    >>> h, p, key = jnp.array([[2.0, 1.0], [1.0, 3.0]]), dpo.dense(step_size=0.5), jax.random.key(0)
+    >>> fit = lambda state, v: (p.fit(state, dpo.Probe(v, h @ v), key=key, damping=0.0), None)
+    >>> state, _ = jax.lax.scan(fit, p.init(jnp.ones(2)), jax.random.normal(key, (100, 2)))
+    >>> p.apply(state, h @ jnp.ones(2)).round(2)
     Array([1., 1.], dtype=float32)
   """
   check_step_size(step_size)

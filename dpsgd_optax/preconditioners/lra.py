@@ -176,9 +176,8 @@ def lra(*, rank: int = 10, step_size: float = 0.1, init_scale: float | None = No
   """P = QᵀQ with Q = (I + U Vᵀ) diag(d): a diagonal and a low rank, over all parameters as one vector.
 
   Memory: 2 rank + 1 copies of the parameters, which must be real. The diagonal fits the scales, the r directions both
-  the largest and the smallest eigenvalues that remain. Fitted on Newton probes it becomes exact, slowly, for H = diag +
-  rank r; on gradients it whitens, v being drawn. A coin says whether U or V moves, another balances them on one fit in
-  ten.
+  the largest and the smallest eigenvalues that remain. Newton probes make it exact, slowly, for H = diag + rank r; on
+  gradients it whitens, v being drawn. One coin says whether U or V moves, another when to balance them.
 
   Args:
     rank: r, 0 ≤ r. Static (decides shapes).
@@ -189,8 +188,7 @@ def lra(*, rank: int = 10, step_size: float = 0.1, init_scale: float | None = No
     ValueError: for a negative rank, a step size outside (0, 1], a scale that is not positive, complex parameters.
 
   Departures from psgd_torch 2.0: when whitening, v is not the damping noise but a draw of its own; U and V are balanced
-  on one fit in ten in place of every one (its older version: one in a hundred): it is 8 n r² of the 10 n r² + 28 n r
-  flops of its fit.
+  on one fit in ten in place of every one, which is 8 n r² of the 10 n r² + 28 n r flops of its fit.
 
   Source: arXiv:2402.04553 (LRA, "UVd"); the update and its balancing: psgd_torch 2.0.
 
