@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One fit of the factors: look at the probe through Q, take its moments, move. The notation is that of `moves`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,18 +31,16 @@ def directions(
   geometry: Geometry,
   normalizer: Normalizer,
   step_size,
-  norms: tuple[Callable, ...] | None = None,
   low_rank: bool = False,
   seen: Seen | None = None,
 ) -> tuple[tuple, jax.Array, jax.Array]:
-  """E of each factor, μ (k,) and the new L (k,): where to go and how far, all from the same a, b (Jacobi).
+  """E of each factor, μ (k,) and the new L (k,): where to go and how far, for all factors from the same a, b.
 
   Args:
     q, p: factors of Q and of P; p is q⁻¹ for a geometry that keeps it, None if neither is at hand.
     lip: (k,), L; 0 before the first fit.
     v, h: (d_1, …, d_k), the damped probe; v may be None.
     geometry, normalizer, step_size: see `kron`.
-    norms: one norm estimate per factor in place of the deterministic bound, to replay recorded random numbers.
     low_rank: keep the moments of a vector as outer products, so that a move costs O(n²); normalizer ``trace``.
     seen: the slices along each axis that take part (see `seen`); None: all.
   """
@@ -55,7 +52,7 @@ def directions(
   masked = seen is not None and (b is None or geometry.moment is not unchanged)  # otherwise a and b are enough
   bound_of = norm_bound if geometry.project is triu else normal_norm_bound
   by_difference = normalizer.of_difference and b is not None and not low_rank and geometry.moment is unchanged
-  two_terms = norms is None and geometry.project is keep_all and normalizer is spectral
+  two_terms = geometry.project is keep_all and normalizer is spectral
   for i, factor in enumerate(q):
     dense = factor.ndim == 2
     if by_difference and dense and isinstance(factor, jax.Array):
@@ -72,7 +69,7 @@ def directions(
       e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
     e = zero_unseen_block(e, seen[i]) if masked and seen is not None else e
     e = geometry.project(e) if dense else e
-    measured.append(normalizer.measure(t1, t2, e, bound_of if norms is None else norms[i]).astype(lip.dtype))
+    measured.append(normalizer.measure(t1, t2, e, bound_of).astype(lip.dtype))
     found.append(e)
   mu, lip = tracked_step(step_size, lip, jnp.stack(measured), normalizer.memory)
   return tuple(found), mu.astype(jnp.finfo(a.dtype).dtype), lip

@@ -62,8 +62,8 @@ def damped_kron(
 ) -> Preconditioner:
   """P = (Pbar_L + s_L I) ⊗ (Pbar_R + s_R I) on every leaf, seen as a matrix: DPSGD's P.
 
-  Each ``fit`` moves the factors on a probe ([paper] Eq. 49), then averages them (Eq. 47), then damps the averages (Eq.
-  36 or 46). On steps without a probe, ``advance`` does the last two. Both take τ as ``damping``; None leaves the
+  Each ``fit`` moves the factors on a probe (Eq. 49 of the paper), then averages them (Eq. 47), then damps the averages
+  (Eq. 36 or 46). On steps without a probe, ``advance`` does the last two. Both take τ as ``damping``; None leaves the
   factors undamped, whatever η is.
 
   Args:
@@ -84,6 +84,8 @@ def damped_kron(
 
   Departures from the author's code, which the paper supports: the averages, not the instantaneous factors, are
   applied; they are averages of undamped factors; a conv kernel (kh, kw, in, out) is the matrix (kh·kw·in, out).
+
+  Source: M. U. Qadeer, Damped Preconditioned Stochastic Gradient Descent.
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo
@@ -119,8 +121,8 @@ def damped_kron(
     shifts = jnp.zeros_like(state.shifts)
     if damping is not None:
       c = jnp.sqrt(jnp.asarray(damping + eta, shifts.dtype))
-      mean_eigenvalue = lambda p: jnp.mean(p if p.ndim == 1 else jnp.real(jnp.diagonal(p)))
-      shifts = jnp.stack(form(*map(mean_eigenvalue, mean), c))
+      left, right = (jnp.mean(p if p.ndim == 1 else jnp.real(jnp.diagonal(p))) for p in mean)  # mean eigenvalues
+      shifts = jnp.stack(form(left, right, c))
     kept = None if average is None else mean
     return DampedKronState(state.kron, state.count + 1, kept, memory, shifts.astype(state.shifts.dtype))
 
