@@ -147,7 +147,7 @@ def _both_sides(q, e, mu):
 
 
 def _through_one_factor(q, t):
-  """q T qᴴ: what a moment of Ph or of v becomes when the factor q is applied to them along its axis."""
+  """q T qᴴ: the moment of Ph or of v once the factor q is applied to them along its axis."""
   if isinstance(t, LowRank):
     return t.through(q)
   if q.ndim == 1:
@@ -167,8 +167,7 @@ where q⁻¹ is kept and follows by the identity of Woodbury: no solve, no trian
 qep = Geometry(_through_p, keep_all, _times, _scale, moment=_through_one_factor, name="qep")
 """q ← q − μ E q, a = q Ph, b = q v: matrix products only, two more per factor than ``qeq``."""
 qeq = Geometry(_through_p, keep_all, lambda q, e, mu: q - (q @ e) * mu, _scale, name="qeq")
-"""q ← q − μ q E, a = Ph, b = v: matrix products only. P is what fitting P itself by ``quad`` would give,
-and it cannot lose positive-definiteness."""
+"""q ← q − μ q E, a = Ph, b = v: matrix products only. P is that of ``quad4p``, and cannot lose definiteness."""
 quad = Geometry(
   _through_p,
   keep_all,
@@ -206,8 +205,8 @@ def _first_order(t1, t2, e, norm):
 lipschitz = Normalizer(_second_order, 0.9, largest_entry)
 """L tracks ‖T1 + T2‖, an estimate of the gradient's Lipschitz constant, with memory 0.9: psgd_torch 2.0."""
 spectral = Normalizer(_first_order, 0.0, largest_diagonal, of_difference=True)
-"""L = ‖E‖, by its lower bound, of a vector's E exactly, without memory: DPSGD's rule (`specnorm`), step size 0.1."""
+"""L = ‖E‖ by its lower bound, exact for a vector, without memory: DPSGD's rule, step size 0.1."""
 max_abs = Normalizer(lambda t1, t2, e, norm: largest_entry(e), 0.0, largest_entry, of_difference=True)
 """L = max |E_ij| without memory: Li's rule of 2018, step size 0.01; much slower than the others."""
 trace = Normalizer(lambda t1, t2, e, norm: t1.trace() + t2.trace(), 0.9, largest_entry)
-"""L tracks tr(T1 + T2), which for one factor over a vector is the norm of T1 + T2 up to a factor of 2, and exact."""
+"""L tracks tr(T1 + T2) with memory 0.9: for the outer products of a vector ‖T1‖ + ‖T2‖, at most twice ‖T1 + T2‖."""

@@ -39,12 +39,11 @@ def _join(blocks: list[jax.Array], shape: tuple[int, ...], block_size: int) -> j
 def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
   """``preconditioner`` on blocks: no axis of what it sees is longer than ``block_size``.
 
-  For a vocabulary or a wide layer, where a dense factor would be too large and a diagonal one too weak. An axis of
-  length d is cut into ⌈d / block_size⌉ parts whose lengths differ by one at most. Each block of the parameter has a P
-  of its own, which leaves out the curvature between them: ``blocked(kron(max_skew=jnp.inf), 1024)`` of 50257 × 768 has
-  50 blocks of 1005 or 1006 × 768. Blocks of equal shape are fitted and applied together, and divided among devices as
-  other buckets are. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the flops of a fit are
-  O(d² · block_size) in place of O(d³).
+  This is for a vocabulary or a wide layer, where a dense factor would be too large and a diagonal one too weak. An axis
+  of length d is cut into ⌈d / block_size⌉ parts whose lengths differ by one at most: with 1024, 50257 × 768 becomes 50
+  blocks of 1005 or 1006 × 768. Each block has a P of its own; the curvature between blocks is left out. Blocks of equal
+  shape are fitted and applied together. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the
+  flops of a fit are O(d² · block_size) in place of O(d³).
 
   Args:
     preconditioner: of any pytree, fitted on gradients or Hessian-vector products: ``kron()``, ``affine()``,
