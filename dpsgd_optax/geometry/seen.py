@@ -47,10 +47,9 @@ def seen_lately(idle: Any) -> Seen | None:
 
 
 def zero_unseen(x: jax.Array, idle: Any) -> jax.Array:
-  """x, zero in the entries that take no part; ``idle`` has the shape of x."""
-  for seen in seen_lately(idle) or ():
-    x = jnp.where(seen, x, 0)
-  return x
+  """x, zero in the entries that take no part; ``idle`` has the shape of x, or is ()."""
+  seen = seen_lately(idle)
+  return x if seen is None else jnp.where(seen[0], x, 0)
 
 
 def zero_unseen_slices(x: jax.Array, seen: Seen) -> jax.Array:

@@ -67,7 +67,7 @@ def damped_kron(
   factors undamped, whatever η is.
 
   Args:
-    average: β_max of Eq. 47 in [0, 1), or an :class:`tikhonov.Average` such as ``tikhonov.two_tap(0.7, 0.3)``; None: no
+    average: β_max of Eq. 47 in [0, 1), or a ``tikhonov.Average`` such as ``tikhonov.two_tap(0.7, 0.3)``; None: no
       averaging, and none kept in the state.
     eta: η, added to τ under the root; in squared units of P.
     form: ``tikhonov.factored`` (Eq. 46) or ``tikhonov.additive`` (Eq. 36).
