@@ -10,7 +10,6 @@ How the factors move is said by a geometry, see `geometry.moves`.
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,12 +49,12 @@ def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
 def kept_in(group: Preconditioner, dtype: Any) -> Preconditioner:
   """The same group, which computes as before, with its factors kept in ``dtype`` between the steps."""
 
-  def convert(state: KronState, to: Callable[[jax.Array], Any]) -> KronState:
-    change = lambda factors: tuple(x if jnp.iscomplexobj(x) else x.astype(to(x)) for x in factors)
+  def convert(state: KronState, to: Any) -> KronState:
+    change = lambda factors: tuple(x if jnp.iscomplexobj(x) else x.astype(to) for x in factors)
     return state._replace(q=change(state.q), p=change(state.p))
 
-  narrow = lambda state: convert(state, lambda x: dtype)
-  wide = lambda state, x: convert(state, lambda _: jnp.finfo(x.dtype).dtype)
+  narrow = lambda state: convert(state, dtype)
+  wide = lambda state, x: convert(state, jnp.finfo(x.dtype).dtype)
   return group._replace(
     init=lambda x: narrow(group.init(x)),
     fit=lambda state, probe, *, key: narrow(group.fit(wide(state, probe.product), probe, key=key)),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from dpsgd_optax.base import Preconditioner, Probe, check, check_real
 from dpsgd_optax.geometry.fit import check_init_scale, scale_before_fit, tracked_step
-from dpsgd_optax.geometry.seen import count_idle, idle_counters, zero_unseen
+from dpsgd_optax.geometry.seen import count_idle, idle_counters, seen_lately
 from dpsgd_optax.preconditioners._views import raveled
 
 
@@ -58,8 +58,9 @@ def move_x(
     tt, ss, across = t * t, s * s, s * s[::-1]
   e_a, e_b = tt - ss, t * t[::-1] - across
   idle = count_idle(idle, h != 0)
-  tt, ss, e_a, e_b = (zero_unseen(x, idle) for x in (tt, ss, e_a, e_b))
-  e_b = zero_unseen(e_b, idle[::-1])  # both entries of a pair must take part
+  if seen := seen_lately(idle):
+    tt, ss, e_a = (jnp.where(seen[0], x, 0) for x in (tt, ss, e_a))
+    e_b = jnp.where(seen[0] & seen[0][::-1], e_b, 0)  # both entries of a pair must take part
   if len(a) % 2:  # the middle is on both diagonals: it belongs to a
     e_b = jnp.where(jnp.arange(len(a)) == len(a) // 2, 0, e_b)
   mu, lip = tracked_step(step_size, lip, measure(e_a, e_b, tt, ss), memory)
