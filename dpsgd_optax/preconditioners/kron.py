@@ -12,7 +12,6 @@ import math
 import warnings
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.buckets import Stacked
