@@ -28,7 +28,8 @@ from dpsgd_optax.optimizers.psgd import psgd
 from dpsgd_optax.optimizers.sgd_ph import sgd_ph
 from dpsgd_optax.parallel import data_parallel
 from dpsgd_optax.penalties import add_gradient_norm_penalty, gradient_norm
-from dpsgd_optax.preconditioners._lift import per_leaf, raveled
+from dpsgd_optax.preconditioners._lift import per_leaf
+from dpsgd_optax.preconditioners._views import raveled
 from dpsgd_optax.preconditioners.affine import affine, scan, scaw
 from dpsgd_optax.preconditioners.batch_norm import batch_norm
 from dpsgd_optax.preconditioners.blocked import blocked

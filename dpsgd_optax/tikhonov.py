@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How DPSGD damps a Kronecker product, and how it averages the factors."""
+"""How DPSGD damps a Kronecker product, and how it averages the factors.
+
+Notation: that of `damped_kron`, [paper] included, and
+  π        (tr Pbar_L / m) / (tr Pbar_R / n), the ratio of the mean eigenvalues
+  β_t      the weight of the old average at step t
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,15 +14,16 @@ import jax.numpy as jnp
 
 from dpsgd_optax.base import check_fraction, check_not_negative
 
-# How the damped factors are made: (mean eigenvalue of Pbar_L, of Pbar_R, c) -> (shift of P_L, of P_R, multiple of G)
+__all__ = ["Average", "Form", "additive", "factored", "two_tap"]
+
 Form = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+"""(mean eigenvalue of Pbar_L, of Pbar_R, c) -> (shift of Pbar_L, of Pbar_R, multiple of G): the damped factors."""
 
 
 def factored(left: jax.Array, right: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """U = (Pbar_L + sqrt(π) c I) G (Pbar_R + c/sqrt(π) I), [paper] Eq. 46; π as in Eq. 41 and arXiv:1503.05671.
 
-  π makes the two cross terms equal in trace. The reference's notebooks take the root of τ twice in places; this is
-  the consistent form, shift² = π (τ + η).
+  π makes the two cross terms equal in trace. Departure: the reference's notebooks take the root of τ twice in places.
   """
   root = jnp.sqrt(left / right)
   return root * c, c / root, jnp.zeros_like(c)
@@ -58,11 +64,10 @@ def recursive(decay) -> Average:
 
 
 def two_tap(new: float, old: float) -> Average:
-  """Pbar_t = new · P_t + old · P_{t−1}: what the thesis describes and its stored runs used.
+  """Pbar_t = new · P_t + old · P_{t−1}, as in Qadeer's thesis and its stored runs; P is I before the first fit.
 
-  The thesis's weights, by the size of the first gradient: O(1): old 0.2 to 0.7 and new = 1 − old;
-  O(0.1): new = 1 and old = b/(1 − b), b 0.3 to 0.35; O(0.01): the same with b 0.7 to 0.9.
-  Before the first fit P is the identity.
+  Its weights, by the size of the first gradient: O(1): old 0.2 to 0.7 and new = 1 − old; O(0.1): new = 1 and
+  old = b/(1 − b), b 0.3 to 0.35; O(0.01): the same with b 0.7 to 0.9.
   """
   check_not_negative(new, "new", "It is the weight of the current factors.")
   check_not_negative(old, "old", "It is the weight of the previous factors.")

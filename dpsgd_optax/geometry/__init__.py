@@ -2,7 +2,7 @@
 """How the factors of a Kronecker product move: arrays only, no trees, no keys, no λ.
 
 ``kron(geometry=…, normalizer=…)`` and its relatives take these values. A geometry says where the probe is looked at and
-how a factor moves on its Lie group, a normalizer what the step is divided by.
+how a factor moves on its Lie group; a normalizer says what the step is divided by. `moves` has their equations.
 """
 
 from dpsgd_optax.geometry.moves import (

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds of the spectral norm, and rotations towards a symmetric factor."""
+"""Bounds of the spectral norm ‖·‖, and rotations towards a Hermitian positive factor.
+
+Notation
+  q        (d, d), a factor that is to become Hermitian positive while P = qᴴ q stays
+  R        the skew matrix qᴴ − q over its norm: exp(aR) is a rotation
+"""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import tiny
 from dpsgd_optax.geometry.linalg import largest_entry
-from dpsgd_optax.geometry.structured import Arrow, LowRank, arrow_largest
+from dpsgd_optax.geometry.structured import Arrow, LowRank
 
 
 def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
@@ -17,20 +23,18 @@ def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
   One step of the power iteration, started at the row or the column of largest norm, whichever is longer
   (a tie: the row). Deterministic; two products of a matrix with a vector; 0 for a = 0.
 
-  Args:
-    a: (d, d); an arrow-head has its largest entry for a norm, and one of two terms its exact norm.
-    normal: True promises a aᴴ = aᴴ a (Hermitian, skew): each row is as long as its column, so that rows will do, which
-      halves what there is to compile.
+  Of an arrow-head the largest entry is returned, of a `LowRank` of two terms the exact norm. ``normal`` promises
+  a aᴴ = aᴴ a (Hermitian, skew): each row is as long as its column, so rows will do, which halves what is compiled.
 
   Source: the bound of psgd_torch that arXiv:2402.11858 uses; same ties as there.
   """
   if isinstance(a, Arrow):
-    return arrow_largest(a)
+    return largest_entry(a)
   if isinstance(a, LowRank):
     return a.norm()
   size = jnp.max(jnp.abs(a))
   scale = 1 / (size + tiny(size))
-  # scaled as they are read: a copy of the matrix would cost more than all the rest; a tie goes to the row
+  # scaled as they are read: a copy of the matrix would cost more than all the rest
   squares = jnp.abs(a * scale) ** 2
   rows = jnp.sum(squares, 1)
   line = a[jnp.argmax(rows)][None]  # a matrix of one row: its products compile sooner than a vector's
@@ -51,38 +55,22 @@ def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
 normal_norm_bound = functools.partial(norm_bound, normal=True)
 
 
-def norm_estimate(a: jax.Array, block: jax.Array, *, skew: bool = False) -> jax.Array:
-  """‖a‖ of a Hermitian positive (or skew) matrix by a block power iteration from given random rows.
-
-  Tighter than :func:`norm_bound` (0.97 of ‖a‖ at d = 40) and 16 times its cost for 32 rows; the reference's
-  random numbers enter as ``block``, (k, d), so that its runs can be replayed.
-
-  Source: psgd_torch 2.0.
-  """
-  size = jnp.max(jnp.abs(a)) if skew else jnp.max(jnp.real(jnp.diagonal(a)))
-  size = size + tiny(size)
-  a = a / size
-  longest = a[jnp.argmax(jnp.sum(jnp.real(a * jnp.conj(a)), 1))]
-  block = longest[None] + jnp.sign(jnp.conj(block) @ longest)[:, None] * block
-  for _ in range(2):
-    block = block @ a
-    block = block / (jnp.linalg.norm(block, axis=1, keepdims=True) + tiny(size))
-    block = block @ a
-  return size * jnp.max(jnp.linalg.norm(block, axis=1))
+def _skew_products(q: jax.Array, norm, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
+  """R q, R² q, …, and the real parts of their traces."""
+  r = jnp.conj(q.T) - q
+  r = r / (norm(r) + tiny(jnp.real(r)))
+  products = list(itertools.accumulate(range(count), lambda x, _: r @ x, initial=q))[1:]
+  return products, [jnp.real(jnp.trace(x)) for x in products]
 
 
 def procrustes_step(q: jax.Array, norm=normal_norm_bound) -> jax.Array:
-  """Rotate q towards the nearest Hermitian positive matrix: q ← exp(aR) q to second order, R ∝ qᴴ − q.
+  """Rotates q towards the nearest Hermitian positive matrix: q ← exp(aR) q to second order.
 
   The step a maximises tr(exp(aR) q) on its quadratic model, at most 1/8; P = qᴴ q changes by O(a⁴) only.
 
   Source: arXiv:2402.11858 and psgd_torch 2.0 (Q^0.5 E Q^1.5).
   """
-  r = jnp.conj(q.T) - q
-  r = r / (norm(r) + tiny(jnp.real(r)))
-  rq = r @ q
-  rrq = r @ rq
-  first, second = jnp.real(jnp.trace(rq)), jnp.real(jnp.trace(rrq))
+  (rq, rrq), (first, second) = _skew_products(q, norm, 2)
   negative = second < 0
   step = jnp.where(negative, jnp.minimum(-first / jnp.where(negative, second, 1), 0.125), 0.125)
   return q + step * (rq + step / 2 * rrq)
@@ -93,12 +81,7 @@ def procrustes_step_3(q: jax.Array, norm=normal_norm_bound) -> jax.Array:
 
   Source: psgd_torch 2.0 (PRO4P).
   """
-  r = jnp.conj(q.T) - q
-  r = r / (norm(r) + tiny(jnp.real(r)))
-  rq = r @ q
-  rrq = r @ rq
-  rrrq = r @ rrq
-  t1, t2, t3 = (jnp.real(jnp.trace(x)) for x in (rq, rrq, rrrq))
+  (rq, rrq, rrrq), (t1, t2, t3) = _skew_products(q, norm, 3)
   useful = (t1 > 0) & (t3 < 0)
   a = (-t2 - jnp.sqrt(jnp.maximum(t2 * t2 - 1.5 * t1 * t3, 0))) / (0.75 * jnp.where(useful, t3, -1))
   a = jnp.where(useful, jnp.minimum(a, 1 / 3), 0)

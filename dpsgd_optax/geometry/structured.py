@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices that are never written down: of low rank, and arrow-heads."""
+"""Matrices that are never written down: of low rank, and arrow-heads.
+
+Notation
+  E, Q, P  Σ_k s_k x_k x_kᴴ; an upper arrow-head, diagonal and last column; QᵀQ
+  x_(i)    the mode-i unfolding of a tensor x
+"""
 
 import dataclasses
 from typing import Any
@@ -13,9 +18,9 @@ from dpsgd_optax.base import check_real
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-  """Σ_k s_k x_k x_kᴴ, a Hermitian matrix of few terms that is never formed, so that products with it cost O(n²).
+  """E, a Hermitian matrix of few terms that is never formed, so that products with it cost O(n²).
 
-  It stands where a matrix E could: ``e @ q``, ``q @ e``, ``e - f``, ``e * c``, ``e / c``.
+  It stands where a matrix could: ``e @ q``, ``q @ e``, ``e - f``, ``e * c``.
 
   Attributes:
     x: (r, n).
@@ -35,9 +40,6 @@ class LowRank:
   def __mul__(self, c: Any) -> "LowRank":
     return dataclasses.replace(self, s=self.s * c)
 
-  def __truediv__(self, c: Any) -> "LowRank":
-    return self * (1 / c)
-
   def __matmul__(self, q: jax.Array) -> jax.Array:
     if not self.upper:
       return (self.x * self.s[:, None]).T @ (jnp.conj(self.x) @ q)
@@ -56,7 +58,7 @@ class LowRank:
     return jnp.sum(self.s * jnp.sum(jnp.abs(self.x) ** 2, 1))
 
   def norm(self) -> jax.Array:
-    """Its spectral norm, of two terms: the larger root of the characteristic polynomial of the 2 × 2 matrix XᴴX S."""
+    """Its spectral norm, for r = 2 only: the larger root of the characteristic polynomial of the 2 × 2 matrix XᴴX S."""
     inner = jnp.conj(self.x) @ self.x.T * self.s[None]
     trace = jnp.real(jnp.trace(inner))
     det = jnp.real(inner[0, 0] * inner[1, 1] - inner[0, 1] * inner[1, 0])
@@ -76,8 +78,8 @@ def outer(x: jax.Array) -> LowRank:
 def hermitian_outer(x: jax.Array, y: jax.Array) -> LowRank:
   """The Hermitian part of x yᴴ of two vectors, (x yᴴ + y xᴴ) / 2.
 
-  It is ¼ (x + y)(x + y)ᴴ − ¼ (x − y)(x − y)ᴴ. With cx and y/c of equal length neither term is larger than twice
-  the norm of the difference, so that nothing cancels.
+  It is ¼ (x + y)(x + y)ᴴ − ¼ (x − y)(x − y)ᴴ. With cx and y/c of equal length neither term is larger than twice the
+  norm of the difference, so that nothing cancels.
   """
   a, b = (jnp.linalg.norm(z) for z in (x, y))
   c = jnp.sqrt((b + tiny(b)) / (a + tiny(a)))
@@ -88,10 +90,12 @@ def hermitian_outer(x: jax.Array, y: jax.Array) -> LowRank:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arrow:
-  """Attributes:
-  diagonal: (d,).
-  column: (d,), the last column above the diagonal; its last entry is 0.
-  symmetric: (static) the matrix P: the last column is the last row too.
+  """A (d, d) arrow-head: zero but for its diagonal and its last column, in P the last row too.
+
+  Attributes:
+    diagonal: (d,).
+    column: (d,), the last column above the diagonal; its last entry is 0.
+    symmetric: True for P. Static.
   """
 
   diagonal: jax.Array
@@ -148,6 +152,7 @@ class Arrow:
 
 
 def arrow_identity(d: int, dtype: Any) -> Arrow:
+  """The identity, (d, d). Raises a ValueError for a complex dtype."""
   check_real(dtype, "scan")
   return Arrow(jnp.ones(d, dtype), jnp.zeros(d, dtype))
 
@@ -157,8 +162,3 @@ def arrow_gram(x: jax.Array, axis: int) -> Arrow:
   x = jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
   column = x @ x[-1]
   return Arrow(jnp.sum(x * x, 1), column.at[-1].set(0))
-
-
-def arrow_largest(e: Arrow) -> jax.Array:
-  """The largest entry, which bounds the relative change of the diagonal, and so keeps Q in its group."""
-  return jnp.maximum(jnp.max(jnp.abs(e.diagonal)), jnp.max(jnp.abs(e.column)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inverses and Gram matrices of triangular matrices, by blocks."""
+"""Inverses and Gram matrices of triangular matrices, by blocks: products are faster than solves."""
 
 import math
 
@@ -10,14 +10,12 @@ import jax.numpy as jnp
 def triangular_inverse(x: jax.Array, block: int = 32) -> jax.Array:
   """x⁻¹ of a lower triangular x, (d, d): diagonal blocks inverted together, then joined in pairs,
 
-    [A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹ B A⁻¹, C⁻¹],
+    [A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹ B A⁻¹, C⁻¹].
 
-  by products, which a CPU does faster than one solve with the identity, the more so the larger d. As stable: Higham,
-  Accuracy and Stability of Numerical Algorithms, §14.2.2.
+  On a CPU faster than one solve with the identity, the more so the larger d, and as stable: Higham, Accuracy and
+  Stability of Numerical Algorithms, §14.2.2.
 
-  Args:
-    x: (d, d); what is above the diagonal is not read.
-    block: the largest size left to a solve. Static.
+  What is above the diagonal is not read. ``block`` (static) is the largest size left to a solve.
   """
   d = len(x)
   levels = max(0, math.ceil(math.log2(d / block)))
@@ -40,7 +38,7 @@ def _blocks_inverse(x: jax.Array, levels: int) -> jax.Array:
 
 
 def lower_gram(x: jax.Array, whole: int = 192) -> jax.Array:
-  """xᵀx of a lower triangular x, (d, d): with d > ``whole`` in halves, which leaves out half of the multiplications."""
+  """xᵀx of a lower triangular x, (d, d); where d > ``whole`` by halves, with half of the multiplications."""
   h = len(x) // 2
   product = lambda a, b: jnp.matmul(a.T, b, precision="highest")
   if len(x) <= whole:

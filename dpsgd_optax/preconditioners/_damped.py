@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probe of the damped curvature."""
+"""The probe of the damped curvature.
+
+Notation
+  v, h   probe vector and its image under the curvature: h = H v, or h = g when whitening (v = None)
+  λ, ξ   the damping of the curvature; random signs, drawn for it when whitening
+"""
 
 import math
 from collections.abc import Callable
@@ -14,12 +19,12 @@ from dpsgd_optax.base import Preconditioner, Probe
 
 
 def damp(probe: Probe, xi: jax.Array | None, damping) -> Probe:
-  """The probe of the damped curvature.
+  """The probe of the damped curvature; ``damping`` None: λ = 0.
 
   Newton: h ← h + λ v, that is H + λI.
   Whitening: h ← h + (λ + ε|h|) ξ with ε the machine epsilon: E hhᴴ grows by at least λ² I, so P ≤ I/λ.
 
-  Where h is exactly zero it stays so, that a fit can tell what was not seen (see ``seen_slices``).
+  Where h is exactly zero it stays so, that a fit can tell what was not seen (see `geometry.seen`).
   """
   h, damping = probe.product, 0.0 if damping is None else damping
   if probe.vector is not None:
@@ -37,26 +42,25 @@ def sampled(probe: Probe, key: jax.Array) -> Probe:
 def unless_zero(x: jax.Array, fit: Callable[[Probe], Any], probe: Probe, old: Any) -> Any:
   """``fit(probe)``, or ``old`` where x is zero throughout: nothing was seen, so nothing is learned, P cannot run away.
 
-  A branch, or in a batch of matrices a choice. What enters and leaves a branch is written to memory; fused into every
-  pass of the fit and of what reads the new state, the noise and the small sums would be made anew in each: time for
-  ``xmat``, instructions to compile for ``kron``.
+  ``lax.cond`` (a select under ``vmap``) also writes what enters and leaves the fit to memory. Fused into every pass of
+  the fit and of what reads the new state, the noise and the small sums would be made anew in each.
   """
-  # of squares, which a library sums in one pass, no normal number so small that its square vanishes; a NaN is seen
+  # a sum of squares is one pass of a library; scaled, so that no normal number has a square of 0; a NaN is seen
   larger = x * (2 / math.sqrt(tiny(x)))
   seen = jnp.sum(jnp.real(larger * jnp.conj(larger))) != 0
   return jax.lax.cond(seen, lambda probe, old: fit(probe), lambda probe, old: old, probe, old)
 
 
-def damped(group: Preconditioner, whitens: bool) -> Preconditioner:
+def damped(group: Preconditioner) -> Preconditioner:
   """A group whose ``fit(state, probe, *, key)`` knows no λ, fitted on the probe of the damped curvature.
 
-  Where it ``whitens``, v is integrated out, and the place of the vector holds the noise of the damping.
+  Its ``fit`` takes ``damping`` λ and, where v is integrated out, ``noise`` ξ, shaped like the probe.
   """
 
-  def fit(state, probe, *, key, damping):
-    seen = damp(Probe(None, probe.product), probe.vector, damping) if whitens else damp(probe, None, damping)
-    # λ alone says nothing about a leaf that is not in use: 2000 such fits would leave it with P = I/λ
+  def fit(state, probe, *, key, damping, noise=None):
+    # decided on the undamped h: λ alone says nothing about a leaf that is not in use, whose P would grow up to I/λ
     like = lambda new: jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
-    return unless_zero(probe.product, lambda seen: like(group.fit(state, seen, key=key)), seen, state)
+    fitted = lambda seen: like(group.fit(state, seen, key=key))
+    return unless_zero(probe.product, fitted, damp(probe, noise, damping), state)
 
   return group._replace(fit=fit)

@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """From one array to a pytree: trees, batching by shape, keys and damping, once for all groups.
 
-`batched`   leaves of equal shape are stacked on a leading axis and `init`, `fit`, `apply` run once per shape under
-            `vmap`; every statistic stays one per matrix
-`per_leaf`  `batched` with the curvature damped before the fit: (v, Hv + λv), or g + λ·noise when whitening
-`raveled`   the whole tree as one vector
+A *group* is a preconditioner of one array, a *bucket* the stack of all matrices of one shape. The group runs once per
+bucket under `vmap`; every statistic stays one per matrix.
 """
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax._trees.buckets import Bucket, Stacked, bucket_paths, make_buckets, stack, unstack
 from dpsgd_optax._trees.draws import noise
 from dpsgd_optax._trees.mesh import as_leaves, divided
@@ -37,6 +33,7 @@ class LiftState(NamedTuple):
 
 
 def check_same_leaves(state: LiftState, buckets: list[Bucket]) -> None:
+  """Raises unless the buckets are those of the state."""
   have = {k: jax.tree.leaves(v) for k, v in state.buckets.items()} if isinstance(state.buckets, dict) else {}
   same = set(have) == {b.name for b in buckets} and all(
     not have[b.name] or have[b.name][0].shape[0] == b.size for b in buckets
@@ -47,6 +44,16 @@ def check_same_leaves(state: LiftState, buckets: list[Bucket]) -> None:
     raise ValueError(
       "the updates must have the leaves that the params had at `init`. "
       f"Leaves by shape at `init`: {needed}; now: {came}. Call `init` again for other params."
+    )
+
+
+def _check_meaning(state: LiftState, group: Preconditioner) -> None:
+  """Raises for a state whose arrays mean another P than the group's."""
+  if state.meaning and group.meaning and group.meaning not in state.meaning:
+    raise ValueError(
+      f"the state of a preconditioner with {', '.join(state.meaning)} was given to one with {group.meaning}: the "
+      "same arrays mean another P there. Build the optimizer with the arguments of the run that made the state, or "
+      "begin with `tx.init(params)`."
     )
 
 
@@ -66,111 +73,97 @@ def over_matrices(one: Callable, size: int) -> Callable:
 
 
 def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
-  """A preconditioner of one array, run once per distinct shape on the stacked leaves of a pytree.
+  """The preconditioner of a pytree that runs ``group`` once per distinct shape; ``stacked`` as for :func:`per_leaf`.
 
-  Args:
-    group: on one array; ``fit(state, probe, *, key, damping)``.
-    stacked: leaves that hold a stack of layers: the number of their leading axes, as a prefix tree of ints or a
-      callable on (path, leaf). None: no leaf does.
+  The group's ``fit(state, probe, *, key, damping)`` is handed the ``noise`` of a matrix where one is given.
   """
-
-  meaning: Any = {group.meaning: ()} if group.meaning else ()
 
   def init(params):
     buckets = make_buckets(params, stacked)
-    if not buckets:
-      return LiftState(jnp.zeros(()), meaning)
     states = {b.name: jax.vmap(group.init)(jnp.zeros((b.size, *b.shape), b.dtype)) for b in buckets}
-    return LiftState(states, meaning)
-
-  def check_meaning(state):
-    if state.meaning and meaning and state.meaning != meaning:
-      raise ValueError(
-        f"the state of a preconditioner with {', '.join(state.meaning)} was given to one with {group.meaning}: the "
-        "same arrays mean another P there. Build the optimizer with the arguments of the run that made the state, or "
-        "begin with `tx.init(params)`."
-      )
-
-  def over_buckets(state, run):
-    check_meaning(state)
-    if not isinstance(state.buckets, dict):
-      return state
-    return state._replace(buckets={name: run(i, name, old) for i, (name, old) in enumerate(state.buckets.items())})
-
-  def fit(state, probe, *, key, damping):
-    buckets = {b.name: b for b in make_buckets(probe.product, stacked)}
-    check_same_leaves(state, list(buckets.values()))
-    if not buckets:
-      return state
-    products = jax.tree.leaves(probe.product)
-    vectors = None if probe.vector is None else jax.tree.leaves(probe.vector)
-    ends = list(itertools.accumulate((buckets[name].size for name in state.buckets), initial=0))
-    keys = jax.random.split(key, ends[-1])  # dropped by the compiler where no group draws
-
-    def run(i, name, old):
-      bucket = buckets[name]
-      paths = bucket_paths(bucket, probe.product)
-      vector = None if vectors is None else as_leaves(stack(bucket, vectors), paths)
-      product = as_leaves(stack(bucket, products), paths)
-
-      def one(state, v, h, key):
-        return group.fit(state, Probe(v, h), key=key, damping=damping)
-
-      return over_matrices(one, bucket.size)(old, vector, product, keys[ends[i] : ends[i + 1]])
-
-    return over_buckets(state, run)
-
-  def product(of_one, state, updates, *more):
-    """``of_one(state, x, *more)`` on every matrix: `apply`, `power` or `root` of the group."""
-    leaves, treedef = jax.tree.flatten(updates)
-    buckets = make_buckets(updates, stacked)
-    check_same_leaves(state, buckets)
-    for bucket in buckets:
-      run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)
-      paths = bucket_paths(bucket, updates)
-      done = run(state.buckets[bucket.name], as_leaves(stack(bucket, leaves), paths))
-      unstack(bucket, as_leaves(done, paths), leaves)
-    return jax.tree.unflatten(treedef, leaves)
+    return LiftState(states or jnp.zeros(()), {group.meaning: ()} if group.meaning else ())
 
   def advance(state, *, damping):
-    def one(old):
-      return old if group.advance is None else group.advance(old, damping=damping)
-
+    _check_meaning(state, group)
+    one = lambda old: old if group.advance is None else group.advance(old, damping=damping)
+    if not isinstance(state.buckets, dict):
+      return state
     # a group may keep nothing for some shapes, and vmap refuses a tree without arrays
-    return over_buckets(state, lambda i, name, old: jax.vmap(one)(old) if jax.tree.leaves(old) else old)
+    each = lambda old: jax.vmap(one)(old) if jax.tree.leaves(old) else old
+    return state._replace(buckets={name: each(old) for name, old in state.buckets.items()})
 
-  def matrices(updates):
-    leaves, treedef = jax.tree.flatten(updates)
-    members = {i: (count, bucket.shape) for bucket in make_buckets(updates, stacked) for i, count in bucket.members}
-    parts = [jnp.reshape(x, (members[i][0], *members[i][1])) for i, x in enumerate(leaves) if i in members]
-
-    def join(parts):
-      found = iter(parts)
-      return treedef.unflatten([next(found).reshape(jnp.shape(x)) if i in members else x for i, x in enumerate(leaves)])
-
-    return parts, join
-
-  lift = lambda of_one: of_one and functools.partial(product, of_one)
+  lift = lambda of_one: of_one and functools.partial(_product, of_one, stacked)
   return Preconditioner(
     meaning=group.meaning,
     init=init,
-    fit=fit,
+    fit=functools.partial(_fit, group, stacked),
     apply=lift(group.apply),
     advance=advance if group.advance else None,
     diagonal=group.diagonal,
     power=lift(group.power),
     root=lift(group.root),
-    matrices=None if stacked is None else matrices,
+    matrices=None if stacked is None else functools.partial(_matrices, stacked),
   )
 
 
+def _fit(group: Preconditioner, stacked: Stacked, state: LiftState, probe: Probe, *, key, damping, noise=None):
+  """``group.fit`` on every matrix, each with a key of its own; ``noise`` is a tree like the probe, or None."""
+  buckets = {b.name: b for b in make_buckets(probe.product, stacked)}
+  check_same_leaves(state, list(buckets.values()))
+  _check_meaning(state, group)
+  if not buckets:
+    return state
+  ends = list(itertools.accumulate((buckets[name].size for name in state.buckets), initial=0))
+  keys = jax.random.split(key, ends[-1])  # dropped by the compiler where no group draws
+  keys_of = {name: keys[start:end] for name, (start, end) in zip(state.buckets, itertools.pairwise(ends), strict=True)}
+  trees = [None if tree is None else jax.tree.leaves(tree) for tree in (*probe, noise)]
+
+  def one(state, v, h, xi, key):
+    drawn = {} if xi is None else {"noise": xi}
+    return group.fit(state, Probe(v, h), key=key, damping=damping, **drawn)
+
+  new = {}
+  for name, old in state.buckets.items():
+    bucket = buckets[name]
+    paths = bucket_paths(bucket, probe.product)
+    inputs = [None if leaves is None else as_leaves(stack(bucket, leaves), paths) for leaves in trees]
+    new[name] = over_matrices(one, bucket.size)(old, *inputs, keys_of[name])
+  return state._replace(buckets=new)
+
+
+def _product(of_one: Callable, stacked: Stacked, state: LiftState, updates: Any, *more: Any) -> Any:
+  """``of_one(state, x, *more)`` on every matrix: `apply`, `power` or `root` of the group."""
+  leaves, treedef = jax.tree.flatten(updates)
+  buckets = make_buckets(updates, stacked)
+  check_same_leaves(state, buckets)
+  for bucket in buckets:
+    run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)
+    paths = bucket_paths(bucket, updates)
+    done = run(state.buckets[bucket.name], as_leaves(stack(bucket, leaves), paths))
+    unstack(bucket, as_leaves(done, paths), leaves)
+  return jax.tree.unflatten(treedef, leaves)
+
+
+def _matrices(stacked: Stacked, updates: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+  """`Preconditioner.matrices`: each leaf as its stack of layers."""
+  leaves, treedef = jax.tree.flatten(updates)
+  members = {i: (count, bucket.shape) for bucket in make_buckets(updates, stacked) for i, count in bucket.members}
+  parts = [jnp.reshape(x, (members[i][0], *members[i][1])) for i, x in enumerate(leaves) if i in members]
+
+  def join(parts):
+    found = iter(parts)
+    return treedef.unflatten([next(found).reshape(jnp.shape(x)) if i in members else x for i, x in enumerate(leaves)])
+
+  return parts, join
+
+
 def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
-  """One P for each leaf (block diagonal), the leaves of equal shape batched.
+  """One P for each leaf (block diagonal), the leaves of equal shape batched, fitted on the damped curvature.
 
   Args:
     group: a preconditioner of one array whose ``fit(state, probe, *, key)`` knows neither trees nor λ.
     stacked: leaves that stand for a stack of layers (``nn.scan``, vmapped modules): the number of their leading
-      axes, as a prefix tree of ints or as a callable on (path, leaf). Each layer gets a P of its own.
+      axes, as a prefix tree of ints or as a callable on (path, leaf). Each layer gets a P of its own. None: no leaf.
 
   Returns:
     A preconditioner of any pytree of floating-point leaves. Its ``fit`` takes λ as ``damping``.
@@ -187,62 +180,13 @@ def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     >>> p.apply(state, {"a": jnp.ones(3), "b": jnp.ones(3)})["b"]
     Array([4., 4., 4.], dtype=float32)
   """
-  return _observing(group, stacked)
-
-
-def _observing(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
-  """Two lifts of one group, for probes with a vector and for those without, which take the noise in its place."""
-  newton, whitening = (batched(damped(group, whitens), stacked) for whitens in (False, True))
+  lifted = batched(damped(group), stacked)
 
   def fit(state, probe, *, key, damping):
     if probe.vector is not None:
-      return newton.fit(state, probe, key=key, damping=damping)
+      return lifted.fit(state, probe, key=key, damping=damping)
+    xi = noise(key, probe.product)
     # folded, not split: a key that no group draws from is dropped by the compiler
-    observed = Probe(noise(key, probe.product), probe.product)
-    return whitening.fit(state, observed, key=jax.random.fold_in(key, 0), damping=damping)
+    return lifted.fit(state, probe, key=jax.random.fold_in(key, 0), damping=damping, noise=xi)
 
-  return newton._replace(fit=fit)
-
-
-def raveled(group: Preconditioner) -> Preconditioner:
-  """One P for the whole tree as one vector: ``group`` is a preconditioner of a 1-D array, as for ``per_leaf``.
-
-  Example:
-    >>> import jax.numpy as jnp, dpsgd_optax as dpo
-    >>> group = dpo.Preconditioner(
-    ...   init=lambda x: jnp.zeros(x.shape), fit=lambda s, probe, *, key: s + probe.product, apply=lambda s, x: s * x)
-    >>> dpo.raveled(group).init({"a": jnp.ones((2, 2)), "b": jnp.ones(3)}).buckets["7_float32"].shape
-    (1, 7)
-  """
-  lifted = _observing(group)
-
-  def ravel(tree):
-    leaves = [x for x in jax.tree.leaves(tree) if math.prod(jnp.shape(x)) > 0]
-    make_buckets(tree)  # for its message about integer leaves
-    if not leaves:
-      return []
-    dtype = jnp.result_type(*(working_dtype(jnp.result_type(x)) for x in leaves))
-    return [jnp.concatenate([jnp.reshape(x, -1).astype(dtype) for x in leaves])]
-
-  def init(params):
-    make_buckets(params)  # for its message about leaves that are no arrays
-    shapes = jax.eval_shape(ravel, params)
-    return lifted.init(shapes)
-
-  def fit(state, probe, *, key, damping):
-    vector = None if probe.vector is None else ravel(probe.vector)
-    return lifted.fit(state, Probe(vector, ravel(probe.product)), key=key, damping=damping)
-
-  def product(of_vector, state, updates, *more):
-    flat = of_vector(state, ravel(updates), *more)
-    leaves, treedef = jax.tree.flatten(updates)
-    start = 0
-    for i, leaf in enumerate(leaves):
-      size = math.prod(jnp.shape(leaf))
-      if size:
-        leaves[i] = flat[0][start : start + size].reshape(jnp.shape(leaf)).astype(jnp.result_type(leaf))
-        start += size
-    return jax.tree.unflatten(treedef, leaves)
-
-  lift = lambda of_vector: of_vector and functools.partial(product, of_vector)
-  return lifted._replace(init=init, fit=fit, apply=lift(lifted.apply), power=lift(lifted.power), root=lift(lifted.root))
+  return lifted._replace(fit=fit)

@@ -2,7 +2,7 @@
 """Two factors for every parameter, seen as a matrix: affine, and the pairs of scaling, whitening and normalisation.
 
 Notation
-  G        m × n matrix: the parameter with its axes merged; P G = (Q_lᵀQ_l) G (Q_rᵀQ_r)
+  G        m × n matrix: the parameter with its axes merged; P G = (Q_lᵀQ_l) G (Q_rᵀQ_r); N = m n
   dense    upper triangular (d, d): whitening of features
   diagonal (d,): scaling of features
   arrow    diagonal and last column: normalisation of features, x ↦ D x + c, the last feature being the constant 1
@@ -14,27 +14,30 @@ Sources: arXiv:1803.09383 and arXiv:1809.10232 (the groups); psgd_tf, legacy psg
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dpsgd_optax._trees.buckets import Stacked
-from dpsgd_optax.base import Preconditioner, check, check_step_size
+from dpsgd_optax.base import Preconditioner, check
 from dpsgd_optax.geometry.linalg import as_matrix_shape
 from dpsgd_optax.geometry.moves import Geometry, Normalizer, eq, lipschitz
 from dpsgd_optax.geometry.structured import arrow_identity
-from dpsgd_optax.preconditioners._factors import Layout, check_geometry, dense_factor, dense_if, diagonal_factor, group
+from dpsgd_optax.preconditioners._factors import Layout, dense_factor, diagonal_factor, factor_kind, kron_of_array
 from dpsgd_optax.preconditioners._lift import per_leaf
 
 
-def squarest(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-  """Order of the axes, and how many go to the rows, so that m² + n² is least; the first such in that order."""
+def squarest(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The axes that go to the rows, and those that go to the columns, so that m² + n² is least; of several the first."""
   axes = range(len(shape))
   candidates = [
-    ((*rows, *(i for i in axes if i not in rows)), len(rows))
-    for count in axes
-    for rows in itertools.combinations(axes, count)
+    (rows, tuple(i for i in axes if i not in rows)) for count in axes for rows in itertools.combinations(axes, count)
   ]
-  sides = lambda found: [math.prod(shape[i] for i in part) for part in (found[0][: found[1]], found[0][found[1] :])]
-  return min(candidates, key=lambda found: sum(d * d for d in sides(found)))
+  return min(candidates, key=lambda parts: sum(d * d for d in _sides(shape, parts)))
+
+
+def _sides(shape: tuple[int, ...], parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+  """The lengths of the axes into which the parts are merged."""
+  return tuple(math.prod(shape[i] for i in part) for part in parts)
 
 
 def affine(
@@ -46,25 +49,15 @@ def affine(
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
-  precision: Any = None,
 ) -> Preconditioner:
   """P = P_l ⊗ P_r on every leaf, seen as the matrix that is nearest to a square one.
 
   Of all ways to distribute the axes of a tensor over rows and columns, the one with the least m² + n² is taken; a conv
-  kernel (3, 3, 64, 64) becomes 192 × 192 where ``kron`` has four factors. Vectors have one diagonal factor.
+  kernel (3, 3, 64, 64) becomes 192 × 192 where ``kron`` has four factors. Vectors have one factor.
 
   Args:
-    max_size: a longer side gets a diagonal factor. Static. ``jnp.inf``: any.
-    max_skew: a side d is dense iff d² ≤ ``max_skew`` · N. Static. ``jnp.inf``: all are.
-    geometry: how the factors move, as for :func:`dpsgd_optax.kron`.
-    step_size: of the fit, in (0, 1].
-    init_scale: the initial Q = init_scale · I; None: from the first probe that is not zero.
-    normalizer: what the step is divided by.
-    stacked: see :func:`dpsgd_optax.per_leaf`.
-    precision: of the matrix products, as ``jax.lax.Precision``.
-
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner`.
+    max_skew: a side d is dense iff d ≤ ``max_size`` and d² ≤ ``max_skew`` · N. Static. ``jnp.inf``: all are.
+    max_size, geometry, step_size, init_scale, normalizer, stacked: see :func:`dpsgd_optax.kron`.
 
   Raises:
     ValueError: for a step size outside (0, 1], or a scale, size or skew that is not positive.
@@ -77,20 +70,16 @@ def affine(
     >>> [q.shape for q in state.buckets["3x3x8x8_float32"].q]
     [(1, 24, 24), (1, 24, 24)]
   """
-  check_geometry(geometry)
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use `max_size=1` to make both factors diagonal.")
   check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only.")
 
   def layout(shape: tuple[int, ...]) -> Layout:
-    if len(shape) < 2:
-      order, matrix = None, (math.prod(shape),)
-    else:
-      order, rows = squarest(shape)
-      matrix = tuple(math.prod(shape[i] for i in part) for part in (order[:rows], order[rows:]))
-    size = math.prod(matrix)
-    return Layout(matrix, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * size) for d in matrix), order)
+    parts = squarest(shape) if len(shape) > 1 else (tuple(range(len(shape))),)
+    matrix, limit = _sides(shape, parts), max_skew * math.prod(shape)
+    factors = tuple(factor_kind(1 < d <= max_size and d * d <= limit) for d in matrix)
+    return Layout(matrix, factors, tuple(itertools.chain(*parts)))
 
-  return _lifted(layout, geometry, step_size, init_scale, normalizer, stacked, precision)
+  return _lifted(layout, geometry, step_size, init_scale, normalizer, stacked)
 
 
 def scan(
@@ -100,27 +89,20 @@ def scan(
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
-  precision: Any = None,
 ) -> Preconditioner:
-  """Scaling and normalisation: P of m × n kernels in O(m + n), an arrow-head on the inputs, a diagonal on the outputs.
+  """Scaling and normalisation: an arrow-head on the inputs of m × n kernels, a diagonal on the outputs. O(m + n).
 
-  Made for kernels (…, in + 1, out) whose last row is the bias, the input being extended by a constant 1. Training with
-  it is then invariant under a shift and a rescaling of each input feature, and under a rescaling of each output: batch
+  Made for kernels (…, in + 1, out) whose last row is the bias, the input being extended by a constant 1. Training is
+  then invariant under a shift and a rescaling of each input feature, and under a rescaling of each output: batch
   normalisation of the inputs by the optimizer. Kernels (h, w, in, out) are seen as (h·w·in, out). Vectors are scaled.
+  Parameters must be real. The state holds 4 m + 2 n numbers.
 
   Args:
     bias_row: False: the kernels have no bias row; inputs are then scaled, not shifted, and both factors are diagonal.
-    step_size: of the fit, in (0, 1].
-    init_scale: the initial Q = init_scale · I; None: from the first probe that is not zero.
-    normalizer: what the step is divided by.
-    stacked: see :func:`dpsgd_optax.per_leaf`.
-    precision: as ``jax.lax.Precision``.
-
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` of real parameters. State: 4 m + 2 n numbers.
+    step_size, init_scale, normalizer, stacked: see :func:`dpsgd_optax.kron`.
 
   Raises:
-    ValueError: for a step size outside (0, 1] or a scale that is not positive.
+    ValueError: for a step size outside (0, 1], a scale that is not positive, or complex parameters.
 
   Departure: in Flax's layout rows are inputs, so the arrow-head is the left factor; psgd_torch has it on the right.
 
@@ -134,7 +116,7 @@ def scan(
     ((1, 5), (1, 5), (1, 3))
   """
   left = arrow_identity if bias_row else diagonal_factor
-  return _lifted(_pair(left, diagonal_factor), eq, step_size, init_scale, normalizer, stacked, precision)
+  return _lifted(_pair(left, diagonal_factor), eq, step_size, init_scale, normalizer, stacked)
 
 
 def scaw(
@@ -143,13 +125,12 @@ def scaw(
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
-  precision: Any = None,
 ) -> Preconditioner:
   """Scaling and whitening: a dense triangular factor on the inputs of m × n kernels, a diagonal one on the outputs.
 
   With the bias as the last row of the kernel, training is invariant under all affine maps of the inputs under which a
-  feature receives only itself, later ones and a constant. One of them whitens the inputs: there is nothing to gain from
-  doing so. Arguments, returns and errors as for :func:`dpsgd_optax.scan`.
+  feature receives only itself, later ones and a constant. One of them whitens the inputs: doing so gains nothing.
+  Arguments and errors are those of :func:`dpsgd_optax.scan`.
 
   Source: legacy psgd_torch (SCAW); "scaw" of usmanqadeer1/DPSGD.
 
@@ -158,10 +139,10 @@ def scaw(
     >>> [q.shape for q in dpo.scaw().init(jnp.zeros((5, 3))).buckets["5x3_float32"].q]
     [(1, 5, 5), (1, 3)]
   """
-  return _lifted(_pair(dense_factor, diagonal_factor), eq, step_size, init_scale, normalizer, stacked, precision)
+  return _lifted(_pair(dense_factor, diagonal_factor), eq, step_size, init_scale, normalizer, stacked)
 
 
-def _pair(left: Any, right: Any) -> Any:
+def _pair(left: Any, right: Any) -> Callable[[tuple[int, ...]], Layout]:
   """The layout of matrices with one factor on the rows and one on the columns; vectors are scaled."""
 
   def layout(shape: tuple[int, ...]) -> Layout:
@@ -172,8 +153,7 @@ def _pair(left: Any, right: Any) -> Any:
   return layout
 
 
-def _lifted(layout, geometry, step_size, init_scale, normalizer, stacked, precision) -> Preconditioner:
-  check_step_size(step_size)
-  check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
-  options = dict(geometry=geometry, step_size=step_size, normalizer=normalizer, precision=precision)
-  return per_leaf(group(layout, init_scale=init_scale, **options), stacked)
+def _lifted(layout, geometry, step_size, init_scale, normalizer, stacked) -> Preconditioner:
+  """The preconditioner of all leaves for a layout of one."""
+  options = dict(geometry=geometry, normalizer=normalizer, step_size=step_size, init_scale=init_scale)
+  return per_leaf(kron_of_array(layout, **options), stacked)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long axes in blocks: a P of its own for each block of a large parameter."""
+"""Long axes cut into blocks: a P of its own for each block of a large parameter."""
 
-import functools
 import itertools
 from typing import Any
 
@@ -9,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpsgd_optax._trees.arithmetic import leaves_apart
-from dpsgd_optax.base import Preconditioner, Probe, check
+from dpsgd_optax.base import Preconditioner, check
+from dpsgd_optax.preconditioners._views import seen_as
 
 
 def _ends(d: int, block_size: int) -> tuple[int, ...]:
@@ -40,20 +39,16 @@ def _join(blocks: list[jax.Array], shape: tuple[int, ...], block_size: int) -> j
 def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
   """``preconditioner`` on blocks: no axis of what it sees is longer than ``block_size``.
 
-  An axis of length d is cut into ⌈d / block_size⌉ parts whose lengths differ by one at most, and each block of the
-  parameter has a P of its own, which leaves out the curvature between them. For a vocabulary or a wide layer, where a
-  dense factor would be too large and a diagonal one too weak: ``blocked(kron(max_skew=jnp.inf), 1024)`` of 50257 × 768
-  has 50 blocks of 1005 or 1006 × 768. Blocks of equal shape are fitted and applied together, and divided among devices
-  as other buckets are. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the flops of a fit
-  are O(d² · block_size) in place of O(d³).
+  This is for a vocabulary or a wide layer, where a dense factor would be too large and a diagonal one too weak. An axis
+  of length d is cut into ⌈d / block_size⌉ parts whose lengths differ by one at most: with 1024, 50257 × 768 becomes 50
+  blocks of 1005 or 1006 × 768. Each block has a P of its own; the curvature between blocks is left out. Blocks of equal
+  shape are fitted and applied together. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the
+  flops of a fit are O(d² · block_size) in place of O(d³).
 
   Args:
     preconditioner: of any pytree, fitted on gradients or Hessian-vector products: ``kron()``, ``affine()``,
-      ``damped_kron()``, … Static.
+      ``damped_kron()``, … Static. The result has the parts that this one has.
     block_size: the longest axis of a block, at least 1. Static. Axes of stacked layers count as axes.
-
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` with the parts that the inner one has.
 
   Raises:
     ValueError: for a ``block_size`` below 1 or not an int, and what the inner one raises.
@@ -73,26 +68,7 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
   def cut(tree: Any) -> Any:
     return jax.tree.map(lambda x: _cut(x, block_size), tree)
 
-  def fit(state, probe, **options):
-    vector = None if probe.vector is None else cut(probe.vector)
-    return preconditioner.fit(state, Probe(vector, cut(probe.product)), **options)
+  def join(blocks: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda x, done: _join(done, jnp.shape(x), block_size), tree, blocks)
 
-  def product(of_blocks, state, updates, *more):
-    done = of_blocks(state, cut(updates), *more)
-    return jax.tree.map(lambda x, blocks: _join(blocks, jnp.shape(x), block_size), updates, done)
-
-  def matrices(updates):
-    blocks = cut(updates)
-    parts, join = (preconditioner.matrices or leaves_apart)(blocks)
-    back = lambda parts: jax.tree.map(lambda x, done: _join(done, jnp.shape(x), block_size), updates, join(parts))
-    return parts, back
-
-  lift = lambda of_blocks: of_blocks and functools.partial(product, of_blocks)
-  return preconditioner._replace(
-    init=lambda params: preconditioner.init(jax.eval_shape(cut, params)),
-    fit=fit,
-    apply=lift(preconditioner.apply),
-    power=lift(preconditioner.power),
-    root=lift(preconditioner.root),
-    matrices=matrices,
-  )
+  return seen_as(preconditioner, cut, join)

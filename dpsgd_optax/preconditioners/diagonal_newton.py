@@ -48,10 +48,8 @@ def visit_count(visits: jax.Array, fits: jax.Array) -> jax.Array:
 def cycle_count(length: int) -> Terms:
   """k = ⌊t / length⌋ + 1, the same for all tensors: the released code's bias correction.
 
-  Off by one for tensors that come late in the cycle: up to 1.9 times too large a step in the first cycle at μ = 0.9.
-
-  Args:
-    length: M, the number of steps in a cycle, those without a probe (None in ``cycle``) included.
+  It is off by one for tensors that come late in the cycle of ``length`` steps (those without a probe, None in
+  ``cycle``, included): up to 1.9 times too large a step in the first cycle at μ = 0.9.
   """
   check_period(length, "length")
   return lambda visits, fits: fits // length + 1
@@ -70,14 +68,12 @@ def diagonal_newton(
     h ← μ h + (1 − μ) s,   s = v ⊙ H v,   c = 1 − μⁿ
 
   For random signs v, E s is the diagonal of H, with variance Σ_{j≠i} H_ij² in entry i. For v = 1, s is the vector of
-  row sums of H, which is the diagonal only if H is diagonal; :func:`dpsgd_optax.sgd_ph` says when it is.
-  At a fixed H the fixed point is P = τ / (|E s| + λ), between 0 and τ/λ.
+  row sums of H, which is the diagonal only if H is diagonal; :func:`dpsgd_optax.sgd_ph` says when it is. On gradients
+  (``whitening()``) s = |g|², the diagonal of the empirical Fisher matrix. At a fixed H the fixed point is
+  P = τ / (|E s| + λ), between 0 and τ/λ. The damping λ is added to |h|, not to H, whose eigenvalues have any sign.
 
   A tensor on which the probe is zero throughout is not visited and keeps its h; before its first visit h = 0, so that
-  P = τ (1 − μ)/λ. Before the first fit of all P = 1. On gradients (``whitening()``, v integrated out) s = |g|²: the
-  diagonal of the empirical Fisher matrix.
-
-  The damping λ of ``fit`` is added to |h|, not to H, whose eigenvalues have any sign.
+  P = τ (1 − μ)/λ. Before the first fit of all P = 1.
 
   Args:
     decay: μ, weight kept of the old h, in [0, 1).

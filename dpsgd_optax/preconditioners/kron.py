@@ -4,25 +4,23 @@
 Notation
   x        a parameter of shape (d_1, …, d_k), axes of length 1 left out; N elements
   q_i      dense (d_i, d_i) or diagonal (d_i,);  p_i = q_iᴴ q_i;  P = p_1 ⊗ … ⊗ p_k
-  v, h     probe vector and its image under the curvature
-  L        (k,) what the steps of the factors are divided by
 
-Sources: Li, arXiv:1803.09383 (Kron), arXiv:2402.04553, arXiv:2402.11858; the geometries: `_geometry`.
+How the factors move is said by a geometry, see `geometry.moves`.
 """
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.buckets import Stacked
-from dpsgd_optax.base import Preconditioner, check, check_step_size, is_static
+from dpsgd_optax.base import Preconditioner, check, is_static
 from dpsgd_optax.geometry.moves import Geometry, Normalizer, lipschitz, pro
-from dpsgd_optax.preconditioners._factors import ALWAYS_DENSE, KronState, Layout, check_geometry, dense_if, group
+from dpsgd_optax.preconditioners._factors import KronState, Layout, factor_kind, kron_of_array
 from dpsgd_optax.preconditioners._lift import per_leaf
+
+MIN_LEAF = 64  # numbers that `max_skew` counts at least: an axis of 8 or less has a dense factor, that of a vector too
 
 
 def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
@@ -48,20 +46,19 @@ def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
 
 
 def kept_in(group: Preconditioner, dtype: Any) -> Preconditioner:
-  """The same group, computing as before, with its factors kept in ``dtype`` between the steps."""
+  """The same group, which computes as before, with its factors kept in ``dtype`` between the steps."""
 
-  def convert(state: KronState, to: Callable[[jax.Array], Any]) -> KronState:
-    change = lambda factors: tuple(x if jnp.iscomplexobj(x) else x.astype(to(x)) for x in factors)
+  def convert(state: KronState, to: Any) -> KronState:
+    change = lambda factors: tuple(x if jnp.iscomplexobj(x) else x.astype(to) for x in factors)
     return state._replace(q=change(state.q), p=change(state.p))
 
-  narrow = lambda state: convert(state, lambda x: dtype)
-  wide = lambda state, x: convert(state, lambda _: jnp.finfo(x.dtype).dtype)
-  return Preconditioner(
+  narrow = lambda state: convert(state, dtype)
+  wide = lambda state, x: convert(state, jnp.finfo(x.dtype).dtype)
+  return group._replace(
     init=lambda x: narrow(group.init(x)),
     fit=lambda state, probe, *, key: narrow(group.fit(wide(state, probe.product), probe, key=key)),
     apply=lambda state, x: group.apply(wide(state, x), x),
     power=group.power and (lambda state, x, exponent: group.power(wide(state, x), x, exponent)),
-    meaning=group.meaning,
   )
 
 
@@ -74,7 +71,6 @@ def kron(
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
   stacked: Stacked = None,
-  precision=None,
   state_dtype: Any = None,
 ) -> Preconditioner:
   """P = ⊗ p_i on every leaf, one factor per axis.
@@ -83,25 +79,22 @@ def kron(
   An axis of length d gets a dense factor iff 1 < d ≤ ``max_size`` and d² ≤ ``max_skew`` · max(N, 64), otherwise a
   diagonal one: with the default the state is about as large as Adam's. Scalars and vectors longer than 8 are diagonal
   under that rule; on a vector of two, Newton's method with a diagonal factor does not get through Rosenbrock's valley.
+  Parameters may be complex. Matrix products have the precision of ``jax.default_matmul_precision``.
 
   Args:
     max_size: the longest axis that may have a dense factor. Static (decides shapes). ``jnp.inf``: any.
     max_skew: a dense factor holds at most ``max_skew`` · max(N, 64) numbers. Static. ``jnp.inf``: all dense.
     geometry: how the factors move: ``pro``, ``quad``, ``qeq``, ``qep`` (matrix products only), ``eq`` (triangular
-      solves), or ``quad4p``, ``pro4p``, which fit P itself and keep no Q. In ``python -m benchmarks defaults``, four
-      problems of whitening, ``quad`` has the loss of ``pro`` in 83 to 97 % of its time; but on Newton products of the
-      ill-conditioned ``logistic`` it does not settle where ``pro`` does, and so ``pro`` is the default.
+      solves), or ``geometry.quad4p``, ``geometry.pro4p``, which fit P itself and keep no Q. On gradients ``quad`` is a
+      little faster than ``pro`` (``python -m benchmarks defaults``), but on Newton products of an ill-conditioned H it
+      does not settle where ``pro`` does, and so ``pro`` is the default.
     step_size: of the fit, in (0, 1]; the largest relative change of a factor per fit.
     init_scale: the initial Q = init_scale · I; None: set from the first probe that is not zero, for each matrix.
-    normalizer: what the step is divided by: ``lipschitz``, ``spectral`` or ``max_abs``.
+    normalizer: what the step is divided by: ``geometry.lipschitz``, ``geometry.spectral`` or ``geometry.max_abs``.
     stacked: see :func:`dpsgd_optax.per_leaf`.
-    precision: of the matrix products in ``fit`` and ``apply``, as ``jax.lax.Precision`` or ``DotAlgorithmPreset``.
     state_dtype: of the factors between the steps; None: that of the parameters, float32 at least. With
       ``jnp.bfloat16`` they take half the memory; fits are computed in float32 all the same, and L stays there.
       Complex factors keep their dtype.
-
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner`. Complex parameters are supported.
 
   Raises:
     ValueError: for a step size outside (0, 1], a scale, size or skew that is not positive, or a ``state_dtype`` that
@@ -114,7 +107,7 @@ def kron(
   norm is a deterministic lower bound; the initial scale is one per matrix; a matrix whose gradient is exactly zero
   keeps its factors.
 
-  Source: arXiv:1803.09383; arXiv:2402.11858.
+  Source: arXiv:1803.09383; arXiv:2402.04553; arXiv:2402.11858.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
@@ -123,19 +116,15 @@ def kron(
     >>> [q.shape for q in state.buckets["3x50_float32"].q]
     [(1, 3, 3), (1, 50)]
   """
-  check_step_size(step_size)
-  check_geometry(geometry)
   check_state_dtype(state_dtype, geometry, step_size)
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use `max_size=1` to make every factor diagonal.")
   check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only, 1.0 for Adam's size.")
-  check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
 
   def layout(shape: tuple[int, ...]) -> Layout:
     kept = tuple(d for d in shape if d > 1) or (1,)
-    size = math.prod(kept)
-    counted = max(size, ALWAYS_DENSE)
-    return Layout(kept, tuple(dense_if(1 < d <= max_size and d * d <= max_skew * counted) for d in kept))
+    limit = max_skew * max(math.prod(kept), MIN_LEAF)
+    return Layout(kept, tuple(factor_kind(1 < d <= max_size and d * d <= limit) for d in kept))
 
-  options = dict(geometry=geometry, step_size=step_size, normalizer=normalizer, precision=precision)
-  found = group(layout, init_scale=init_scale, **options)
-  return per_leaf(found if state_dtype is None else kept_in(found, state_dtype), stacked)
+  options = dict(geometry=geometry, normalizer=normalizer, step_size=step_size, init_scale=init_scale)
+  group = kron_of_array(layout, **options)
+  return per_leaf(group if state_dtype is None else kept_in(group, state_dtype), stacked)

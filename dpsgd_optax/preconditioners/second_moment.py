@@ -6,8 +6,6 @@ Notation
   v      the mean of |h|², or its sum
   D      √v̂ + ε, v̂ = v without the bias of its start at zero
 
-The preconditioned variables are z = D^½ θ.
-
 Sources: AdaGrad, Duchi et al., JMLR 12 (2011); RMSProp, Tieleman and Hinton (2012); Adam, arXiv:1412.6980; as
 preconditioners, arXiv:2410.00232.
 """
@@ -35,16 +33,15 @@ class SecondMomentState(NamedTuple):
 def second_moment(
   decay: float | None = 0.999, eps: float = 1e-8, *, debias: bool = True, stacked: Stacked = None
 ) -> Preconditioner:
-  """P = diag(1/D), D = √v̂ + ε: what AdaGrad, RMSProp and Adam multiply the gradient by. Memory: one copy of the params.
+  """P = diag(1/D): what AdaGrad, RMSProp and Adam multiply the gradient by. Memory: one copy of the parameters.
 
     Adam     ``second_moment(0.999)`` with ``momentum=optax.ema(0.9)``
     RMSProp  ``second_moment(0.9, debias=False)``
     AdaGrad  ``second_moment(None)``, the sum in place of the mean
 
   Fitted on gradients it is theirs to the last bits: v ← βv + (1 − β)g². On Newton probes D is the norm of each row of
-  H, the second moment of (Hv)_i, as AdaHessian's without its averaging over blocks. P = I until the first fit.
-
-  The damping λ is added as v ← … + λ², so that P → (E g² + λ²)^(−½) (for Newton probes: the rows of H + λI).
+  H, the second moment of (Hv)_i, as AdaHessian's without its averaging over blocks. P = I until the first fit. Damped,
+  P → (E g² + λ²)^(−½); for Newton probes D is that of the rows of H + λI.
 
   Args:
     decay: β, weight kept of the old mean, in [0, 1); None: the sum of all squares.

@@ -3,10 +3,9 @@
 
 Notation
   x~       x reversed: x~_i = x_{n−1−i}; (Qx)_i = a_i x_i + b_i x~_i
+  v, h     probe vector and its image under the damped curvature
   t        Qh
   s        Q⁻ᵀv; without v, E s² and E s s~ over all v
-
-Source: arXiv:2402.04553 (XMat); the update: psgd_torch.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.arithmetic import tiny
 from dpsgd_optax.base import Preconditioner, Probe, check, check_real
-from dpsgd_optax.geometry.fit import first_gain, tracked
-from dpsgd_optax.geometry.seen import in_use, unseen, waited
-from dpsgd_optax.preconditioners._lift import raveled
+from dpsgd_optax.geometry.fit import check_init_scale, scale_before_fit, tracked_step
+from dpsgd_optax.geometry.seen import count_idle, idle_counters, seen_lately
+from dpsgd_optax.preconditioners._views import raveled
 
 
 class XMatState(NamedTuple):
@@ -36,12 +34,12 @@ class XMatState(NamedTuple):
 
 
 def second_order(e_a: jax.Array, e_b: jax.Array, tt: jax.Array, ss: jax.Array) -> jax.Array:
-  """max (t² + s²), half of a bound of the norm of the 2 × 2 blocks of ttᵀ + ssᵀ at least."""
+  """ℓ = max (t² + s²), at least half of the norm of the 2 × 2 blocks of ttᵀ + ssᵀ."""
   del e_a, e_b
   return jnp.max(tt + ss)
 
 
-def refit(
+def move_x(
   state: XMatState, v: jax.Array | None, h: jax.Array, *, step_size: Any, measure=second_order, memory: float = 0.9
 ) -> XMatState:
   """a ← a − μ (E_a a + E_b b~), b ← b − μ (E_a b + E_b a~), with E_a = t² − s², E_b = t t~ − s s~.
@@ -59,14 +57,13 @@ def refit(
     s = (back_a * v - back_b * v[::-1]) * over
     tt, ss, across = t * t, s * s, s * s[::-1]
   e_a, e_b = tt - ss, t * t[::-1] - across
-  idle = jax.tree.map(lambda x: waited(x, h != 0), idle)
-  for seen in map(in_use, jax.tree.leaves(idle)):
-    tt, ss, e_a = (jnp.where(seen, x, 0) for x in (tt, ss, e_a))
-    e_b = jnp.where(seen & seen[::-1], e_b, 0)
+  idle = count_idle(idle, h != 0)
+  if seen := seen_lately(idle):
+    tt, ss, e_a = (jnp.where(seen[0], x, 0) for x in (tt, ss, e_a))
+    e_b = jnp.where(seen[0] & seen[0][::-1], e_b, 0)  # both entries of a pair must take part
   if len(a) % 2:  # the middle is on both diagonals: it belongs to a
     e_b = jnp.where(jnp.arange(len(a)) == len(a) // 2, 0, e_b)
-  lip = tracked(lip, measure(e_a, e_b, tt, ss), memory)
-  mu = step_size / (lip + tiny(lip))
+  mu, lip = tracked_step(step_size, lip, measure(e_a, e_b, tt, ss), memory)
   return XMatState(a - mu * (e_a * a + e_b * back_b), b - mu * (e_a * b + e_b * back_a), lip, idle)
 
 
@@ -93,18 +90,15 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
 
   Args:
     step_size: of the fit, in (0, 0.5]: the normaliser may be half of the norm it stands for.
-    init_scale: the initial Q = init_scale · I; None: from the first probe that is not zero.
-
-  Returns:
-    A :class:`dpsgd_optax.Preconditioner` of the whole tree as one vector.
+    init_scale: see :func:`dpsgd_optax.kron`.
 
   Raises:
-    ValueError: for a step size outside (0, 0.5] or a scale that is not positive.
+    ValueError: for a step size outside (0, 0.5], a scale that is not positive, or complex parameters.
 
   Departures from psgd_torch: the normaliser remembers (0.9 of its last value at least), as in version 2.0 of the
   others; when whitening, v is integrated out in place of drawn.
 
-  Source: arXiv:2402.04553.
+  Source: arXiv:2402.04553 (XMat); the update: psgd_torch.
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo
@@ -114,19 +108,19 @@ def xmat(*, step_size: float = 0.1, init_scale: float | None = None) -> Precondi
   """
   bound = "Its normaliser may be half of the norm it stands for; a larger step could make P singular. Try 0.1."
   check(lambda x: 0 < x <= 0.5, step_size, "step_size", "in (0, 0.5]", bound)
-  check(lambda x: x > 0, init_scale, "init_scale", "positive or None", "None sets it from the first probe.")
+  check_init_scale(init_scale)
 
   def init(x: jax.Array) -> XMatState:
     check_real(x.dtype, "xmat")
     scale = 1.0 if init_scale is None else init_scale
     zero = lambda shape: jnp.zeros(shape, x.dtype)
-    return XMatState(jnp.full(x.shape, scale, x.dtype), zero(x.shape), zero(()), unseen(x.shape))
+    return XMatState(jnp.full(x.shape, scale, x.dtype), zero(x.shape), zero(()), idle_counters(x.shape))
 
   def fit(state: XMatState, probe: Probe, *, key: jax.Array) -> XMatState:
     v, h = probe
-    if init_scale is None:
-      gain = first_gain(state.lipschitz, v, h)
-      state = state._replace(a=state.a * gain, b=state.b * gain)
-    return refit(state, v, h, step_size=step_size)
+    scale = scale_before_fit(init_scale, state.lipschitz, v, h)
+    if scale is not None:
+      state = state._replace(a=state.a * scale, b=state.b * scale)
+    return move_x(state, v, h, step_size=step_size)
 
   return raveled(Preconditioner(init, fit, product, root=root))

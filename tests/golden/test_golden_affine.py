@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dpsgd_optax.geometry.fit import fit_factors
-from dpsgd_optax.geometry.linalg import balancing, largest_entry, multiply, scaled, square
+from dpsgd_optax.geometry.linalg import balancing, largest_entry, multiply, sandwich, scaled, square
 from dpsgd_optax.geometry.moves import Normalizer, eq, lipschitz, spectral
 from dpsgd_optax.geometry.structured import Arrow
-from dpsgd_optax.preconditioners._factors import KronState, refit, sandwich
+from dpsgd_optax.preconditioners._factors import KronState, move_factors
 from tests.golden.record import TOLERANCE, case, case_names, draws, error, load
 
 PAIRS = [name for name in case_names("legacy") if name.startswith("kronpair/")]
@@ -58,7 +58,7 @@ def test_five_updates_of_pairs_equal_psgd_torch(name, precision):
     q = tuple(factor(z["Q" + side + "_init"] if t == 0 else z[f"t{t - 1}/Q{side}"]) for side in "lr")
     v, h, g = (jnp.asarray(z[f"t{t}/{k}"]) for k in "vhg")
     state = KronState(q, tuple(map(square, q)), jnp.zeros(2, v.dtype))
-    new = refit(state, v, h, geometry=eq, normalizer=spectral, step_size=meta["lr"])
+    new = move_factors(state, v, h, geometry=eq, normalizer=spectral, step_size=meta["lr"])
     for came, side in zip(new.q, "lr", strict=True):
       assert error(stored_like(came), z[f"t{t}/Q{side}"]) <= TOLERANCE[precision]
     assert error(sandwich(new.p, g), z[f"t{t}/Pg"]) <= TOLERANCE[precision]
@@ -134,7 +134,7 @@ def test_pairs_reach_the_criterion_of_psgd_torch(name):
 
     def step(state, inputs):
       v, size = inputs
-      new = refit(state, v, left @ v @ right, geometry=eq, normalizer=spectral, step_size=size)
+      new = move_factors(state, v, left @ v @ right, geometry=eq, normalizer=spectral, step_size=size)
       return new, [multiply(jnp.eye(d), factor, 0) for d, factor in zip((4, 6), new.p, strict=True)]
 
     matrices = jax.lax.scan(step, state, (v, jnp.linspace(0.1, 0, STEPS)))[1]

@@ -14,9 +14,9 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax.geometry.fit import fit_factors
-from dpsgd_optax.geometry.linalg import balancing, scaled
+from dpsgd_optax.geometry.linalg import balancing, sandwich, scaled
 from dpsgd_optax.geometry.norms import norm_bound
-from dpsgd_optax.preconditioners._factors import KronState, sandwich
+from dpsgd_optax.preconditioners._factors import KronState
 from tests.table import counted
 
 GOLDEN = Path(__file__).parent / "dpsgd"

@@ -33,12 +33,14 @@ def test_all_cases_are_here():
 def test_six_updates_of_lra_equal_psgd_torch(name, precision):
   """Rank 0, 1, 3; when whitening, psgd_torch takes the damping noise for v."""
   z, meta = case(f"lra_{precision}", name)
-  state = lra.joined(columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype))
+  state = lra.state_of(
+    columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype)
+  )
 
   @jax.jit
   def update(state, *probe):
     first = lra.balanced(state) if state.w.size else state
-    return lra.refit(first, *probe, step_size=meta["lr"])
+    return lra.move_low_rank(first, *probe, step_size=meta["lr"])
 
   for t in range(meta["steps"]):
     noise, *coin = draws(z, t)
@@ -57,15 +59,17 @@ def test_six_updates_of_lra_equal_psgd_torch(name, precision):
 def test_legacy_updates_equal_psgd_torch(name, precision):
   """The legacy code: other normalisers, no memory, and a coin for balancing by ρ = √(‖U‖/‖V‖)."""
   z, meta = case(f"legacy_{precision}", name)
-  state = lra.joined(columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype))
+  state = lra.state_of(
+    columns(z["U_init"], z["V_init"]), jnp.asarray(z["d_init"][:, 0]), jnp.zeros(3, z["d_init"].dtype)
+  )
   for t in range(meta["steps"]):
     v, h, g = (z[f"t{t}/{k}"][:, 0] for k in "vhg")
     balance, coin = draws(z, t)
     if balance < 0.01:
       u, w = jnp.split(state.w, 2, 1)
       rho = jnp.sqrt(jnp.linalg.norm(u) / jnp.linalg.norm(w))
-      state = lra.joined(columns(u / rho, w * rho), *state[2:])
-    seen, of_u = lra.look(state, v, h), bool(coin < 0.5)
+      state = lra.state_of(columns(u / rho, w * rho), *state[2:])
+    seen, of_u = lra.probe_through_q(state, v, h), bool(coin < 0.5)
     ph, pv = state.d * seen.e, seen.f / state.d
     other = jnp.split(state.w, 2, 1)[1 if of_u else 0]
     back = lambda x, other=other: other @ (other.T @ x)
@@ -77,7 +81,7 @@ def test_legacy_updates_equal_psgd_torch(name, precision):
     else:
       d_step = jnp.min(1 / jnp.sqrt(ph**2 + v**2) / jnp.sqrt(h**2 + pv**2))
       step = 1 / (jnp.linalg.norm(seen.a) * jnp.linalg.norm(a) + jnp.linalg.norm(seen.b) * jnp.linalg.norm(b))
-    state = lra.moved(state, v, h, seen, meta["lr"] * d_step, meta["lr"] * step, of_u)
+    state = lra.move_along(state, v, h, seen, meta["lr"] * d_step, meta["lr"] * step, of_u)
     assert error(state.d, z[f"t{t}/d"]) <= TOLERANCE[precision]
     assert error(state.w, columns(z[f"t{t}/U"], z[f"t{t}/V"])) <= TOLERANCE[precision]
     assert error(lra.product(state, g), z[f"t{t}/Pg"]) <= TOLERANCE[precision]
@@ -97,7 +101,7 @@ def test_five_updates_of_xmat_equal_psgd_torch(name, precision):
   measure = first_order if "1st" in name else xmat.second_order
   for t in range(meta["steps"]):
     v, h, g = (z[f"t{t}/{k}"] for k in "vhg")
-    state = xmat.refit(state, v, h, step_size=meta["lr"], measure=measure, memory=0.0)
+    state = xmat.move_x(state, v, h, step_size=meta["lr"], measure=measure, memory=0.0)
     assert error(state.a, z[f"t{t}/a"]) <= TOLERANCE[precision]
     assert error(state.b, z[f"t{t}/b"]) <= TOLERANCE[precision]
     assert error(xmat.product(state, g), z[f"t{t}/Pg"]) <= TOLERANCE[precision]

@@ -27,9 +27,9 @@ D = 5
 @given(shape=st.lists(st.integers(1, 7), min_size=2, max_size=4).map(tuple))
 def test_affine_sees_the_matrix_of_least_m2_plus_n2(shape):
   """Against all ways to distribute the axes; every axis is used once."""
-  order, rows = squarest(shape)
-  assert sorted(order) == list(range(len(shape)))
-  m, n = (math.prod(shape[i] for i in part) for part in (order[:rows], order[rows:]))
+  rows, columns = squarest(shape)
+  assert sorted(rows + columns) == list(range(len(shape)))
+  m, n = (math.prod(shape[i] for i in part) for part in (rows, columns))
   sides = [
     math.prod(side)
     for chosen in itertools.product((False, True), repeat=len(shape))
@@ -45,8 +45,8 @@ def test_a_layout_is_undone_by_its_way_back(order, cut):
   sides = [math.prod(shape[i] for i in part) for part in (order[:cut], order[cut:])]
   x = np.arange(120).reshape(shape)
   layout = Layout(tuple(sides), (), tuple(order))
-  np.testing.assert_array_equal(layout.back(layout.look(jnp.asarray(x)), shape), x)
-  np.testing.assert_array_equal(layout.look(jnp.asarray(x)), x.transpose(order).reshape(sides))
+  np.testing.assert_array_equal(layout.to_parameter(layout.to_tensor(jnp.asarray(x)), shape), x)
+  np.testing.assert_array_equal(layout.to_tensor(jnp.asarray(x)), x.transpose(order).reshape(sides))
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (2, 4, 3), (2, 2, 3, 2)])
@@ -57,7 +57,7 @@ def test_affine_is_the_explicit_product(shape):
   left, right = (rng.standard_normal(x.shape[1:]) for x in bucket.p)
   state = LiftState({name: bucket._replace(p=(jnp.float32(left)[None], jnp.float32(right)[None]))})
   g = rng.standard_normal(shape)
-  order, _ = squarest(shape)
+  order = sum(squarest(shape), ())
   merged = np.kron(left, right) @ g.transpose(order).reshape(-1)
   expected = merged.reshape([shape[i] for i in order]).transpose(np.argsort(order))
   np.testing.assert_allclose(p.apply(state, jnp.float32(g)), expected, rtol=1e-4, atol=1e-5)

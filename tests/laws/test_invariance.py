@@ -188,7 +188,7 @@ def test_a_stack_of_layers_is_fitted_like_its_layers_one_by_one(name):
 def test_multiples_of_the_factors_may_be_taken_after_the_move(name):
   """move(c q, E, μ) = c move(q, E, μ), so that fitting c_i q_i is fitting q_i, the results multiplied by c_i."""
   rng = np.random.default_rng(3)
-  geometry = getattr(dpo, name)
+  geometry = getattr(dpo.geometry, name)
   root = lambda d: np.linalg.cholesky(np.eye(d) + 0.1 * np.ones((d, d))).T
   full = root(4) if name == "eq" else root(4).T @ root(4)
   q = jnp.asarray(full, jnp.float32), jnp.asarray(rng.uniform(0.5, 2, 3), jnp.float32)
@@ -212,7 +212,7 @@ def test_one_product_of_difference_and_sum_is_the_difference_of_both_moments(nam
   draw_one = lambda *shape: (
     rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if dtype == np.complex64 else 0)
   )
-  geometry, once = getattr(dpo, name), getattr(dpo, normalizer)
+  geometry, once = getattr(dpo.geometry, name), getattr(dpo.geometry, normalizer)
   assert once.of_difference
   q = tuple(jnp.asarray(np.eye(d) + 0.2 * np.triu(draw_one(d, d), 1), dtype) for d in (4, 3))
   if name != "eq":

@@ -21,9 +21,9 @@ from scipy.linalg import sqrtm
 import dpsgd_optax as dpo
 from dpsgd_optax.base import Probe
 from dpsgd_optax.geometry.moves import lipschitz
-from dpsgd_optax.preconditioners import _lift, lra, xmat
-from dpsgd_optax.preconditioners._factors import Layout, dense_if, group
-from dpsgd_optax.preconditioners.dense import DenseState, refit
+from dpsgd_optax.preconditioners import _damped, lra, xmat
+from dpsgd_optax.preconditioners._factors import Layout, factor_kind, kron_of_array
+from dpsgd_optax.preconditioners.dense import DenseState, move_dense
 from tests.golden.record import load
 from tests.golden.test_golden_kron import GEOMETRIES
 
@@ -110,7 +110,7 @@ def dense_curves(which):
     state = DenseState(eye, eye if geometry.keeps_inverse else (), jnp.zeros(1))
     p_of = lambda q: q if geometry.fits_p else q.T @ q
     error = lambda s: jnp.linalg.norm(p_of(s.q) @ target - eye) / len(target) ** 0.5
-    update = lambda s, v, h, size: refit(s, v, h, geometry=geometry, step_size=size, low_rank=True)
+    update = lambda s, v, h, size: move_dense(s, v, h, geometry=geometry, step_size=size, low_rank=True)
     return curve(update, error, state, v, h, sizes)
 
   return jax.jit(jax.vmap(one, in_axes=(0, 0, None, 0)))
@@ -137,7 +137,7 @@ def test_dense_whitening_fits_converge_as_recorded(name):
   rng, steps, n = np.random.default_rng(0), 2000, 8
   c = np.stack(alike(name, lambda: symmetric(rng, n), from_identity))
   z = rng.standard_normal((SEEDS, steps, n))
-  layout = Layout((n,), (dense_if(True),))
+  layout = Layout((n,), (factor_kind(True),))
   run = kron_curves(layout, name.rsplit("/", 1)[1], True, True)
   assert_not_slower(name, medians(run(z, z @ c, schedule(name, steps), c, c), "dense_whiten"))
 
@@ -154,8 +154,8 @@ def kron_curves(layout, which, whiten, vector=False):
       return jnp.mean(norm(applied - target) / norm(target))
 
     def made(size):
-      options = dict(geometry=GEOMETRIES[which], normalizer=lipschitz, step_size=size, precision=None)
-      return group(lambda shape: layout, init_scale=1.0, **options)
+      options = dict(geometry=GEOMETRIES[which], normalizer=lipschitz, step_size=size)
+      return kron_of_array(lambda shape: layout, init_scale=1.0, **options)
 
     apply = made(0.1).apply
     key = jax.random.key(0)
@@ -163,7 +163,7 @@ def kron_curves(layout, which, whiten, vector=False):
     def update(s, v, h, size, key):
       probe = Probe(None if whiten else v, h)
       if GEOMETRIES[which].samples:
-        probe = _lift.sampled(probe, key)
+        probe = _damped.sampled(probe, key)
       return made(size).fit(s, probe, key=key)
 
     return curve(update, error, made(0.1).init(v[0]), v, h, sizes, jax.random.split(key, len(sizes)))
@@ -181,7 +181,7 @@ def test_kron_fits_converge_as_recorded(name):
   hs = list(map(np.stack, zip(*alike(name, pairs, lambda h: from_identity(np.kron(*h))), strict=True)))
   through = lambda x: hs[0][:, None] @ x @ hs[1][:, None]
   v, target = rng.standard_normal((SEEDS, steps, 5, 7)), rng.standard_normal((SEEDS, 20, 5, 7))
-  run = kron_curves(Layout((5, 7), tuple(map(dense_if, dense))), which, criterion == "whiten")
+  run = kron_curves(Layout((5, 7), tuple(map(factor_kind, dense))), which, criterion == "whiten")
   came = medians(run(v, through(v), schedule(name, steps), target, through(target)), "kron")
   assert_not_slower(name, came)
 
@@ -194,18 +194,18 @@ def vector_curves(method, rank=0):
     if method == "lra":
       w = jax.random.normal(key, (2, n, rank))
       w = w * jnp.sqrt(0.1 / jnp.maximum(jnp.sum(w * w, (1, 2), keepdims=True), 1e-30))
-      state = lra.joined(jnp.concatenate([*w], 1), jnp.ones(n), jnp.zeros(3))
+      state = lra.state_of(jnp.concatenate([*w], 1), jnp.ones(n), jnp.zeros(3))
       keep = lambda s: s
       balance = lra.balanced if rank else keep
 
       def update(s, v, h, size, coin):
         s = jax.lax.cond(coin % 0.1 < 0.1 / lra.BALANCED_EVERY, balance, keep, s)
-        return lra.refit(s, v, h, coin < 0.5, step_size=size)
+        return lra.move_low_rank(s, v, h, coin < 0.5, step_size=size)
 
       product = lra.product
     else:
       state = xmat.XMatState(jnp.ones(n), jnp.zeros(n), jnp.zeros(()))
-      update = lambda s, v, h, size, coin: xmat.refit(s, v, h, step_size=size, memory=0.0)  # as recorded
+      update = lambda s, v, h, size, coin: xmat.move_x(s, v, h, step_size=size, memory=0.0)  # as recorded
       product = xmat.product
     error = lambda s: jnp.linalg.norm(jax.vmap(lambda e: product(s, e))(eye) @ target - eye) / n**0.5
     return curve(update, error, state, v, h, sizes, coins)

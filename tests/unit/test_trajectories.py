@@ -124,8 +124,8 @@ def test_every_recorded_trajectory_is_a_case():
 @pytest.mark.parametrize("name", cases())
 def test_losses_fall_as_recorded(name, monkeypatch):
   if "legacy" in name:
-    for module in (lra, xmat):
-      monkeypatch.setattr(module, "refit", functools.partial(module.refit, memory=0.0))
+    for module, move in ((lra, "move_low_rank"), (xmat, "move_x")):
+      monkeypatch.setattr(module, move, functools.partial(getattr(module, move), memory=0.0))
   problem, kind, variant = (*name.split("/"), "")[:3]
   came = np.median(losses(problem, kind, variant), 0)[list(CHECKPOINTS)] - OPTIMUM[problem]
   recorded = np.median(RECORD[name], 0)[list(CHECKPOINTS)] - OPTIMUM[problem]
