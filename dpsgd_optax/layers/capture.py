@@ -5,12 +5,10 @@ Notation
   leaf     one array of the params
   origin   which leaf a value is, but for its dtype and the order of its axes
   call     one product of some x with a leaf: a dense layer, a convolution, or rows taken from an embedding
-  probe    zeros added to the output of a call; the derivative with respect to it is E = dloss/d(output)
+  offset   zeros added to the output of a call; the derivative with respect to it is E = dloss/d(output)
 
-The walk happens while the loss is traced and leaves nothing of itself in the compiled program. Only documented
-interfaces of `jax.extend.core` are used; what depends on the version of JAX is in `evaluate`.
-
-kfac-jax finds its layers in the jaxpr too, by their patterns and by tags; here a product with a parameter is enough.
+The walk happens while the loss is traced, and leaves nothing of itself in the compiled program. kfac-jax finds its
+layers in the jaxpr too, by their patterns and by tags; here a product with a parameter is enough.
 """
 
 import dataclasses
@@ -83,26 +81,25 @@ def capture(
 
     last: Any = None
 
-    def traced(leaves, probes):
+    def traced(leaves, offsets):
       nonlocal last
-      last = Interpreter(shapes, probes)
+      last = Interpreter(shapes, offsets)
       out, *_ = last.run(closed.jaxpr, closed.consts, leaves, origins, [None] * len(leaves))
       result = jax.tree.unflatten(jax.tree.structure(shape), out)
       value, aux = result if has_aux else (result, None)
       return value, (aux, [call.record for call in last.calls])
 
     if gradients:
-      jax.eval_shape(lambda leaves: traced(leaves, None), leaves)
-      probes = [None if o is None else jnp.zeros(o.shape, o.dtype) for o in last.outputs]
-      (value, (aux, records)), (grads, errors) = jax.value_and_grad(traced, argnums=(0, 1), has_aux=True)(
-        leaves, probes
-      )
-      records = [_with_gradient(record, e) for record, e in zip(records, errors, strict=True)]
+      jax.eval_shape(lambda leaves: traced(leaves, None), leaves)  # for the shapes of the outputs
+      offsets = [None if o is None else jnp.zeros(o.shape, o.dtype) for o in last.outputs]
+      run_both = jax.value_and_grad(traced, argnums=(0, 1), has_aux=True)
+      (value, (aux, records)), (grads, errors) = run_both(leaves, offsets)
+      with_gradient = lambda record, e: record if e is None else dataclasses.replace(record, gradients=(e,))
+      records = [with_gradient(record, e) for record, e in zip(records, errors, strict=True)]
     else:
       (value, (aux, records)), grads = jax.value_and_grad(lambda p: traced(p, None), has_aux=True)(leaves)
     layers = _by_leaf(records, last, [names(paths[i][0]) for i in free], shapes, reduce)
-    value = (value, aux) if has_aux else value
-    return value, like_params(grads, {}), like_params(layers, {})
+    return (value, aux) if has_aux else value, like_params(grads, {}), like_params(layers, {})
 
   return run
 
@@ -113,10 +110,6 @@ def _differentiable(leaves: list) -> list[int]:
   model = any(isinstance(x, bool) or not (is_array(x) or isinstance(x, int | float | complex)) for x in leaves)
   inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact) if is_array(x) else isinstance(x, float | complex)
   return [i for i, x in enumerate(leaves) if inexact(x) and (is_array(x) or not model)]
-
-
-def _with_gradient(record: LayerRecord, e: jax.Array | None) -> LayerRecord:
-  return record if e is None else dataclasses.replace(record, gradients=(e,))
 
 
 def _by_leaf(records, walk: Interpreter, paths, shapes, reduce) -> list[LayerRecord | None]:

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of what enters a layer, and of the gradients of what leaves it."""
+"""Statistics of what enters a layer, and of the gradients of what leaves it.
+
+Notation, beside that of `record`
+  stack    shape of the leading axes over layers, () for a single one; with the groups of a convolution, the leading
+           axis of all results
+  d, k     inputs and outputs of one matrix, without the 1 for the bias
+  S, E     second moment of the extended inputs; gradients of the outputs
+"""
 
 import dataclasses
 import math
@@ -13,7 +20,7 @@ from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax.layers.record import LayerRecord, extent, output_space, pads
 
 
-def patches(record: LayerRecord, x: jax.Array) -> jax.Array:
+def _patches(record: LayerRecord, x: jax.Array) -> jax.Array:
   """(batch, *space, channels) → (batch, *output space, window, channels), in the order of the kernel's axes.
 
   Slices, one for each offset of the window: the same numbers as ``jax.lax.conv_general_dilated_patches``, which
@@ -34,16 +41,19 @@ def patches(record: LayerRecord, x: jax.Array) -> jax.Array:
   return jnp.stack(slices, axis=-2)
 
 
+def _working(x: jax.Array) -> jax.Array:
+  """x in float32 at least, and constant to differentiation."""
+  return jax.lax.stop_gradient(x).astype(working_dtype(x.dtype))
+
+
 def rows_of(record: LayerRecord, x: jax.Array, stack: tuple[int, ...] = ()) -> jax.Array:
-  """x of one call as rows: (stack · groups, rows, d), float32 at least."""
-  x = jax.lax.stop_gradient(x)
-  x = x.astype(working_dtype(x.dtype))
-  copies, d = math.prod(stack), record.width
+  """x of one call as rows: (stack · groups, rows, d)."""
+  x, copies, d = _working(x), math.prod(stack), record.width
   if record.window is None:
     return x.reshape(copies, -1, d)
-  axes, groups = len(record.kernel_shape) - 2, record.groups
-  found = patches(record, x.reshape(-1, *x.shape[-axes - 1 :]))
-  split = found.reshape(copies, -1, math.prod(record.kernel_shape[:-2]), groups, record.kernel_shape[-2])
+  (*window, channels, _), groups = record.kernel_shape, record.groups
+  found = _patches(record, x.reshape(-1, *x.shape[-len(window) - 1 :]))
+  split = found.reshape(copies, -1, math.prod(window), groups, channels)
   return jnp.transpose(split, (0, 3, 1, 2, 4)).reshape(copies * groups, -1, d)
 
 
@@ -72,6 +82,10 @@ def gram(record: LayerRecord, stack: tuple[int, ...] = ()) -> jax.Array:
   """S of the extended input, (stack · groups, d + 1, d + 1), symmetric; the mean over all rows of all calls."""
   if record.gram is not None:
     return record.gram
+  if not record.inputs:
+    raise ValueError(
+      "a record of moments by channel has no second moments. Type `reduce=second_moments`, or no `reduce`."
+    )
   total = jnp.zeros(())
   for x in record.inputs:
     a = extended(rows_of(record, x, stack))
@@ -93,52 +107,46 @@ def feature_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> tuple[j
     )
   copies = math.prod(stack)
   channels = record.width if record.window is None else record.kernel_shape[-2] * record.groups
-  flat = [jax.lax.stop_gradient(x).astype(working_dtype(x.dtype)).reshape(copies, -1, channels) for x in record.inputs]
-  x = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+  flat = [_working(x).reshape(copies, -1, channels) for x in record.inputs]
+  x = jnp.concatenate(flat, axis=1)
   mean = jnp.mean(x, axis=1)
   variance = jnp.mean((x - mean[:, None]) ** 2, axis=1)
   if record.window is None:
     return mean, variance
-  repeat = lambda m: jnp.broadcast_to(
-    m.reshape(copies * record.groups, 1, -1),
-    (copies * record.groups, math.prod(record.kernel_shape[:-2]), record.kernel_shape[-2]),
-  ).reshape(copies * record.groups, -1)
+  matrices, shape = copies * record.groups, (math.prod(record.kernel_shape[:-2]), record.kernel_shape[-2])
+  repeat = lambda m: jnp.broadcast_to(m.reshape(matrices, 1, -1), (matrices, *shape)).reshape(matrices, -1)
   return repeat(mean), repeat(variance)
 
 
-def without_inputs(record: LayerRecord, stack: tuple[int, ...], **moments: Any) -> LayerRecord:
+def _without_inputs(record: LayerRecord, stack: tuple[int, ...], **moments: Any) -> LayerRecord:
   return dataclasses.replace(record, inputs=(), **moments, **extent(record, stack)._asdict())
 
 
 def second_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> LayerRecord:
-  """The record with S in place of the inputs, where S is the smaller: for ``reduce=`` of a provider, with ``gls``.
+  """The record with S in place of the inputs where S is smaller, for ``reduce=`` of a provider, with ``gls``.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.layers.record import LayerRecord
-    >>> from dpsgd_optax.layers.moments import second_moments
-    >>> record = LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
-    >>> second_moments(record).gram.shape
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> record = dpo.LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
+    >>> dpo.layers.second_moments(record).gram.shape
     (1, 4, 4)
   """
   size = extent(record, stack)
   if record.kind == "embed" or not record.inputs or size.rows * record.width <= (record.width + 1) ** 2:
     return record
-  return without_inputs(record, stack, gram=gram(record, stack))
+  return _without_inputs(record, stack, gram=gram(record, stack))
 
 
 def channel_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> LayerRecord:
-  """The record with the means of x and x² by feature in place of the inputs: for ``reduce=``, with ``bnp``.
+  """The record with the means of x and x² by feature in place of the inputs, for ``reduce=``, with ``bnp``.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.layers.record import LayerRecord
-    >>> from dpsgd_optax.layers.moments import channel_moments
-    >>> record = LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
-    >>> channel_moments(record).mean.shape
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> record = dpo.LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
+    >>> dpo.layers.channel_moments(record).mean.shape
     (1, 3)
   """
   if record.kind == "embed" or not record.inputs:
     return record
   mean, variance = feature_moments(record, stack)
-  return without_inputs(record, stack, mean=mean, square=variance + mean**2)
+  return _without_inputs(record, stack, mean=mean, square=variance + mean**2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BNP."""
+"""BNP: gradient descent preconditioned as batch normalization would. Notation as in `batch_norm`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from dpsgd_optax.transforms.injection import static_arguments
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
 
-@static_arguments("q2", "every", "fallback", "axis_name", "layers")
+@static_arguments("q2", "every", "fallback", "layers")
 def bnp(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -31,7 +31,6 @@ def bnp(
   debias: bool = True,
   within_batch: bool = False,
   average_calls: bool = False,
-  axis_name: Any = None,
   layers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Batch-normalization preconditioning: SGD whose gradients are normalized as batch norm would normalize activations.
@@ -44,16 +43,13 @@ def bnp(
 
   Args:
     learning_rate: number or schedule.
-    decay: ρ of the running statistics, in [0, 1).
     damping: ε₂ ≥ 0, added to the variances, in squared units of the inputs.
-    relative_damping: ε₁ ≥ 0, in units of the largest variance of the layer.
-    q2: q², a number or a function (inputs, batch size, output positions) → number; 1 is the plain batch-norm step.
     b1: momentum after P (heavy ball, as ``optax.sgd``'s); None: none.
     weight_decay: decoupled; None: none.
     every: period of the statistics, int or schedule.
     fallback: complete transform of the leaves that are no layer; None: they take the plain gradient, like the rest
       with momentum, decay and learning rate. A matrix that is no layer then is an error.
-    debias, within_batch, average_calls, axis_name, layers: see :func:`dpsgd_optax.batch_norm`.
+    decay, relative_damping, q2, debias, within_batch, average_calls, layers: see :func:`dpsgd_optax.batch_norm`.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -92,7 +88,6 @@ def bnp(
     debias=debias,
     within_batch=within_batch,
     average_calls=average_calls,
-    axis_name=axis_name,
     layers=layers,
   )
   parts = [scale_by_preconditioner(p, layer_inputs(), every=every, damping=damping)]
@@ -102,13 +97,3 @@ def bnp(
     parts.append(keep_dtype(optax.add_decayed_weights(weight_decay)))
   tx = optax.chain(*parts, keep_dtype(optax.scale_by_learning_rate(learning_rate)))
   return with_fallback(tx, fallback, without_embeddings(layers), vectors=False)
-
-
-def _fitted_always(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  """``tx`` whose every step fits, whatever ``refresh`` says, in no ``lax.cond``."""
-
-  def update(updates, state, params=None, *, refresh=None, **extra):
-    del refresh
-    return tx.update(updates, state, params, refresh=True, **extra)
-
-  return optax.GradientTransformationExtraArgs(tx.init, update)

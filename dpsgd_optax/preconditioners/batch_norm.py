@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.replicas import replica_axis
+from dpsgd_optax._trees.replicas import mean_over_replicas, replica_axis
 from dpsgd_optax.base import Preconditioner, check_fraction, check_not_negative
 from dpsgd_optax.layers.find import Layer, without_embeddings
 from dpsgd_optax.layers.moments import feature_moments
 from dpsgd_optax.layers.record import LayerRecord, extent
-from dpsgd_optax.preconditioners._per_layer import Group, per_layer, running_weight
+from dpsgd_optax.preconditioners._per_layer import LayerMethod, per_layer, running_weight
 
 
 class BatchNormState(NamedTuple):
@@ -69,7 +69,6 @@ def batch_norm(
   debias: bool = True,
   within_batch: bool = False,
   average_calls: bool = False,
-  axis_name: Any = None,
   layers: Any = None,
 ) -> Preconditioner:
   """P = (1/q²) U D² Uᵀ on each layer, kernel and bias together: BNP. Memory: two vectors (inputs of a layer) each.
@@ -88,17 +87,13 @@ def batch_norm(
   Args:
     decay: ρ, weight kept of the old statistics, in [0, 1); the paper's constant is 0.99 without ``debias``.
     relative_damping: ε₁ ≥ 0, relative to the largest variance of the layer: it lets in a condition number of 1/ε₁.
-    q2: q², a number, or a function (d, N, output positions) → number of static sizes.
+    q2: q², a number, or a function (d, N, output positions) → number of static sizes; 1 is the plain batch-norm step.
     debias: True: the statistics are plain means at first, and forget their start; False: they start at μ = 0 and
       σ² = 1 as in the paper, and the first 1/(1 − ρ) steps see little of the data. Static.
     within_batch: True: σ² averages the variances within each batch, as the paper writes it; it is then zero for a
       batch of one. False: the variance about the running mean, which includes what differs between batches. Static.
     average_calls: accept layers that are called several times, with the mean of their statistics. Static.
-    axis_name: of ``shard_map`` or ``pmap``: the statistics are averaged over it. Under ``jit`` with sharded inputs they
-      are global anyway, and it stays None.
-    layers: tree of records, or of their shapes, from ``jax.eval_shape`` of the forward pass: which leaves are layers.
-      None: told by name and shape, which suffices unless layers are stacked (``nn.scan``), grouped, or without bias
-      and with several output axes. Static.
+    layers: see :func:`dpsgd_optax.least_squares`. Static.
 
   Returns:
     A :class:`dpsgd_optax.Preconditioner` for ``layer_inputs()``.
@@ -138,8 +133,8 @@ def batch_norm(
     mean, variance = feature_moments(record, layer.stack)
     if layer.bias is None:
       variance = variance + mean**2
-    if (axis := replica_axis(axis_name)) is not None:
-      mean, variance = _over_devices(mean, variance, axis, centred=layer.bias is not None)
+    if replica_axis() is not None:
+      mean, variance = _over_replicas(mean, variance, centred=layer.bias is not None)
     q = q2(layer.width, size.examples, size.positions) if callable(q2) else q2
     scale = jnp.broadcast_to(jnp.asarray(q, layer.dtype), layer.matrices)
     return BatchStatistics(mean.astype(layer.dtype), variance.astype(layer.dtype), scale)
@@ -150,9 +145,8 @@ def batch_norm(
     moved = seen.mean - state.mean
     spread = 0 if within_batch or layer.bias is None else w * moved**2
     variance = (1 - w) * (state.variance + spread) + w * seen.variance
-    return BatchNormState(
-      state.count + 1, state.mean + w * moved, variance, seen.scale, jnp.asarray(damping, layer.dtype)
-    )
+    added = jnp.asarray(damping, layer.dtype)
+    return BatchNormState(state.count + 1, state.mean + w * moved, variance, seen.scale, added)
 
   def apply(layer: Layer, state: BatchNormState, x: jax.Array) -> jax.Array:
     variance = state.variance + relative_damping * jnp.max(state.variance) + state.added
@@ -165,7 +159,7 @@ def batch_norm(
       done = jnp.concatenate([g, bias / state.scale - state.mean[None] @ g])
     return jnp.where(state.count > 0, done, x)
 
-  return per_layer(Group(init, observe, fit, apply), without_embeddings(layers))
+  return per_layer(LayerMethod(init, observe, fit, apply), without_embeddings(layers))
 
 
 def _positive(variance: jax.Array) -> jax.Array:
@@ -173,8 +167,8 @@ def _positive(variance: jax.Array) -> jax.Array:
   return jnp.where(variance > 0, variance, 1)
 
 
-def _over_devices(mean, variance, axis_name, centred: bool):
-  """Statistics of the whole batch from those of its equal shards."""
-  whole = jax.lax.pmean(mean, axis_name)
+def _over_replicas(mean: jax.Array, variance: jax.Array, centred: bool) -> tuple[jax.Array, jax.Array]:
+  """Statistics of the whole batch from those of its equal shares."""
+  whole = mean_over_replicas(mean)
   between = (mean - whole) ** 2 if centred else 0
-  return whole, jax.lax.pmean(variance + between, axis_name)
+  return whole, mean_over_replicas(variance + between)
