@@ -2,10 +2,8 @@
 """Evaluates the jaxpr of a loss and finds the products with its parameters on the way.
 
 A jaxpr is a list of equations. The interpreter runs them one after another and keeps two notes beside the values: which
-leaf of the params a value still is, and which product with a leaf has made it. A product with a leaf is a layer; a
-leaf that is added to the result of one is its bias. See `capture` for the notation.
-
-What depends on the version of JAX is in `evaluate`; everything else uses documented interfaces of `jax.extend.core`.
+leaf of the params a value still is, and which product with a leaf has made it. Such a product is a layer; a leaf that
+is added to its result is the bias. Notation as in `capture`.
 """
 
 import dataclasses
@@ -25,36 +23,24 @@ RESHAPED = {"reshape", "squeeze", "broadcast_in_dim", "expand_dims"}  # still th
 
 
 class Origin(NamedTuple):
-  """A value that is a leaf.
+  """What says that a value is a leaf."""
 
-  Attributes:
-    leaf: its index.
-    layout: the value's axes as axes of the leaf; None: reshaped, and so of use as a bias only.
-  """
-
-  leaf: int
-  layout: tuple[int, ...] | None
+  leaf: int  # its index
+  layout: tuple[int, ...] | None  # the value's axes as axes of the leaf; None: reshaped, and so of use as a bias only
 
 
 @dataclasses.dataclass
 class Call:
-  """One product with a leaf.
+  """One product with a leaf."""
 
-  Attributes:
-    leaf: index of the kernel.
-    record: with the inputs, rows first.
-    order: the axes of the output in the order of a record: (*stack, *rows, *out).
-    bias: index of the leaf that is added to the output, if one is.
-  """
-
-  leaf: int
+  leaf: int  # index of the kernel
   record: LayerRecord
-  order: tuple[int, ...]
-  bias: int | None = None
+  order: tuple[int, ...]  # the axes of the output in the order of a record: (*stack, *rows, *out)
+  bias: int | None = None  # index of the leaf that is added to the output
 
 
 def evaluate(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, values: dict) -> list:
-  """The outputs of one equation, as a jaxpr of nothing else. The one place that depends on the version of JAX."""
+  """The outputs of one equation, as a jaxpr of nothing else. What depends on the version of JAX is here only."""
   needed = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
   kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
   alone = jaxpr.replace(constvars=[], invars=needed, outvars=kept, eqns=[eqn], effects=eqn.effects)
@@ -108,13 +94,8 @@ def _conv(eqn: core.JaxprEqn, side: int, leaf: int, layout: tuple[int, ...], x: 
   channels_last = lambda spec: (spec[0], *spec[2:], spec[1])  # (batch, *space, channels)
   spec = p["dimension_numbers"]
   kernel = (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0])
-  window = Window(
-    tuple(p["window_strides"]),
-    tuple(map(tuple, p["padding"])),
-    tuple(p["lhs_dilation"]),
-    tuple(p["rhs_dilation"]),
-    p["feature_group_count"],
-  )
+  strides, of_input, of_kernel = (tuple(p[name]) for name in ("window_strides", "lhs_dilation", "rhs_dilation"))
+  window = Window(strides, tuple(map(tuple, p["padding"])), of_input, of_kernel, p["feature_group_count"])
   inputs = jnp.transpose(x, channels_last(spec.lhs_spec))
   shape, axes = (tuple(of[a] for a in kernel) for of in (_shape(eqn.invars[1]), layout))
   record = _record(inputs, shape, len(shape) - 1, axes, kind="conv", window=window)
@@ -137,21 +118,13 @@ PRODUCTS = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _row
 
 
 class Interpreter:
-  """One evaluation of a jaxpr.
-
-  Attributes:
-    shapes: of the leaves.
-    offsets: what is added to the output of each call, in the order of a record; None: nothing.
-    calls: the products with a leaf, in the order in which they were met.
-    outputs: shape and dtype of the output of each call, in the order of a record; None for rows of a table.
-    hidden: the leaves that enter a loop or another body that is not walked.
-  """
+  """One evaluation of a jaxpr, from the shapes of the leaves and an offset for each call, or none at all."""
 
   def __init__(self, shapes: Sequence[tuple[int, ...]], offsets: Sequence[jax.Array | None] | None):
     self.shapes, self.offsets = shapes, offsets
     self.calls: list[Call] = []
-    self.outputs: list[Any] = []
-    self.hidden: set[int] = set()
+    self.outputs: list[Any] = []  # of each call shape and dtype, in the order of a record; None for rows of a table
+    self.hidden: set[int] = set()  # leaves that enter a loop or another body that is not walked
 
   def run(self, jaxpr: core.Jaxpr, consts: Sequence, values: Sequence, origins: Sequence, calls: Sequence) -> tuple:
     """(outputs, origin of each, call that each is the output of) from the same of the inputs; None: of no leaf."""
@@ -198,21 +171,18 @@ class Interpreter:
     """Through equations that keep a leaf what it is, and an output on its way to its bias."""
     name, out = eqn.primitive.name, eqn.outvars[0]
     if name in KEPT or name in RESHAPED or name == "transpose":
+      output[out] = after[0]
       if came[0] is not None:
-        origin[out] = Origin(came[0].leaf, self._layout(eqn, came[0].layout))
-      if after[0] is not None:
-        output[out] = after[0]
+        leaf, layout = came[0]
+        if layout is not None and name == "transpose":
+          layout = tuple(layout[a] for a in eqn.params["permutation"])
+        origin[out] = Origin(leaf, None if name in RESHAPED else layout)
     elif name in ("add", "add_any"):
       for call, leaf in zip(after, reversed(came), strict=True):
         if call is not None and leaf is not None and call.bias is None and self._is_bias(call, leaf):
           call.bias = leaf.leaf
     elif list(core.jaxprs_in_params(eqn.params)):
       self.hidden |= {o.leaf for o in came if o is not None}
-
-  def _layout(self, eqn: core.JaxprEqn, layout: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if layout is None or eqn.primitive.name in RESHAPED:
-      return None
-    return tuple(layout[a] for a in eqn.params["permutation"]) if eqn.primitive.name == "transpose" else layout
 
   def _is_bias(self, call: Call, leaf: Origin) -> bool:
     record, kernel = call.record, self.shapes[call.leaf]

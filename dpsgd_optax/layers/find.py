@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which leaves of a tree are layers, and which record belongs to each of them.
 
-A layer is a kernel, together with its bias if it has one. `find_layers` tells layers by the names and shapes of the
-leaves or, where that is not enough, by `layers`: a tree of records, or of their shapes, as one forward pass gives it.
-`records_of` gives each layer its record of the batch, or raises an error that names the layer.
+A layer is a kernel, together with its bias if it has one. Layers are told by the names and shapes of the leaves or,
+where that is not enough, by `layers`: a tree of records, or of their shapes, as one forward pass gives it.
 """
 
 import math
@@ -27,34 +26,24 @@ LAYERS_HINT = (
 
 
 class Layer(NamedTuple):
-  """One layer, or one stack of layers, among the leaves of a tree. Static, made anew from shapes at every trace.
+  """One layer, or one stack of layers, among the leaves of a tree. Static, made anew from shapes at every trace."""
 
-  Attributes:
-    name: for messages.
-    path: of the kernel.
-    kernel, bias: indices of their leaves; no bias in this tree: None.
-    dtype: float32 at least.
-    shape: of one kernel, input axes first.
-    input_axes: how many of them.
-    stack: shape of the leading axes over layers.
-    layout: the axes of the leaf in the order of ``shape``, or None.
-    groups: of a convolution.
-    kind: "dense", "conv" or "embed"; None: not known before the first record.
-    rows: R of the batch, 0 if not known.
-  """
-
-  name: str
-  path: Path
-  kernel: int
-  bias: int | None
-  dtype: Any
-  shape: tuple[int, ...]
+  path: Path  # of the kernel
+  kernel: int  # index of its leaf
+  bias: int | None  # index of the bias, if it has one in this tree
+  dtype: Any  # float32 at least
+  shape: tuple[int, ...]  # of one kernel, input axes first
   input_axes: int
-  stack: tuple[int, ...] = ()
-  layout: tuple[int, ...] | None = None
-  groups: int = 1
-  kind: str | None = None
-  rows: int = 0
+  stack: tuple[int, ...] = ()  # shape of the leading axes over layers
+  layout: tuple[int, ...] | None = None  # the axes of the leaf in the order of ``shape``, if it is another
+  groups: int = 1  # of a convolution
+  kind: str | None = None  # as in `LayerRecord`; None: not known before the first record
+  rows: int = 0  # R of the batch, 0 if not known
+
+  @property
+  def name(self) -> str:
+    """For messages."""
+    return "/".join(self.path)
 
   @property
   def leaves(self) -> list[int]:
@@ -126,7 +115,7 @@ def without_embeddings(layers: Any) -> Any:
 def _layer(path: Path, kernel: Leaf, bias: Leaf | None, **more: Any) -> Layer:
   dtype = kernel.dtype if bias is None else jnp.result_type(kernel.dtype, bias.dtype)
   index = None if bias is None else bias.index
-  return Layer("/".join(path), path, kernel.index, index, working_dtype(dtype), **more)
+  return Layer(path, kernel.index, index, working_dtype(dtype), **more)
 
 
 def _from_names(path: Path, leaf: Leaf, leaves: dict[Path, Leaf]) -> Layer:
@@ -169,26 +158,24 @@ def records_of(layers: list[Layer], records: Any, tree: Any) -> list[LayerRecord
   """The record of each layer. Raises for a layer without one, a record without a layer, and for shapes that differ."""
   leaves, holes = leaves_by_name(tree)
   given = _records_by_name(records)
-  found: dict[int, LayerRecord] = {}
-  kernels = {layer.path: i for i, layer in enumerate(layers)}
+  found: dict[Layer, LayerRecord] = {}
+  at_kernel, at_node = ({layer.path[:end]: layer for layer in reversed(layers)} for end in (None, -1))
   for path, record in given.items():
     if _in_hole(path, holes):
       continue
-    i = kernels.get(path, next((i for p, i in kernels.items() if p[:-1] == path), None))
-    if i is None:
-      _check_unused(path, record, leaves)
+    if layer := at_kernel.get(path, at_node.get(path)):
+      found[layer] = _checked(layer, record)
     else:
-      found[i] = _checked(layers[i], record)
-  missing = [layer.name for i, layer in enumerate(layers) if i not in found]
-  if missing:
+      _check_unused(path, record, leaves)
+  if missing := [layer.name for layer in layers if layer not in found]:
     raise ValueError(
       f"no inputs were recorded for the layers {missing}; there are records of [{_listed(given)}]. A layer inside "
       "`nn.scan`, `nn.vmap` or `nn.RNN` needs `variable_axes={'layer_inputs': 0}` there; a layer of a class of your "
       "own needs `record={MyLayer: …}`; `capture(loss)` sees every product with a parameter, but not inside of "
-      f"`jax.lax.scan`, `while_loop` and `cond`. To leave it to a fallback, say which layers are recorded: "
+      "`jax.lax.scan`, `while_loop` and `cond`. To leave it to a fallback, say which layers are recorded: "
       f"{LAYERS_HINT}, and `fallback=optax.sgd(0.1)`."
     )
-  return [found[i] for i in range(len(layers))]
+  return [found[layer] for layer in layers]
 
 
 def _check_unused(path: Path, record: Any, leaves: dict[Path, Leaf]) -> None:

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer as matrices: its kernel and bias as one, the rows that enter it, and the gradients of what leaves it.
+"""A layer as matrices: kernel and bias as one, [W; b], the rows that enter it, and the gradients of its outputs.
 
-Notation
-  W, b   kernel and bias; [W; b] is (d + 1, k), or (d, k) without a bias
-  Ã      rows that enter the layer, extended by 1 if it has a bias
-  S, E   second moment of those rows; gradients of the outputs, a row for each row of Ã
-
-The leading axis of every array is over the matrices of the layer: those of a stack of layers, and the groups of a
-convolution.
+Notation as in `record`; d counts the 1 for the bias where there is one. The leading axis of every array is over the
+matrices of the layer: those of a stack of layers, and the groups of a convolution.
 """
 
 import math
@@ -28,7 +23,7 @@ def _transposed(layer: Layer, kernel: jax.Array, axes: Iterable[int]) -> jax.Arr
 
 
 def as_matrix(layer: Layer, leaves: list[jax.Array]) -> jax.Array:
-  """[W; b] of all groups: (matrices, d + 1, k), or (matrices, d, k) without a bias."""
+  """[W; b]: (matrices, d, k)."""
   copies, groups = math.prod(layer.stack), layer.groups
   kernel = leaves[layer.kernel].astype(layer.dtype)
   if layer.layout is not None:
@@ -41,7 +36,7 @@ def as_matrix(layer: Layer, leaves: list[jax.Array]) -> jax.Array:
 
 
 def write_layer(layer: Layer, kernel: jax.Array, bias: jax.Array, leaves: list[jax.Array]) -> None:
-  """Writes W and b, (matrices, d, k) and (matrices, 1, k), over the leaves they came from; b not where it has none."""
+  """Writes W and b, (matrices, width, k) and (matrices, 1, k), over the leaves they came from, b if the layer has it."""
   copies, groups = math.prod(layer.stack), layer.groups
   join = lambda x: jnp.moveaxis(x.reshape(copies, groups, x.shape[1], -1), 1, 2)
   as_leaf = lambda x, i: x.reshape(jnp.shape(leaves[i])).astype(jnp.result_type(leaves[i]))
@@ -54,13 +49,13 @@ def write_layer(layer: Layer, kernel: jax.Array, bias: jax.Array, leaves: list[j
 
 
 def input_rows(layer: Layer, record: LayerRecord) -> jax.Array:
-  """Ã, the rows of all calls: (matrices, R, d)."""
+  """Ã, the rows x̃ (without a bias x) of all calls: (matrices, R, d)."""
   rows = jnp.concatenate([rows_of(record, x, layer.stack) for x in record.inputs], axis=1)
   return (rows if layer.bias is None else extended(rows)).astype(layer.dtype)
 
 
 def input_moment(layer: Layer, record: LayerRecord) -> jax.Array:
-  """S, the mean over rows, of x̃ or, without a bias, of x: (matrices, d, d)."""
+  """S of those rows, (matrices, d, d)."""
   s = gram(record, layer.stack)
   return s if layer.bias is not None else s[:, :-1, :-1]
 

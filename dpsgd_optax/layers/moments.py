@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of what enters a layer, and of the gradients of what leaves it.
+"""Statistics of what enters a layer, and of the gradients of what leaves it. Notation as in `record`.
 
-Notation, beside that of `record`
-  stack    shape of the leading axes over layers, () for a single one; with the groups of a convolution, the leading
-           axis of all results
-  d, k     inputs and outputs of one matrix, without the 1 for the bias
-  S, E     second moment of the extended inputs; gradients of the outputs
+``stack`` is the shape of the leading axes over layers, () for a single one. The leading axis of every result is over
+matrices: the layers of the stack, times the groups of a convolution.
 """
 
 import dataclasses
@@ -21,23 +18,20 @@ from dpsgd_optax.layers.record import LayerRecord, extent, output_space, pads
 
 
 def _patches(record: LayerRecord, x: jax.Array) -> jax.Array:
-  """(batch, *space, channels) → (batch, *output space, window, channels), in the order of the kernel's axes.
+  """(batch, *space, channels) → (batch, *output space, window, channels), a slice for each offset of the window.
 
-  Slices, one for each offset of the window: the same numbers as ``jax.lax.conv_general_dilated_patches``, which
-  computes them as a product and orders them (channels, window).
+  `jax.lax.conv_general_dilated_patches` computes them as a product, and in another order than the kernel's.
   """
-  window, sizes = record.window, record.kernel_shape[:-2]
+  window, space = record.window, x.shape[1:-1]
   assert window is not None
-  space = x.shape[1:-1]
   padding = [(low, high, d - 1) for (low, high), d in zip(pads(record, space), window.input_dilation, strict=True)]
   padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
   out = output_space(record, space)
   slices = []
-  for offset in np.ndindex(*sizes):
+  for offset in np.ndindex(*record.kernel_shape[:-2]):
     start = [o * d for o, d in zip(offset, window.kernel_dilation, strict=True)]
     limit = [a + (p - 1) * s + 1 for a, p, s in zip(start, out, window.strides, strict=True)]
-    ends = [0, *start, 0], [len(x), *limit, x.shape[-1]], [1, *window.strides, 1]
-    slices.append(jax.lax.slice(padded, *ends))
+    slices.append(jax.lax.slice(padded, [0, *start, 0], [len(x), *limit, x.shape[-1]], [1, *window.strides, 1]))
   return jnp.stack(slices, axis=-2)
 
 
@@ -96,8 +90,7 @@ def gram(record: LayerRecord, stack: tuple[int, ...] = ()) -> jax.Array:
 def feature_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> tuple[jax.Array, jax.Array]:
   """Means of x and (x − mean)² by input feature, (stack · groups, d).
 
-  Of a convolution: by channel, over batch and space, repeated for each offset of the window. Exact for the patches
-  but for what the padding adds.
+  Of a convolution by channel, repeated for each offset of the window: that of the patches but for the padding.
   """
   if record.mean is not None and record.square is not None:
     return record.mean, jnp.maximum(record.square - record.mean**2, 0)

@@ -4,8 +4,7 @@
 Notation
   g, U   gradient of [W; b] of a layer, and its preconditioned gradient
   D      the step, with its learning rate and sign
-  Ã, Z   extended inputs of the layer and its outputs, Z = Ã [W; b]
-  S      ÃᵀÃ / R
+  Ã, Z   extended inputs of the layer and its outputs, Z = Ã [W; b];  S = ÃᵀÃ / R
 """
 
 from collections.abc import Callable
@@ -72,8 +71,8 @@ def clip_output_change(
 ) -> optax.GradientTransformationExtraArgs:
   """Shortens the step of a layer that would change its outputs by more than ``limit`` of their size.
 
-  D ← D · min(1, limit · max(rms Z, floor) / rms(ÃD)), for each layer: a trust region in the space of the outputs, for
-  the steps as they are applied, that is after the learning rate. It does not depend on the scale of inputs or weights.
+  D ← D · min(1, limit · max(rms Z, floor) / rms(ÃD)), for each layer: a trust region in the space of the outputs. Put
+  it last, after the learning rate. It does not depend on the scale of inputs or weights.
 
   Args:
     limit: largest relative change of the outputs, by root mean square over the batch.

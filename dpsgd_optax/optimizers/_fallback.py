@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer for the layers, another for all other leaves.
-
-`bnp` and `gls` know what to do with a layer and with nothing else: norm scales, embeddings and whatever was not
-recorded go to a `fallback`.
-"""
+"""One optimizer for the layers, another for all other leaves: norm scales, embeddings, and what was not recorded."""
 
 import math
 from typing import Any
@@ -18,9 +14,8 @@ def with_fallback(core: Any, fallback: Any, layers: Any, *, vectors: bool) -> op
   """``core`` on the layers and ``fallback`` on all other leaves; without a fallback, an error that names them.
 
   Args:
-    core: transform of the layers.
-    fallback: complete transform of the rest, with its learning rate and sign, or None.
-    layers: tree of records or of their shapes, or None: see `find_layers`.
+    core, fallback: complete transforms, with learning rate and sign; no fallback: None.
+    layers: as in `find_layers`.
     vectors: whether leaves of fewer than two axes need a fallback too, or may go through ``core``.
   """
   covered = lambda tree: {i for layer in find_layers(tree, layers) for i in layer.leaves}
@@ -30,14 +25,10 @@ def with_fallback(core: Any, fallback: Any, layers: Any, *, vectors: bool) -> op
     return jax.tree.unflatten(treedef, ["layers" if i in ours else "rest" for i in range(treedef.num_leaves)])
 
   def init_alone(params):
-    ours = covered(params)
+    ours, leaves = covered(params), leaves_by_name(params)[0]
     needs = lambda path, leaf: vectors or (len(leaf.shape) > 1 and path[-1:] != ("embedding",))
-    rest = [
-      "/".join(path)
-      for path, leaf in leaves_by_name(params)[0].items()
-      if leaf.index not in ours and math.prod(leaf.shape) > 0 and needs(path, leaf)
-    ]
-    if rest:
+    others = {path: leaf for path, leaf in leaves.items() if leaf.index not in ours and math.prod(leaf.shape) > 0}
+    if rest := ["/".join(path) for path, leaf in others.items() if needs(path, leaf)]:
       raise ValueError(
         f"there is no layer that the leaves {rest} belong to. Name the transform that trains them, with its learning "
         f"rate: `fallback=optax.adam(1e-3)`. If there are kernels of layers among them, type {LAYERS_HINT}."

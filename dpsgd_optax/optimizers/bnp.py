@@ -38,8 +38,7 @@ def bnp(
   updates = −learning_rate · (momentum(P g) + weight_decay · θ), P = ``batch_norm(…)`` of each layer's inputs.
 
   For networks without batch normalization, at any batch size. ``update(grads, state, params, layer_inputs=inputs)``.
-  Other base optimizers: ``optax.chain(scale_by_preconditioner(batch_norm(), layer_inputs()), optax.adam(1e-3))``, and
-  likewise with ``psgd(…)`` after it.
+  Before another optimizer: ``optax.chain(scale_by_preconditioner(batch_norm(), layer_inputs()), optax.adam(1e-3))``.
 
   Args:
     learning_rate: number or schedule.
@@ -57,7 +56,7 @@ def bnp(
   Raises:
     ValueError: for a negative learning rate or damping, a decay outside [0, 1); at trace time as ``batch_norm``.
 
-  Source: arXiv:2108.01110. Its constants, as far as we know them, are ``decay=0.99, damping=1e-4, debias=False,
+  Source: arXiv:2108.01110, whose constants, as far as we know, are ``decay=0.99, damping=1e-4, debias=False,
   within_batch=True``.
 
   Example:
@@ -81,15 +80,8 @@ def bnp(
   check_not_negative(damping, "damping", "It is ε₂ of σ² + ε₁ max σ² + ε₂. Try 1e-3.")
   check_not_negative(weight_decay, "weight_decay", "Try 1e-4, or None.")
   check_fraction(b1, "b1")
-  p = batch_norm(
-    decay=decay,
-    relative_damping=relative_damping,
-    q2=q2,
-    debias=debias,
-    within_batch=within_batch,
-    average_calls=average_calls,
-    layers=layers,
-  )
+  options = dict(debias=debias, within_batch=within_batch, average_calls=average_calls, layers=layers)
+  p = batch_norm(decay=decay, relative_damping=relative_damping, q2=q2, **options)
   parts = [scale_by_preconditioner(p, layer_inputs(), every=every, damping=damping)]
   if b1 is not None:
     parts.append(keep_dtype(optax.trace(b1)))

@@ -46,27 +46,25 @@ def gls(
 
   Its weakness is a layer that is wider than what enters it, as in an autoencoder: its neurons move together, and the
   outputs further on change more than was asked for. ``max_output_change=0.1`` and ``output_damping=0.1`` together mend
-  it best; the first costs a product, the second needs ``capture(loss, gradients=True)``. On a deep autoencoder of the
-  digits the plain form takes a rate of 0.05 at most, and with them one of 0.2 (``python -m benchmarks gls``).
+  it best: on a deep autoencoder of the digits the largest rate is 0.05 without them and 0.2 with them (``python -m
+  benchmarks gls``). The first costs a product, the second needs ``capture(loss, gradients=True)``.
 
   Args:
     learning_rate: η, number or schedule.
     damping: λ ≥ 0 relative to the mean eigenvalue of S; 0.01 is faster and over-fits sooner.
     match: ``match_layers`` or ``match_total``: rescale P m to the length of m, so that the learning rate means what it
       does for SGD; None: not.
-    max_output_change: largest relative change of the outputs of a layer in one step (``clip_output_change``); None:
-      any.
+    max_output_change: largest relative change of a layer's outputs in one step (``clip_output_change``); None: any.
     b1: weight kept by the running mean of the gradients, before P; None: none.
     weight_decay: decoupled; None: none.
     every: S is averaged and factorized on every ``every``-th step; int or schedule. The older S, the shorter the steps
       that it bears: on digits the best rate is 0.8 with ``every=1`` and 0.1 with 5 (``python -m benchmarks gls``).
     fallback: complete transform, with its learning rate, of the leaves that are no layer (norm scales, embeddings, …);
       None: there are none, else an error names them.
-    from_outputs: compute P g = P ÃᵀE as (P Ãᵀ) E from the recorded output gradients E. The product that makes g is then
-      left out, and a step with ``decay=None`` costs 1.2 to 1.4 steps of Adam on MLPs with batches of 128
-      (``python -m benchmarks gls``). Needs ``capture(loss, gradients=True)``, ``b1=None``, with ``decay=None``
-      ``every=1``, no ``data_parallel``, and nothing before it that changes the gradient (clipping, say), which would
-      not be seen. Static.
+    from_outputs: compute P g = P ÃᵀE as (P Ãᵀ) E from the recorded output gradients E, without the product that is g.
+      With ``decay=None`` a step costs 1.2 to 1.4 steps of Adam on MLPs with batches of 128 (``python -m benchmarks
+      gls``). Needs ``capture(loss, gradients=True)``, ``b1=None``, with ``decay=None`` ``every=1``, and no
+      ``data_parallel``. What changes the gradient before it (clipping, say) is not seen. Static.
     decay, output_damping, max_size, layers: see :func:`dpsgd_optax.least_squares`.
 
   Returns:
@@ -74,7 +72,7 @@ def gls(
 
   Raises:
     ValueError: for a negative learning rate or damping, a decay outside [0, 1); at ``init`` for leaves without layer or
-      fallback; at trace time as ``least_squares``.
+      fallback, and for ``layers`` that hold none of them; at trace time as ``least_squares``.
 
   Source: named after a note by E. Fagnou, whose rule is not published; defined here as the method that fits its
   description, arXiv:2201.12250 (FOOF) with damping relative to the trace.
@@ -86,10 +84,8 @@ def gls(
     >>> def loss(p):
     ...   h = jnp.tanh(x @ p[0]["w"] + p[0]["b"])
     ...   return jnp.mean((h @ p[1]["w"] + p[1]["b"] - y) ** 2), [x, h]
-    >>> keys = jax.random.split(jax.random.key(1))
-    >>> shapes = [(8, 16), (16, 1)]
-    >>> params = [{"w": 0.3 * jax.random.normal(k, s), "b": jnp.zeros(s[1])} for k, s in zip(keys, shapes)]
-    >>> tx = dpo.gls(0.3)
+    >>> layer = lambda i, *shape: {"w": 0.3 * jax.random.normal(jax.random.key(i), shape), "b": jnp.zeros(shape[1])}
+    >>> params, tx = [layer(1, 8, 16), layer(2, 16, 1)], dpo.gls(0.2)
     >>> state = tx.init(params)
     >>> @jax.jit
     ... def train_step(params, state):
@@ -112,16 +108,9 @@ def gls(
     direction = step_from_outputs(method, layers)
   if match is not None:
     direction = rescaled_direction(match, layers, direction)
-  parts = [
-    scale_by_preconditioner(
-      per_layer(method, layers),
-      layer_inputs(),
-      every=every,
-      damping=damping,
-      momentum=None if b1 is None else optax.ema(b1),
-      direction=direction,
-    )
-  ]
+  p, momentum = per_layer(method, layers), None if b1 is None else optax.ema(b1)
+  options = dict(every=every, damping=damping, momentum=momentum, direction=direction)
+  parts = [scale_by_preconditioner(p, layer_inputs(), **options)]
   if weight_decay is not None:
     parts.append(keep_dtype(optax.add_decayed_weights(weight_decay)))
   parts.append(keep_dtype(optax.scale_by_learning_rate(learning_rate)))

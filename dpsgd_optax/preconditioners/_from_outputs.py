@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step of `gls` made from the gradients of the outputs, in place of the gradient of the weights.
+"""The option `from_outputs` of `gls`, all of it: the step made from the gradients of the outputs.
 
 The gradient of a layer is a product, g = ÃᵀE, and so is the step, P g = (P Ãᵀ) E. Made in this order, it does not need
-g; where nothing else does either, XLA leaves out the product that makes it. All that the option `from_outputs` of `gls`
-needs is here. Notation as in `least_squares`.
+g; where nothing else does either, XLA leaves out the product that makes g. Notation as in `least_squares`.
 """
 
 from collections.abc import Callable
@@ -23,14 +22,10 @@ from dpsgd_optax.preconditioners.least_squares import LeastSquaresState
 
 
 def step_from_outputs(method: LayerMethod, layers: Any = None) -> Callable:
-  """A ``direction`` for ``scale_by_preconditioner``: P g from the records, as P ÃᵀE.
+  """A ``direction`` for ``scale_by_preconditioner``: P ÃᵀE from the records, which is P g if g = ÃᵀE.
 
-  It is P g if g = ÃᵀE, that is if nothing has changed the gradient on its way here. Where it is dearer (more rows than
-  outputs, embeddings) P g is taken.
-
-  Args:
-    method: least squares on one matrix.
-    layers: as in `per_layer`.
+  Anything that has changed the gradient on its way here is not seen. Where P ÃᵀE is dearer than P g (more rows than
+  outputs, embeddings), P g is taken. The arguments are those of `per_layer`.
   """
 
   def direction(apply, updates, params, *, fitted, layer_inputs=None, **extra):

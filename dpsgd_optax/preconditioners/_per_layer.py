@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one layer to a pytree: kernel and bias as one matrix, layers of equal shape batched.
+"""From one layer to a pytree: kernel and bias as one matrix [W; b], layers of equal shape batched.
 
-A method of layers, such as `batch_norm`, is a `LayerMethod`: functions on one matrix [W; b]. `per_layer` makes a
-preconditioner of a pytree of it, as `per_leaf` does for methods that know nothing of layers.
+`per_layer` does for methods that are told about layers what `per_leaf` does for the others.
 """
 
 import functools
@@ -20,21 +19,13 @@ from dpsgd_optax.preconditioners._lift import LiftState, check_same_leaves, over
 
 
 class LayerMethod(NamedTuple):
-  """A preconditioner of one matrix [W; b], which is told what the layer is.
+  """A preconditioner of one matrix [W; b], which is told what the layer is."""
 
-  Attributes:
-    init: (layer) -> state of one matrix.
-    observe: (layer, record) -> statistics of its matrices, each array with that leading axis.
-    fit: (layer, state, statistics, *, damping) -> state, of one matrix.
-    apply: (layer, state, x) -> P x, of one matrix.
-    form: (layer) -> a word; layers of equal shape and word are batched.
-  """
-
-  init: Callable
-  observe: Callable
-  fit: Callable
-  apply: Callable
-  form: Callable = lambda layer: ""
+  init: Callable  # (layer) -> state of one matrix
+  observe: Callable  # (layer, record) -> statistics of its matrices, each array with that leading axis
+  fit: Callable  # (layer, state, statistics, *, damping) -> state, of one matrix
+  apply: Callable  # (layer, state, x) -> P x, of one matrix
+  form: Callable = lambda layer: ""  # a word; layers of equal shape and word are batched
 
 
 def running_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
@@ -64,7 +55,6 @@ def layer_buckets(layers: list[Layer], method: LayerMethod) -> list[LayerBucket]
 
 
 def side_by_side(*parts: jax.Array) -> jax.Array:
-  """The matrices of all layers of a bucket."""
   return as_leaves(jnp.concatenate(parts))
 
 
@@ -79,19 +69,12 @@ def write_bucket(bucket: LayerBucket, kernels: jax.Array, biases: jax.Array, lea
 
 
 def per_layer(method: LayerMethod, layers: Any = None) -> Preconditioner:
-  """One P for each layer, kernel and bias together; all other leaves keep their updates.
-
-  Args:
-    method: on one matrix.
-    layers: tree of records or of their shapes, or None: see `find_layers`.
-  """
+  """One P for each layer that `find_layers(params, layers)` finds; all other leaves keep their updates."""
 
   def init(params):
     buckets = layer_buckets(find_layers(params, layers), method)
-    if not buckets:
-      return LiftState(jnp.zeros(()))
     repeat = lambda size, state: jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)).copy(), state)
-    return LiftState({b.name: repeat(b.size, method.init(b.layers[0])) for b in buckets})
+    return LiftState({b.name: repeat(b.size, method.init(b.layers[0])) for b in buckets} or jnp.zeros(()))
 
   def fit(state, observation, *, key, damping):
     del key

@@ -30,33 +30,20 @@ from dpsgd_optax.preconditioners._per_layer import LayerMethod, per_layer, runni
 
 
 class BatchNormState(NamedTuple):
-  """Attributes:
-  count: (), int32, fits.
-  mean: (d,), μ, in units of the inputs.
-  variance: (d,), σ², in their squares; of a layer without bias the mean square E[h²].
-  scale: (), q².
-  added: (), ε₂.
-  """
+  """Of one matrix [W; b]."""
 
-  count: jax.Array
-  mean: jax.Array
-  variance: jax.Array
-  scale: jax.Array
-  added: jax.Array
-
-
-class BatchStatistics(NamedTuple):
-  mean: jax.Array
-  variance: jax.Array
-  scale: jax.Array
+  count: jax.Array  # (), int32, fits
+  mean: jax.Array  # (d,), μ, in units of the inputs
+  variance: jax.Array  # (d,), σ², in their squares; of a layer without bias the mean square E[h²]
+  scale: jax.Array  # (), q²
+  added: jax.Array  # (), ε₂
 
 
 def expected_scale(width: int, examples: int, positions: int) -> float:
   """q² = max(d/N, positions): the order of the largest eigenvalue of the normalized second moment.
 
-  For a dense layer (one position) it is max(d/N, 1): a random N×d matrix of unit entries has its largest singular value
-  below √N + √d. For a convolution the rows of one example add up over the output positions, since the loss is a mean
-  over examples; the paper's own constant there is not known to us.
+  A random N×d matrix of unit entries has its largest singular value below √N + √d. In a convolution the rows of one
+  example add up over the output positions; the paper's own constant there is not known to us.
   """
   return max(width / examples, float(positions))
 
@@ -75,12 +62,10 @@ def batch_norm(
 
     G  ← (G − μ ⊗ G_b) / (q² σ̃²)          G_b ← G_b / q² − μᵀ G  (with the new G)
 
-  For inputs normalized with constant μ and σ this is the gradient step of the batch-normalized network, mapped back.
-  The batch may have any size, one example included, since μ and σ² are running statistics. For a layer without bias
-  nothing can be centred: G ← G / (q² σ̃²), with E[h²] for σ². Embeddings, norm scales and other leaves that are
-  no layer keep their updates. Until the first fit P = I.
-
-  A convolution has its statistics by channel, over batch and space, the same for every offset of the window.
+  With constant μ and σ this is the gradient step of the batch-normalized network, mapped back. The batch may have any
+  size, one example included, since μ and σ² are running statistics. A layer without bias is not centred:
+  G ← G / (q² σ̃²), with E[h²] for σ². A convolution has its statistics by channel, over batch and space. Embeddings,
+  norm scales and other leaves that are no layer keep their updates. Until the first fit P = I.
 
   The damping λ of ``fit`` is ε₂, in squared units of the inputs.
 
@@ -90,8 +75,8 @@ def batch_norm(
     q2: q², a number, or a function (d, N, output positions) → number of static sizes; 1 is the plain batch-norm step.
     debias: True: the statistics are plain means at first, and forget their start; False: they start at μ = 0 and
       σ² = 1 as in the paper, and the first 1/(1 − ρ) steps see little of the data. Static.
-    within_batch: True: σ² averages the variances within each batch, as the paper writes it; it is then zero for a
-      batch of one. False: the variance about the running mean, which includes what differs between batches. Static.
+    within_batch: True: σ² averages the variances within each batch, as in the paper, zero for a batch of one. False:
+      the variance about the running mean, which includes what differs between batches. Static.
     average_calls: accept layers that are called several times, with the mean of their statistics. Static.
     layers: see :func:`dpsgd_optax.least_squares`. Static.
 
@@ -123,7 +108,8 @@ def batch_norm(
     d = jnp.zeros(layer.width, layer.dtype)
     return BatchNormState(jnp.zeros((), jnp.int32), d, d + 1, zero + 1, zero)
 
-  def observe(layer: Layer, record: LayerRecord) -> BatchStatistics:
+  def observe(layer: Layer, record: LayerRecord) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(μ, σ², q²) of one batch."""
     size = extent(record, layer.stack)
     if size.calls > 1 and not average_calls:
       raise ValueError(
@@ -134,23 +120,26 @@ def batch_norm(
     if layer.bias is None:
       variance = variance + mean**2
     if replica_axis() is not None:
-      mean, variance = _over_replicas(mean, variance, centred=layer.bias is not None)
+      own, mean = mean, mean_over_replicas(mean)
+      variance = mean_over_replicas(variance if layer.bias is None else variance + (own - mean) ** 2)
     q = q2(layer.width, size.examples, size.positions) if callable(q2) else q2
     scale = jnp.broadcast_to(jnp.asarray(q, layer.dtype), layer.matrices)
-    return BatchStatistics(mean.astype(layer.dtype), variance.astype(layer.dtype), scale)
+    return mean.astype(layer.dtype), variance.astype(layer.dtype), scale
 
-  def fit(layer: Layer, state: BatchNormState, seen: BatchStatistics, *, damping) -> BatchNormState:
+  def fit(layer: Layer, state: BatchNormState, seen: tuple, *, damping) -> BatchNormState:
     """μ ← μ + w (μ_B − μ), σ² ← (1 − w)(σ² + w (μ_B − μ)²) + w σ_B², w = (1 − ρ) or, debiased, (1 − ρ)/(1 − ρᵗ)."""
     w = running_weight(decay, state.count, layer.dtype) if debias else jnp.asarray(1 - decay, layer.dtype)
-    moved = seen.mean - state.mean
+    mean, variance, scale = seen
+    moved = mean - state.mean
     spread = 0 if within_batch or layer.bias is None else w * moved**2
-    variance = (1 - w) * (state.variance + spread) + w * seen.variance
+    variance = (1 - w) * (state.variance + spread) + w * variance
     added = jnp.asarray(damping, layer.dtype)
-    return BatchNormState(state.count + 1, state.mean + w * moved, variance, seen.scale, added)
+    return BatchNormState(state.count + 1, state.mean + w * moved, variance, scale, added)
 
   def apply(layer: Layer, state: BatchNormState, x: jax.Array) -> jax.Array:
     variance = state.variance + relative_damping * jnp.max(state.variance) + state.added
-    divisor = (state.scale * _positive(variance)).astype(x.dtype)[:, None]
+    variance = jnp.where(variance > 0, variance, 1)  # of a constant input the centred gradient is zero, and stays it
+    divisor = (state.scale * variance).astype(x.dtype)[:, None]
     if layer.bias is None:
       done = x / divisor
     else:
@@ -160,15 +149,3 @@ def batch_norm(
     return jnp.where(state.count > 0, done, x)
 
   return per_layer(LayerMethod(init, observe, fit, apply), without_embeddings(layers))
-
-
-def _positive(variance: jax.Array) -> jax.Array:
-  """The variance, 1 where it is zero: a constant input has a centred gradient of zero, which stays zero."""
-  return jnp.where(variance > 0, variance, 1)
-
-
-def _over_replicas(mean: jax.Array, variance: jax.Array, centred: bool) -> tuple[jax.Array, jax.Array]:
-  """Statistics of the whole batch from those of its equal shares."""
-  whole = mean_over_replicas(mean)
-  between = (mean - whole) ** 2 if centred else 0
-  return whole, mean_over_replicas(variance + between)

@@ -10,12 +10,11 @@ Notation
   C       second moment of the rows of E, averaged, with mean eigenvalue 1
   λ, ρ    damping of S, and of C
 
-The step D = −η (S + λI)⁻¹ g is the weight change whose effect on the outputs is nearest to a gradient step on the
-outputs,
-  D = argmin ‖ÃD + ηE‖² / n + λ ‖D‖²,
-gradient descent on neurons (FOOF, arXiv:2201.12250), one sided K-FAC (arXiv:1503.05671), and the closed form of
-LocoProp-S (arXiv:2106.06199) and ProxProp (arXiv:1706.04638). It is the method that fits what is known of Fagnou's GLS,
-whose own rule is not published.
+The step D = −η (S + λI)⁻¹ g is the change of the weights that comes nearest to a gradient step on the outputs:
+  D = argmin ‖ÃD + ηE‖² / n + λ ‖D‖².
+It is gradient descent on neurons (FOOF, arXiv:2201.12250), one-sided K-FAC (arXiv:1503.05671), and the closed form of
+LocoProp-S (arXiv:2106.06199) and ProxProp (arXiv:1706.04638). It fits what is known of Fagnou's GLS, whose own rule is
+not published.
 """
 
 from typing import Any, NamedTuple
@@ -34,33 +33,20 @@ from dpsgd_optax.preconditioners._per_layer import LayerMethod, per_layer, runni
 
 
 class LeastSquaresState(NamedTuple):
-  """Attributes:
-  count: (), int32, fits.
-  moment: S, (d, d), or its diagonal (d,) where the layer is too wide; None in the dual form.
-  rows: Ã/√n, (R, d), in the dual form; otherwise None.
-  inverse: (S + λI)⁻¹, (d, d), or (ÃÃᵀ/n + λI)⁻¹, (R, R); of a diagonal S its diagonal, (d,). Before the first fit I.
-  added: (), λ, in squared units of the inputs; before the first fit 1.
-  outputs: C, (k, k), or None.
-  output_inverse: (1 + ρ) (C + ρI)⁻¹, (k, k), or None.
-  """
+  """Of one matrix [W; b]."""
 
-  count: jax.Array
-  moment: jax.Array | None
-  rows: jax.Array | None
-  inverse: jax.Array
-  added: jax.Array
-  outputs: jax.Array | None
-  output_inverse: jax.Array | None
+  count: jax.Array  # (), int32, fits
+  moment: jax.Array | None  # S, (d, d), or its diagonal (d,) where the layer is too wide; None if nothing is averaged
+  rows: jax.Array | None  # Ã/√n, (R, d), in the dual form
+  inverse: (
+    jax.Array
+  )  # (S + λI)⁻¹, (d, d); of a diagonal S (d,); in the dual form (ÃÃᵀ/n + λI)⁻¹, (R, R). I before a fit
+  added: jax.Array  # (), λ, in squared units of the inputs; at first 1
+  outputs: jax.Array | None  # C, (k, k)
+  output_inverse: jax.Array | None  # (1 + ρ) (C + ρI)⁻¹, (k, k)
 
 
 DIAGONAL = "diagonal"  # the form of S of a layer that is too wide, and of an embedding
-
-
-class LayerMoments(NamedTuple):
-  """What one batch says about one matrix: S, its diagonal, or the rows Ã/√n; and C up to its scale, or None."""
-
-  inputs: jax.Array
-  outputs: jax.Array | None
 
 
 def least_squares(
@@ -73,20 +59,20 @@ def least_squares(
 ) -> Preconditioner:
   """P = (S + λI)⁻¹ on each layer, kernel and bias together. Memory: two d × d matrices for each layer with d inputs.
 
-  With λ = 0 and η = 1 the step on a linear layer with squared loss ½‖z − y‖² (mean over examples) reaches the
-  least-squares solution; as λ grows it becomes the gradient step, of length η/λ. It does not change under invertible
-  affine maps of the layer's inputs (λ = 0). Until the first fit P = I. Leaves that are no layer keep their updates.
+  With λ = 0 and η = 1 the step on a linear layer with the loss ½‖z − y‖² (mean over examples) reaches the solution,
+  and does not change under invertible affine maps of the inputs. As λ grows it becomes the gradient step, of length
+  η/λ. Until the first fit P = I. Leaves that are no layer keep their updates.
 
-  A convolution is the dense layer of its patches, the positions of one example summed; shared weights add the moments
-  of their calls; an embedding has a diagonal S, the frequencies of its entries (only with ``layers``).
+  A convolution is the dense layer of its patches, the positions of one example summed. Shared weights add the moments
+  of their calls. An embedding has a diagonal S, the frequencies of its entries (only with ``layers``).
 
   The damping of ``fit`` is relative: λ = damping · tr S / d + ``absolute_damping``. If the factorization of S + λI
   fails, the layer takes g / (λ + tr S / d).
 
   Args:
-    decay: weight kept of the old S, in [0, 1); debiased. None: S of the batch alone; nothing is averaged, and where
-      ``layers`` tells that the batch has fewer rows than the layer has inputs, the dual form is kept:
-      P = (I − Ãᵀ(ÃÃᵀ + nλI)⁻¹Ã)/λ, of R × d numbers. It needs λ > 0 (relative 1e-2 or more in float32). Static if None.
+    decay: weight kept of the old S, in [0, 1); debiased. None: S of the batch alone. If ``layers`` tells that the batch
+      has fewer rows than a layer has inputs, that layer then keeps them in place of S, R × d numbers, and takes the
+      dual form P = (I − Ãᵀ(ÃÃᵀ + nλI)⁻¹Ã)/λ. It needs λ > 0 (relative 1e-2 or more in float32). Static if None.
     absolute_damping: ≥ 0, added to λ, in squared units of the inputs.
     output_damping: ρ; also divides by (C + ρI)/(1 + ρ) on the output side, which damps the directions in which the
       neurons of a wide layer move together. Small ρ: K-FAC; large ρ, or None: least squares. Needs output gradients,
@@ -97,8 +83,7 @@ def least_squares(
       (``nn.scan``), grouped, or without bias and with several output axes. Static.
 
   Cost: a fit is one product of the rows, d²R, and a factorization with its inverse, 2d³; P g takes d²k. The dual form
-  takes R²d, 2R³ and 2Rdk: with a batch smaller than d it is what makes a fit at every step affordable; otherwise
-  ``every``. `python -m benchmarks gls` measures both beside Adam.
+  takes R²d, 2R³ and 2Rdk, so that a fit at every step is affordable; otherwise use ``every``.
 
   Returns:
     A :class:`dpsgd_optax.Preconditioner` for ``layer_inputs()``.
@@ -114,9 +99,8 @@ def least_squares(
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
     >>> tx = dpo.scale_by_preconditioner(dpo.least_squares(), dpo.layer_inputs())
     >>> x, y = jnp.array([[1.0, 2.0], [2.0, 0.0], [0.0, 1.0]]), jnp.array([[5.0], [2.0], [2.0]])
-    >>> loss = lambda w: jnp.mean((x @ w - y) ** 2) / 2
     >>> params = {"w": jnp.zeros((2, 1))}
-    >>> grads = {"w": jax.grad(loss)(params["w"])}
+    >>> grads = jax.grad(lambda p: jnp.mean((x @ p["w"] - y) ** 2) / 2)(params)
     >>> updates, _ = tx.update(grads, tx.init(params), params, layer_inputs={"w": x})
     >>> -updates["w"].round(3).T  # one step of length 1 from zero: the solution
     Array([[1., 2.]], dtype=float32)
@@ -144,24 +128,26 @@ def least_squares_method(
   def init(layer: Layer) -> LeastSquaresState:
     return _initial_state(layer, form(layer), averaged=decay is not None, two_sided=output_damping is not None)
 
-  def observe(layer: Layer, record: LayerRecord) -> LayerMoments:
+  def observe(layer: Layer, record: LayerRecord) -> tuple[jax.Array, jax.Array | None]:
+    """(S, its diagonal, or the rows Ã/√n; C up to its scale, or None) of one batch."""
     size = extent(record, layer.stack)
     outputs = None if output_damping is None else _output_moment(layer, record)
     if form(layer) not in ("", DIAGONAL):
-      return LayerMoments(_batch_rows(layer, record) / size.examples**0.5, outputs)
+      return _batch_rows(layer, record) / size.examples**0.5, outputs
     inputs = _diagonal(layer, record) if form(layer) == DIAGONAL else input_moment(layer, record)
     inputs, outputs = mean_over_replicas((inputs * (size.rows / size.examples), outputs))
-    return LayerMoments(inputs.astype(layer.dtype), outputs)
+    return inputs.astype(layer.dtype), outputs
 
-  def fit(layer: Layer, state: LeastSquaresState, seen: LayerMoments, *, damping) -> LeastSquaresState:
+  def fit(layer: Layer, state: LeastSquaresState, seen: tuple, *, damping) -> LeastSquaresState:
     """S ← S + w (S_B − S), then the inverse of S + λI; C likewise."""
+    inputs, outputs = seen
     weight = 1.0 if decay is None else running_weight(decay, state.count, layer.dtype)
     averaged = lambda old, new: new if old is None else old + weight * (new - old)
-    rows, s = (None, averaged(state.moment, seen.inputs)) if state.rows is None else (seen.inputs, None)
+    rows, s = (None, averaged(state.moment, inputs)) if state.rows is None else (inputs, None)
     inverse, lam = _damped_inverse(rows, s, damping, absolute_damping)
     c, c_inverse = None, None
-    if seen.outputs is not None:
-      c = averaged(state.outputs, seen.outputs.astype(layer.dtype))
+    if outputs is not None:
+      c = averaged(state.outputs, outputs.astype(layer.dtype))
       c_inverse = _output_inverse(c, output_damping)
     return LeastSquaresState(state.count + 1, None if decay is None else s, rows, inverse, lam, c, c_inverse)
 
