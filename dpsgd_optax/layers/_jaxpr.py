@@ -80,10 +80,9 @@ def _dense(eqn: core.JaxprEqn, side: int, leaf: int, layout: tuple[int, ...], x:
     inputs = inputs[None]
   axes = (*of_w, *free)
   record = _record(inputs, tuple(shape[a] for a in axes), len(of_w), tuple(layout[a] - depth for a in axes))
-  first, second = (len(rows), len(free)) if side == 1 else (len(free), len(rows))
-  left, right = range(depth, depth + first), range(depth + first, depth + first + second)
-  order = (*range(depth), *left, *right) if side == 1 else (*range(depth), *right, *left)
-  return Call(leaf, record, order)
+  end, middle = depth + len(rows) + len(free), depth + (len(rows) if side == 1 else len(free))
+  left, right = range(depth, middle), range(middle, end)
+  return Call(leaf, record, (*range(depth), *left, *right) if side == 1 else (*range(depth), *right, *left))
 
 
 def _conv(eqn: core.JaxprEqn, side: int, leaf: int, layout: tuple[int, ...], x: Any) -> Call | None:
@@ -153,8 +152,7 @@ class Interpreter:
     for side in (1, 0):
       kernel, other = came[side], came[1 - side]
       if kernel is not None and kernel.layout is not None and other is None:
-        (x,) = _values(value, [eqn.invars[1 - side]])
-        return PRODUCTS[eqn.primitive.name](eqn, side, kernel.leaf, kernel.layout, x)
+        return PRODUCTS[eqn.primitive.name](eqn, side, *kernel, *_values(value, [eqn.invars[1 - side]]))
     return None
 
   def _with_offset(self, value: jax.Array, call: Call) -> jax.Array:

@@ -35,9 +35,8 @@ def capture(
 
   Recorded is every product of a value with a parameter: ``x @ w``, ``x @ w.T``, einsum, convolution, and rows of a
   table (``table[ids]``); inside ``jit``, ``vmap`` and ``checkpoint`` too (which is inlined, and saves no memory then).
-  The bias is the parameter that is added to the product. Not recorded is what happens inside ``scan``, ``while_loop``,
-  ``cond`` and functions with their own derivative, nor parameters changed before the product (masked, normalized,
-  sliced). A layer without a record is named by the optimizer that misses it.
+  The bias is the parameter that is added to the product. Not recorded are products inside ``scan``, ``while_loop``,
+  ``cond`` and functions with their own derivative, and those with a parameter that was changed before (masked, sliced).
 
   Args:
     loss: (params, *args, **kwargs) → scalar, or (scalar, aux) if ``has_aux``.
@@ -92,8 +91,8 @@ def capture(
       offsets = [None if o is None else jnp.zeros(o.shape, o.dtype) for o in last.outputs]
       run_both = jax.value_and_grad(traced, argnums=(0, 1), has_aux=True)
       (value, (aux, records)), (grads, errors) = run_both(leaves, offsets)
-      with_gradient = lambda record, e: record if e is None else dataclasses.replace(record, gradients=(e,))
-      records = [with_gradient(record, e) for record, e in zip(records, errors, strict=True)]
+      pairs = zip(records, errors, strict=True)
+      records = [r if e is None else dataclasses.replace(r, gradients=(e,)) for r, e in pairs]
     else:
       (value, (aux, records)), grads = jax.value_and_grad(lambda p: traced(p, None), has_aux=True)(leaves)
     layers = _by_leaf(records, last, [names(paths[i][0]) for i in free], shapes, reduce)
@@ -111,7 +110,7 @@ def _differentiable(leaves: list) -> list[int]:
 
 
 def _by_leaf(records, walk: Interpreter, paths, shapes, reduce) -> list[LayerRecord | None]:
-  """One record for each leaf that is a kernel, its calls merged; a leaf that is used in two ways has none."""
+  """The calls of each leaf that is a kernel, merged; a leaf that is used in two ways has none."""
   found: list[LayerRecord | None] = [None] * len(paths)
   for leaf in {call.leaf for call in walk.calls} - walk.hidden:
     mine = [i for i, call in enumerate(walk.calls) if call.leaf == leaf]

@@ -18,6 +18,7 @@ from dpsgd_optax.layers.record import LayerRecord, extent, is_record
 
 Path = tuple[str, ...]
 BIAS_OF = {"kernel": "bias", "w": "b"}
+AXES = ("kernel_shape", "input_axes", "layout", "groups")  # what a layer and its record have to agree in
 LAYERS_HINT = (
   "`layers=jax.eval_shape(forward, variables, x)[1]` (Flax, `forward` of `training.with_layer_inputs`) or "
   "`layers=jax.eval_shape(lambda: capture(loss)(params, batch))[2]` (any JAX code: Equinox, Haiku), the shapes of what "
@@ -32,13 +33,13 @@ class Layer(NamedTuple):
   kernel: int  # index of its leaf
   bias: int | None  # index of the bias, if it has one in this tree
   dtype: Any  # float32 at least
-  shape: tuple[int, ...]  # of one kernel, input axes first
+  kernel_shape: tuple[int, ...]  # of one layer; this and the rest as in `LayerRecord`
   input_axes: int
   stack: tuple[int, ...] = ()  # shape of the leading axes over layers
-  layout: tuple[int, ...] | None = None  # the axes of the leaf in the order of ``shape``, if it is another
-  groups: int = 1  # of a convolution
-  kind: str | None = None  # as in `LayerRecord`; None: not known before the first record
-  rows: int = 0  # R of the batch, 0 if not known
+  layout: tuple[int, ...] | None = None
+  groups: int = 1
+  kind: str | None = None  # None: not known before the first record
+  rows: int = 0  # of the batch that `layers` was made with; 0: not known
 
   @property
   def name(self) -> str:
@@ -56,12 +57,12 @@ class Layer(NamedTuple):
   @property
   def width(self) -> int:
     """d, without the 1 for the bias."""
-    return math.prod(self.shape[: self.input_axes])
+    return math.prod(self.kernel_shape[: self.input_axes])
 
   @property
   def matrix(self) -> tuple[int, int]:
     """Shape of [W; b] of one group."""
-    return self.width + (self.bias is not None), math.prod(self.shape[self.input_axes :]) // self.groups
+    return self.width + (self.bias is not None), math.prod(self.kernel_shape[self.input_axes :]) // self.groups
 
 
 class Leaf(NamedTuple):
@@ -73,13 +74,10 @@ class Leaf(NamedTuple):
 def leaves_by_name(tree: Any) -> tuple[dict[Path, Leaf], set[Path]]:
   """Leaves by name, and the names of the holes that `optax.masked` and `optax.partition` leave."""
   make_buckets(tree)  # for its message about integer leaves
-  found, holes = {}, set()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole):
-    if is_hole(leaf):
-      holes.add(names(path))
-    else:
-      found[names(path)] = Leaf(len(found), jnp.shape(leaf), jnp.result_type(leaf))
-  return found, holes
+  named = [(names(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)]
+  leaves = enumerate((path, x) for path, x in named if not is_hole(x))
+  found = {path: Leaf(i, jnp.shape(x), jnp.result_type(x)) for i, (path, x) in leaves}
+  return found, {path for path, x in named if is_hole(x)}
 
 
 def _records_by_name(records: Any) -> dict[Path, Any]:
@@ -95,9 +93,8 @@ def _in_hole(path: Path, holes: set[Path]) -> bool:
 def find_layers(tree: Any, layers: Any = None) -> list[Layer]:
   """The layers among the leaves of ``tree``.
 
-  With ``layers``, a tree of records or of their shapes: those. Without: each leaf of two or more axes named kernel or
-  w, with the bias beside it named bias or b; as many of the kernel's last axes belong to the output as the bias has,
-  one if there is none.
+  With ``layers``, those that have a record there. Without, each leaf of two or more axes named kernel or w, with the
+  bias beside it named bias or b; as many of the kernel's last axes belong to the output as the bias has, at least one.
   """
   leaves, holes = leaves_by_name(tree)
   if layers is None:
@@ -123,7 +120,7 @@ def _from_names(path: Path, leaf: Leaf, leaves: dict[Path, Leaf]) -> Layer:
   outputs = 1 if bias is None or not 0 < len(bias.shape) < len(leaf.shape) else len(bias.shape)
   if bias is not None and bias.shape != leaf.shape[-outputs:]:
     bias = None
-  return _layer(path, leaf, bias, shape=leaf.shape, input_axes=len(leaf.shape) - outputs)
+  return _layer(path, leaf, bias, kernel_shape=leaf.shape, input_axes=len(leaf.shape) - outputs)
 
 
 def _from_record(path: Path, record: Any, leaves: dict[Path, Leaf]) -> Layer:
@@ -135,18 +132,9 @@ def _from_record(path: Path, record: Any, leaves: dict[Path, Leaf]) -> Layer:
       f"`layers` names {'/'.join(path)!r}, but the params have no such leaf; they have {_listed(leaves)}."
     )
   stack = leaf.shape[: len(leaf.shape) - len(record.kernel_shape)]
-  return _layer(
-    path,
-    leaf,
-    leaves.get(record.bias) if record.bias else None,
-    shape=record.kernel_shape,
-    input_axes=record.input_axes,
-    stack=stack,
-    layout=record.layout,
-    groups=record.groups,
-    kind=record.kind,
-    rows=extent(record, stack).rows,
-  )
+  bias = leaves.get(record.bias) if record.bias else None
+  as_recorded = {name: getattr(record, name) for name in (*AXES, "kind")}
+  return _layer(path, leaf, bias, stack=stack, rows=extent(record, stack).rows, **as_recorded)
 
 
 def _listed(paths: Any) -> str:
@@ -194,18 +182,17 @@ def _check_unused(path: Path, record: Any, leaves: dict[Path, Leaf]) -> None:
 def _checked(layer: Layer, record: Any) -> LayerRecord:
   """The record, or one made of an array that stands in its place, if it fits the layer."""
   if not is_record(record):
-    record = LayerRecord((jnp.asarray(record),), kernel_shape=layer.shape, input_axes=layer.input_axes)
-  same = (record.kernel_shape, record.input_axes, record.layout, record.groups)
-  if same != (layer.shape, layer.input_axes, layer.layout, layer.groups):
+    record = LayerRecord((jnp.asarray(record),), kernel_shape=layer.kernel_shape, input_axes=layer.input_axes)
+  if any(getattr(record, name) != getattr(layer, name) for name in AXES):
     raise ValueError(
       f"the layer {layer.name!r} is recorded with kernel {record.kernel_shape}, {record.input_axes} input axes and "
-      f"{record.groups} groups; from its name and shape it was taken to have kernel {layer.shape}, {layer.input_axes} "
-      f"input axes and {layer.groups} groups. A stacked or grouped layer, or one without bias whose output has several "
-      f"axes, cannot be told from its shape. Type {LAYERS_HINT}."
+      f"{record.groups} groups; from its name and shape it was taken to have kernel {layer.kernel_shape}, "
+      f"{layer.input_axes} input axes and {layer.groups} groups. A stacked or grouped layer, or one without bias whose "
+      f"output has several axes, cannot be told from its shape. Type {LAYERS_HINT}."
     )
   if record.kind == "embed":
     return record
-  needed = layer.shape[: layer.input_axes] if record.window is None else (layer.shape[-2] * layer.groups,)
+  needed = layer.kernel_shape[: layer.input_axes] if record.window is None else (layer.kernel_shape[-2] * layer.groups,)
   for shape in map(jnp.shape, record.inputs):
     if shape[-len(needed) :] != needed or shape[: len(layer.stack)] != layer.stack:
       raise ValueError(

@@ -10,8 +10,8 @@ Notation
   a        length of the step
 
 With a link, w = f′(u) (f(u) − y)/(u − z): Gauss-Newton's weight f′(u)² with one of the tangents replaced by the secant
-to the target, so that a single row is fitted in one step. It is positive for increasing f, and f′(z)² at the target.
-One sweep of the original, θ ← (XᵀWX)⁻¹XᵀWz, is then θ ← θ − (XᵀWX)⁻¹Xᵀs.
+to the target, so that a single row is fitted in one step. One sweep of the original, θ ← (XᵀWX)⁻¹XᵀWz, is then
+θ ← θ − (XᵀWX)⁻¹Xᵀs.
 
 Source: E. Fagnou's note on nonlinear least squares for one layer; for logistic regression it is Newton's method.
 """
@@ -178,8 +178,8 @@ def _solved(rows: jax.Array, weights: jax.Array, g: jax.Array, damping: Any) -> 
   """(XᵀWX + λI)⁻¹ g, λ relative to the mean eigenvalue."""
   system = jnp.einsum("ni,n,nj->ij", rows, weights, rows, precision="highest")
   mean = jnp.trace(system) / len(system)
-  least = jnp.finfo(g.dtype).tiny  # all rows saturated: a long step, which the line search shortens
-  shift = jnp.asarray(damping, g.dtype) * mean + least
+  # not zero even if all rows are saturated: a long step, which the line search shortens
+  shift = jnp.asarray(damping, g.dtype) * mean + jnp.finfo(g.dtype).tiny
   return jnp.linalg.solve(system + shift * jnp.eye(len(system), dtype=g.dtype), g)
 
 

@@ -29,18 +29,16 @@ def as_matrix(layer: Layer, leaves: list[jax.Array]) -> jax.Array:
   if layer.layout is not None:
     kernel = _transposed(layer, kernel, layer.layout)
   split = lambda x, d: jnp.moveaxis(x.reshape(copies, d, groups, -1), 2, 1).reshape(copies * groups, d, -1)
-  matrix = split(kernel, layer.width)
-  if layer.bias is None:
-    return matrix
-  return jnp.concatenate([matrix, split(leaves[layer.bias].astype(layer.dtype), 1)], axis=1)
+  bias = [] if layer.bias is None else [split(leaves[layer.bias].astype(layer.dtype), 1)]
+  return jnp.concatenate([split(kernel, layer.width), *bias], axis=1)
 
 
 def write_layer(layer: Layer, kernel: jax.Array, bias: jax.Array, leaves: list[jax.Array]) -> None:
-  """Writes W and b, (matrices, width, k) and (matrices, 1, k), over the leaves they came from, b if the layer has it."""
+  """Writes W and b, (matrices, width, k) and (matrices, 1, k), over their leaves; a layer without bias has no b."""
   copies, groups = math.prod(layer.stack), layer.groups
   join = lambda x: jnp.moveaxis(x.reshape(copies, groups, x.shape[1], -1), 1, 2)
   as_leaf = lambda x, i: x.reshape(jnp.shape(leaves[i])).astype(jnp.result_type(leaves[i]))
-  kernel = join(kernel).reshape(*layer.stack, *layer.shape)
+  kernel = join(kernel).reshape(*layer.stack, *layer.kernel_shape)
   if layer.layout is not None:
     kernel = _transposed(layer, kernel, np.argsort(layer.layout))
   leaves[layer.kernel] = as_leaf(kernel, layer.kernel)

@@ -77,13 +77,9 @@ def gram(record: LayerRecord, stack: tuple[int, ...] = ()) -> jax.Array:
   if record.gram is not None:
     return record.gram
   if not record.inputs:
-    raise ValueError(
-      "a record of moments by channel has no second moments. Type `reduce=second_moments`, or no `reduce`."
-    )
-  total = jnp.zeros(())
-  for x in record.inputs:
-    a = extended(rows_of(record, x, stack))
-    total = total + jnp.einsum("mni,mnj->mij", a, a, precision="highest")
+    raise ValueError("a record of channel moments has no second moments. Type `reduce=second_moments`, or none.")
+  calls = (extended(rows_of(record, x, stack)) for x in record.inputs)
+  total = sum((jnp.einsum("mni,mnj->mij", a, a, precision="highest") for a in calls), jnp.zeros(()))
   return total / extent(record, stack).rows
 
 
@@ -95,13 +91,10 @@ def feature_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> tuple[j
   if record.mean is not None and record.square is not None:
     return record.mean, jnp.maximum(record.square - record.mean**2, 0)
   if not record.inputs:
-    raise ValueError(
-      "a record of second moments has no moments by channel. Type `reduce=channel_moments`, or no `reduce`."
-    )
+    raise ValueError("a record of second moments has no channel moments. Type `reduce=channel_moments`, or none.")
   copies = math.prod(stack)
   channels = record.width if record.window is None else record.kernel_shape[-2] * record.groups
-  flat = [_working(x).reshape(copies, -1, channels) for x in record.inputs]
-  x = jnp.concatenate(flat, axis=1)
+  x = jnp.concatenate([_working(x).reshape(copies, -1, channels) for x in record.inputs], axis=1)
   mean = jnp.mean(x, axis=1)
   variance = jnp.mean((x - mean[:, None]) ** 2, axis=1)
   if record.window is None:

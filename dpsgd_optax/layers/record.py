@@ -41,9 +41,7 @@ class Window(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
-  """The inputs of one linear layer in one forward pass; a pytree whose leaves are the arrays.
-
-  A record stands where its kernel stands in the params.
+  """The inputs of one linear layer in one forward pass: a pytree, which stands where its kernel stands in the params.
 
   Attributes:
     inputs: one array per call of the layer: (*stack, *rows, *in_shape) for a dense layer, (*stack, *batch, *space,

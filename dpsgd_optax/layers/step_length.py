@@ -60,8 +60,7 @@ def rescaled_direction(match: Match, layers: Any = None, inner: Callable | None 
 def _output_square(layer: Layer, record: LayerRecord, x: jax.Array) -> jax.Array:
   """Mean square of the outputs that [W; b] = x gives: tr(xᵀSx)/k for each matrix, by way of what is smaller."""
   if record.inputs and extent(record, layer.stack).rows < layer.width:
-    out = jnp.matmul(input_rows(layer, record), x)
-    return mean_over_replicas(jnp.mean(out**2, axis=(1, 2)))
+    return mean_over_replicas(jnp.mean(jnp.matmul(input_rows(layer, record), x) ** 2, axis=(1, 2)))
   s = mean_over_replicas(input_moment(layer, record)).astype(x.dtype)
   return jnp.maximum(jnp.einsum("mik,mij,mjk->m", x, s, x, precision="highest"), 0) / x.shape[-1]
 
@@ -71,8 +70,8 @@ def clip_output_change(
 ) -> optax.GradientTransformationExtraArgs:
   """Shortens the step of a layer that would change its outputs by more than ``limit`` of their size.
 
-  D ← D · min(1, limit · max(rms Z, floor) / rms(ÃD)), for each layer: a trust region in the space of the outputs. Put
-  it last, after the learning rate. It does not depend on the scale of inputs or weights.
+  D ← D · min(1, limit · max(rms Z, floor) / rms(ÃD)) for each layer. Put it last, after the learning rate. It does not
+  depend on the scale of inputs or weights.
 
   Args:
     limit: largest relative change of the outputs, by root mean square over the batch.

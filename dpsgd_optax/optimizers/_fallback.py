@@ -13,10 +13,7 @@ from dpsgd_optax.layers.find import LAYERS_HINT, find_layers, leaves_by_name
 def with_fallback(core: Any, fallback: Any, layers: Any, *, vectors: bool) -> optax.GradientTransformationExtraArgs:
   """``core`` on the layers and ``fallback`` on all other leaves; without a fallback, an error that names them.
 
-  Args:
-    core, fallback: complete transforms, with learning rate and sign; no fallback: None.
-    layers: as in `find_layers`.
-    vectors: whether leaves of fewer than two axes need a fallback too, or may go through ``core``.
+  If ``vectors`` is False, leaves of fewer than two axes need no fallback, and go through ``core``.
   """
   covered = lambda tree: {i for layer in find_layers(tree, layers) for i in layer.leaves}
 

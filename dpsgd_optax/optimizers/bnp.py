@@ -46,26 +46,24 @@ def bnp(
     b1: momentum after P (heavy ball, as ``optax.sgd``'s); None: none.
     weight_decay: decoupled; None: none.
     every: period of the statistics, int or schedule.
-    fallback: complete transform of the leaves that are no layer; None: they take the plain gradient, like the rest
-      with momentum, decay and learning rate. A matrix that is no layer then is an error.
+    fallback: complete transform of the leaves that are no layer; None: vectors take the plain gradient, with momentum,
+      decay and learning rate; a matrix that is no layer is an error.
     decay, relative_damping, q2, debias, within_batch, average_calls, layers: see :func:`dpsgd_optax.batch_norm`.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: for a negative learning rate or damping, a decay outside [0, 1); at trace time as ``batch_norm``.
+    ValueError: for a negative learning rate or damping, a decay outside [0, 1); at ``init`` as :func:`dpsgd_optax.gls`;
+      at trace time as ``batch_norm``.
 
-  Source: arXiv:2108.01110, whose constants, as far as we know, are ``decay=0.99, damping=1e-4, debias=False,
-  within_batch=True``.
+  Source: arXiv:2108.01110; as far as we know with ``decay=0.99, damping=1e-4, debias=False, within_batch=True``.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
-    >>> x = jnp.array([[100.0, 1.0], [101.0, 2.0], [102.0, 1.0]])  # far from zero: hard for SGD
-    >>> y = jnp.array([[1.0], [2.0], [3.0]])
-    >>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2) / 2
-    >>> params = {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)}
-    >>> tx = dpo.bnp(1.0, relative_damping=0.0, damping=0.0)
+    >>> x, y = jnp.array([[100.0, 1.0], [101.0, 2.0], [102.0, 1.0]]), jnp.array([[1.0], [2.0], [3.0]])
+    >>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2) / 2  # x is far from zero: hard for SGD
+    >>> tx, params = dpo.bnp(1.0, relative_damping=0.0, damping=0.0), {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)}
     >>> state = tx.init(params)
     >>> @jax.jit
     ... def train_step(params, state):

@@ -44,21 +44,19 @@ def gls(
   small ones with 0.05, and raise it while the loss falls; 0.3 may diverge. The rate is for a sum over the outputs, with
   the ½: a mean over them shortens the step by as much, and without the ½ it is twice as long.
 
-  Its weakness is a layer that is wider than what enters it, as in an autoencoder: its neurons move together, and the
-  outputs further on change more than was asked for. ``max_output_change=0.1`` and ``output_damping=0.1`` together mend
-  it best: on a deep autoencoder of the digits the largest rate is 0.05 without them and 0.2 with them (``python -m
-  benchmarks gls``). The first costs a product, the second needs ``capture(loss, gradients=True)``.
+  Its weakness is a layer that is wider than what enters it, as in an autoencoder: its neurons move together, and change
+  the outputs further on more than was asked for. ``max_output_change=0.1`` and ``output_damping=0.1`` together mend it
+  best: on a deep autoencoder of the digits the largest rate rises from 0.05 to 0.2 (``python -m benchmarks gls``).
 
   Args:
     learning_rate: η, number or schedule.
     damping: λ ≥ 0 relative to the mean eigenvalue of S; 0.01 is faster and over-fits sooner.
-    match: ``match_layers`` or ``match_total``: rescale P m to the length of m, so that the learning rate means what it
-      does for SGD; None: not.
+    match: ``match_layers`` or ``match_total`` give P m the length of m, so that SGD's learning rates serve; None: not.
     max_output_change: largest relative change of a layer's outputs in one step (``clip_output_change``); None: any.
     b1: weight kept by the running mean of the gradients, before P; None: none.
     weight_decay: decoupled; None: none.
-    every: S is averaged and factorized on every ``every``-th step; int or schedule. The older S, the shorter the steps
-      that it bears: on digits the best rate is 0.8 with ``every=1`` and 0.1 with 5 (``python -m benchmarks gls``).
+    every: period of the averages and factorizations of S; int or schedule. The older S, the shorter the steps that it
+      bears: on digits the best rate is 0.8 with ``every=1`` and 0.1 with 5 (``python -m benchmarks gls``).
     fallback: complete transform, with its learning rate, of the leaves that are no layer (norm scales, embeddings, …);
       None: there are none, else an error names them.
     from_outputs: compute P g = P ÃᵀE as (P Ãᵀ) E from the recorded output gradients E, without the product that is g.
@@ -74,8 +72,7 @@ def gls(
     ValueError: for a negative learning rate or damping, a decay outside [0, 1); at ``init`` for leaves without layer or
       fallback, and for ``layers`` that hold none of them; at trace time as ``least_squares``.
 
-  Source: named after a note by E. Fagnou, whose rule is not published; defined here as the method that fits its
-  description, arXiv:2201.12250 (FOOF) with damping relative to the trace.
+  Source: arXiv:2201.12250 (FOOF), damped relative to the trace. The name is from a note by E. Fagnou, which it fits.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo

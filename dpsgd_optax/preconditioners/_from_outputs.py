@@ -39,6 +39,8 @@ def step_from_outputs(method: LayerMethod, layers: Any = None) -> Callable:
     records = dict(zip(found, records_of(found, layer_inputs, updates), strict=True))
     leaves, treedef = jax.tree.flatten(apply(updates))
     for bucket in layer_buckets(found, method):
+      if any(records[layer].kind == "embed" for layer in bucket.layers):
+        continue
       seen = [_rows_and_gradients(layer, records[layer]) for layer in bucket.layers]
       (_, outputs), sizes = bucket.layers[0].matrix, {rows.shape[1] for rows, _ in seen}
       if len(sizes) == 1 and 0 < max(sizes) <= outputs:
@@ -52,10 +54,7 @@ def step_from_outputs(method: LayerMethod, layers: Any = None) -> Callable:
 
 
 def _rows_and_gradients(layer: Layer, record: LayerRecord) -> tuple[jax.Array, jax.Array]:
-  """Ã and E, a row of one for a row of the other; of an embedding no rows."""
-  if record.kind == "embed":
-    d, k = layer.matrix
-    return jnp.zeros((layer.matrices, 0, d), layer.dtype), jnp.zeros((layer.matrices, 0, k), layer.dtype)
+  """Ã and E, a row of one for a row of the other."""
   e = jnp.concatenate(output_gradients(layer, record, "from_outputs"), axis=1).astype(layer.dtype)
   if not record.inputs:
     raise ValueError(
@@ -66,9 +65,7 @@ def _rows_and_gradients(layer: Layer, record: LayerRecord) -> tuple[jax.Array, j
 
 
 def _factors(state: LeastSquaresState, rows: jax.Array, e: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(a, b) with P ÃᵀE = aᵀb: a = Ã(S + λI)⁻¹, b = E; in the dual form, which was fitted to Ã, a = Ã and
-  b = (ÃÃᵀ/n + λI)⁻¹ E.
-  """
+  """(a, b) with P ÃᵀE = aᵀb: (Ã(S + λI)⁻¹, E), or in the dual form, which was fitted to Ã, (Ã, (ÃÃᵀ/n + λI)⁻¹E)."""
   if state.rows is not None:
     e = state.inverse @ e
   else:

@@ -48,13 +48,14 @@ class LayerBucket(NamedTuple):
 def layer_buckets(layers: list[Layer], method: LayerMethod) -> list[LayerBucket]:
   found: dict[str, list[Layer]] = {}
   for layer in layers:
-    words = ["x".join(map(str, layer.matrix)), jnp.dtype(layer.dtype).name, method.form(layer)]
-    words.append("bias" if layer.bias is not None else "")
+    bias = "" if layer.bias is None else "bias"
+    words = ["x".join(map(str, layer.matrix)), jnp.dtype(layer.dtype).name, method.form(layer), bias]
     found.setdefault("_".join(filter(None, words)), []).append(layer)
   return [LayerBucket(name, tuple(members)) for name, members in found.items()]
 
 
 def side_by_side(*parts: jax.Array) -> jax.Array:
+  """The matrices of all layers of a bucket."""
   return as_leaves(jnp.concatenate(parts))
 
 

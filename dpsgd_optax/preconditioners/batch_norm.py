@@ -78,14 +78,14 @@ def batch_norm(
     within_batch: True: σ² averages the variances within each batch, as in the paper, zero for a batch of one. False:
       the variance about the running mean, which includes what differs between batches. Static.
     average_calls: accept layers that are called several times, with the mean of their statistics. Static.
-    layers: see :func:`dpsgd_optax.least_squares`. Static.
+    layers: see :func:`dpsgd_optax.least_squares`.
 
   Returns:
     A :class:`dpsgd_optax.Preconditioner` for ``layer_inputs()``.
 
   Raises:
-    ValueError: at construction, for a decay outside [0, 1) or a negative damping; at trace time, for a layer without a
-      record, a record without a layer, inputs of the wrong width, or a shared layer.
+    ValueError: at construction, for a decay outside [0, 1) or a negative damping; at trace time, as for
+      ``least_squares``, and for a shared layer.
 
   Source: arXiv:2108.01110, §3 (dense), §4 (convolutions).
 
@@ -104,9 +104,8 @@ def batch_norm(
   check_not_negative(None if callable(q2) else q2, "q2", "It divides the step. Try 1.")
 
   def init(layer: Layer) -> BatchNormState:
-    zero = jnp.zeros((), layer.dtype)
-    d = jnp.zeros(layer.width, layer.dtype)
-    return BatchNormState(jnp.zeros((), jnp.int32), d, d + 1, zero + 1, zero)
+    mean, zero = jnp.zeros(layer.width, layer.dtype), jnp.zeros((), layer.dtype)
+    return BatchNormState(jnp.zeros((), jnp.int32), mean, mean + 1, zero + 1, zero)
 
   def observe(layer: Layer, record: LayerRecord) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(μ, σ², q²) of one batch."""

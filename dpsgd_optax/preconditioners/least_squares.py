@@ -13,8 +13,7 @@ Notation
 The step D = −η (S + λI)⁻¹ g is the change of the weights that comes nearest to a gradient step on the outputs:
   D = argmin ‖ÃD + ηE‖² / n + λ ‖D‖².
 It is gradient descent on neurons (FOOF, arXiv:2201.12250), one-sided K-FAC (arXiv:1503.05671), and the closed form of
-LocoProp-S (arXiv:2106.06199) and ProxProp (arXiv:1706.04638). It fits what is known of Fagnou's GLS, whose own rule is
-not published.
+LocoProp-S (arXiv:2106.06199) and ProxProp (arXiv:1706.04638).
 """
 
 from typing import Any, NamedTuple
@@ -59,9 +58,9 @@ def least_squares(
 ) -> Preconditioner:
   """P = (S + λI)⁻¹ on each layer, kernel and bias together. Memory: two d × d matrices for each layer with d inputs.
 
-  With λ = 0 and η = 1 the step on a linear layer with the loss ½‖z − y‖² (mean over examples) reaches the solution,
-  and does not change under invertible affine maps of the inputs. As λ grows it becomes the gradient step, of length
-  η/λ. Until the first fit P = I. Leaves that are no layer keep their updates.
+  With λ = 0 invertible affine maps of the inputs do not change the step, and on a linear layer with the loss ½‖z − y‖²
+  (mean over examples) it solves the problem, with η = 1. As λ grows it becomes the gradient step, of length η/λ. Until
+  the first fit P = I. Leaves that are no layer keep their updates.
 
   A convolution is the dense layer of its patches, the positions of one example summed. Shared weights add the moments
   of their calls. An embedding has a diagonal S, the frequencies of its entries (only with ``layers``).
@@ -75,7 +74,7 @@ def least_squares(
       dual form P = (I − Ãᵀ(ÃÃᵀ + nλI)⁻¹Ã)/λ. It needs λ > 0 (relative 1e-2 or more in float32). Static if None.
     absolute_damping: ≥ 0, added to λ, in squared units of the inputs.
     output_damping: ρ; also divides by (C + ρI)/(1 + ρ) on the output side, which damps the directions in which the
-      neurons of a wide layer move together. Small ρ: K-FAC; large ρ, or None: least squares. Needs output gradients,
+      neurons of a wide layer move together. Small ρ: K-FAC; large ρ, or None: least squares. Needs output gradients:
       ``capture(loss, gradients=True)``.
     max_size: a layer with more inputs (bias included) keeps the diagonal of S only. Static.
     layers: tree of records, or of their shapes, from ``jax.eval_shape`` of the forward pass: which leaves are layers,
@@ -92,8 +91,7 @@ def least_squares(
     ValueError: at construction, for a decay outside [0, 1) or negative damping; at trace time, for a layer without a
       record, a record without a layer, inputs of the wrong width, or missing output gradients.
 
-  Source: arXiv:2201.12250 (FOOF), Eq. 5; convolutions as arXiv:1602.01407; output side as arXiv:1503.05671, with C
-  normalized to trace k.
+  Source: arXiv:2201.12250, Eq. 5; convolutions arXiv:1602.01407; output side arXiv:1503.05671, with C of trace k.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
@@ -205,8 +203,7 @@ def _output_moment(layer: Layer, record: LayerRecord) -> jax.Array:
   parts = output_gradients(layer, record, "output_damping")
   total = sum(jnp.einsum("mni,mnj->mij", e, e, precision="highest") for e in parts)
   trace = jnp.trace(total, axis1=1, axis2=2)[:, None, None]
-  scale = jnp.where(trace > 0, trace, 1) / layer.matrix[1]
-  return total / scale
+  return total / (jnp.where(trace > 0, trace, 1) / layer.matrix[1])
 
 
 def _damped_inverse(rows: jax.Array | None, s: Any, damping: Any, absolute: float) -> tuple[jax.Array, jax.Array]:
