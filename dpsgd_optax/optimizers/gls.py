@@ -72,7 +72,7 @@ def gls(
     ValueError: for a negative learning rate or damping, a decay outside [0, 1); at ``init`` for leaves without layer or
       fallback, and for ``layers`` that hold none of them; at trace time as ``least_squares``.
 
-  Source: arXiv:2201.12250 (FOOF), damped relative to the trace. The name is from a note by E. Fagnou, which it fits.
+  Source: arXiv:2201.12250 (FOOF), damped relative to the trace. It fits a note by E. Fagnou, whose GLS is unpublished.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo

@@ -60,7 +60,7 @@ def least_squares(
 
   With λ = 0 invertible affine maps of the inputs do not change the step, and on a linear layer with the loss ½‖z − y‖²
   (mean over examples) it solves the problem, with η = 1. As λ grows it becomes the gradient step, of length η/λ. Until
-  the first fit P = I. Leaves that are no layer keep their updates.
+  the first fit P = I. Leaves that are no layer keep their updates. For replicas: :func:`dpsgd_optax.data_parallel`.
 
   A convolution is the dense layer of its patches, the positions of one example summed. Shared weights add the moments
   of their calls. An embedding has a diagonal S, the frequencies of its entries (only with ``layers``).
