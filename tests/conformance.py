@@ -288,12 +288,12 @@ INJECTED = {
   "bnp": Injected(
     dpo.bnp,
     {"learning_rate": 0.1, "decay": 0.5, "damping": 1e-2, "relative_damping": 0.1, "b1": 0.9, "weight_decay": 1e-4},
-    ("q2", "every", "fallback", "debias", "within_batch", "average_calls", "axis_name", "layers"),
+    ("q2", "every", "fallback", "debias", "within_batch", "average_calls", "layers"),
   ),
   "gls": Injected(
     functools.partial(dpo.gls, fallback=optax.sgd(0.1)),
     {"learning_rate": 0.1, "decay": 0.5, "damping": 1e-2, "b1": 0.9, "weight_decay": 1e-4},
-    ("match", "every", "fallback", "max_size", "axis_name", "layers"),
+    ("match", "every", "fallback", "max_size", "layers"),
   ),
   "levenberg_marquardt": Injected(
     functools.partial(dpo.levenberg_marquardt, optax.sgd(0.1)),

@@ -24,9 +24,9 @@ def replicas(axis_name: Any) -> Generator[None]:
     _active.reset(token)
 
 
-def replica_axis(axis_name: Any = None) -> Any:
-  """``axis_name`` if it is given, else that of `data_parallel`; None for a single replica."""
-  return _active.get() if axis_name is None else axis_name
+def replica_axis() -> Any:
+  """The axis of `data_parallel`; None for a single replica."""
+  return _active.get()
 
 
 def mean_over_replicas(tree: Any) -> Any:

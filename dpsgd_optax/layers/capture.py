@@ -5,12 +5,10 @@ Notation
   leaf     one array of the params
   origin   which leaf a value is, but for its dtype and the order of its axes
   call     one product of some x with a leaf: a dense layer, a convolution, or rows taken from an embedding
-  probe    zeros added to the output of a call; the derivative with respect to it is E = dloss/d(output)
+  offset   zeros added to the output of a call; the derivative with respect to it is E = dloss/d(output)
 
-The walk happens while the loss is traced and leaves nothing of itself in the compiled program. Only documented
-interfaces of `jax.extend.core` are used; what depends on the version of JAX is in `evaluate`.
-
-kfac-jax finds its layers in the jaxpr too, by their patterns and by tags; here a product with a parameter is enough.
+This happens while the loss is traced, and leaves nothing of itself in the compiled program. kfac-jax finds its layers
+in the jaxpr too, by their patterns and by tags; here a product with a parameter is enough.
 """
 
 import dataclasses
@@ -36,10 +34,9 @@ def capture(
   """``jax.value_and_grad`` of a loss that also returns what enters each linear layer, for any JAX code.
 
   Recorded is every product of a value with a parameter: ``x @ w``, ``x @ w.T``, einsum, convolution, and rows of a
-  table (``table[ids]``); inside ``jit``, ``vmap`` and ``checkpoint`` too (which is then inlined: its saving of memory
-  is lost). The bias is the parameter that is added to the product. Not recorded: what happens inside ``scan``,
-  ``while_loop``, ``cond`` and functions with their own derivative, and parameters changed before the product (masked,
-  normalized, sliced). A layer without a record is named by the optimizer that misses it.
+  table (``table[ids]``); inside ``jit``, ``vmap`` and ``checkpoint`` too (which is inlined, and saves no memory then).
+  The bias is the parameter that is added to the product. Not recorded are products inside ``scan``, ``while_loop``,
+  ``cond`` and functions with their own derivative, and those with a parameter that was changed before (masked, sliced).
 
   Args:
     loss: (params, *args, **kwargs) → scalar, or (scalar, aux) if ``has_aux``.
@@ -49,10 +46,9 @@ def capture(
 
   Returns:
     ``run(params, *args, **kwargs) -> (value, grads, layers)``; value is (loss, aux) if ``has_aux``. ``layers`` has the
-    structure of the params, with a :class:`dpsgd_optax.LayerRecord` in the place of each kernel and None elsewhere.
-    ``jax.eval_shape(lambda: run(params, batch))[2]`` is what ``layers=`` of an optimizer needs, unless the params are
-    named kernel and bias, or w and b. The params may be a whole Equinox model: the gradient of what is no array of
-    floating-point numbers (functions, integers, rates) is None.
+    structure of the params, with a :class:`dpsgd_optax.LayerRecord` in the place of each kernel and None elsewhere;
+    ``jax.eval_shape(lambda: run(params, batch))[2]`` is what ``layers=`` of an optimizer needs. The params may be a
+    whole Equinox model: the gradient of what is no floating-point array (functions, integers, rates) is None.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
@@ -72,6 +68,8 @@ def capture(
     free = _differentiable([leaf for _, leaf in paths])
     leaves, held = [paths[i][1] for i in free], {i: leaf for i, (_, leaf) in enumerate(paths) if i not in free}
     shapes = [jnp.shape(leaf) for leaf in leaves]
+    origins = [Origin(i, tuple(range(len(s)))) for i, s in enumerate(shapes)]
+    last: Any = None
 
     def like_params(leaves, held):
       found = held | dict(zip(free, leaves, strict=True))
@@ -79,30 +77,26 @@ def capture(
 
     flat = lambda leaves: loss(like_params(leaves, held), *args, **kwargs)
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(leaves)
-    origins = [Origin(i, tuple(range(len(s)))) for i, s in enumerate(shapes)]
 
-    last: Any = None
-
-    def traced(leaves, probes):
+    def traced(leaves, offsets):
       nonlocal last
-      last = Interpreter(shapes, probes)
+      last = Interpreter(shapes, offsets)
       out, *_ = last.run(closed.jaxpr, closed.consts, leaves, origins, [None] * len(leaves))
       result = jax.tree.unflatten(jax.tree.structure(shape), out)
       value, aux = result if has_aux else (result, None)
       return value, (aux, [call.record for call in last.calls])
 
     if gradients:
-      jax.eval_shape(lambda leaves: traced(leaves, None), leaves)
-      probes = [None if o is None else jnp.zeros(o.shape, o.dtype) for o in last.outputs]
-      (value, (aux, records)), (grads, errors) = jax.value_and_grad(traced, argnums=(0, 1), has_aux=True)(
-        leaves, probes
-      )
-      records = [_with_gradient(record, e) for record, e in zip(records, errors, strict=True)]
+      jax.eval_shape(lambda leaves: traced(leaves, None), leaves)  # for the shapes of the outputs
+      offsets = [None if o is None else jnp.zeros(o.shape, o.dtype) for o in last.outputs]
+      run_both = jax.value_and_grad(traced, argnums=(0, 1), has_aux=True)
+      (value, (aux, records)), (grads, errors) = run_both(leaves, offsets)
+      pairs = zip(records, errors, strict=True)
+      records = [r if e is None else dataclasses.replace(r, gradients=(e,)) for r, e in pairs]
     else:
       (value, (aux, records)), grads = jax.value_and_grad(lambda p: traced(p, None), has_aux=True)(leaves)
     layers = _by_leaf(records, last, [names(paths[i][0]) for i in free], shapes, reduce)
-    value = (value, aux) if has_aux else value
-    return value, like_params(grads, {}), like_params(layers, {})
+    return (value, aux) if has_aux else value, like_params(grads, {}), like_params(layers, {})
 
   return run
 
@@ -115,21 +109,15 @@ def _differentiable(leaves: list) -> list[int]:
   return [i for i, x in enumerate(leaves) if inexact(x) and (is_array(x) or not model)]
 
 
-def _with_gradient(record: LayerRecord, e: jax.Array | None) -> LayerRecord:
-  return record if e is None else dataclasses.replace(record, gradients=(e,))
-
-
 def _by_leaf(records, walk: Interpreter, paths, shapes, reduce) -> list[LayerRecord | None]:
-  """One record for each leaf that is a kernel, its calls merged; a leaf that is used in two ways has none."""
+  """The calls of each leaf that is a kernel, merged; a leaf that is used in two ways has none."""
   found: list[LayerRecord | None] = [None] * len(paths)
   for leaf in {call.leaf for call in walk.calls} - walk.hidden:
     mine = [i for i, call in enumerate(walk.calls) if call.leaf == leaf]
-    ways = {(records[i].kind, records[i].kernel_shape, records[i].layout, records[i].window) for i in mine}
-    biases = {walk.calls[i].bias for i in mine}
-    if len(ways) == 1 and len(biases) == 1:
-      (bias,) = biases
-      one = merged([records[i] for i in mine])
-      one = dataclasses.replace(one, bias=None if bias is None else paths[bias])
+    way = lambda r, bias: (r.kind, r.kernel_shape, r.layout, r.window, bias)
+    if len({way(records[i], walk.calls[i].bias) for i in mine}) == 1:
+      bias = walk.calls[mine[0]].bias
+      one = dataclasses.replace(merged([records[i] for i in mine]), bias=None if bias is None else paths[bias])
       depth = len(shapes[leaf]) - len(one.kernel_shape)
       found[leaf] = one if reduce is None else reduce(one, shapes[leaf][:depth])
   return found

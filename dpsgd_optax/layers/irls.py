@@ -10,11 +10,10 @@ Notation
   a        length of the step
 
 With a link, w = f′(u) (f(u) − y)/(u − z): Gauss-Newton's weight f′(u)² with one of the tangents replaced by the secant
-to the target, so that a single row is fitted in one step. It is positive for increasing f, and f′(z)² at the target. In
-this notation one sweep of the original, θ ← (XᵀWX)⁻¹XᵀWz, is θ ← θ − (XᵀWX)⁻¹Xᵀs.
+to the target, so that a single row is fitted in one step. One sweep of the original, θ ← (XᵀWX)⁻¹XᵀWz, is then
+θ ← θ − (XᵀWX)⁻¹Xᵀs.
 
-Source: E. Fagnou's note on nonlinear least squares for one layer; logistic regression is Newton's method, as in any
-textbook.
+Source: E. Fagnou's note on nonlinear least squares for one layer; for logistic regression it is Newton's method.
 """
 
 from collections.abc import Callable
@@ -29,13 +28,7 @@ from dpsgd_optax.layers.moments import extended
 
 
 class Link(NamedTuple):
-  """A strictly increasing f.
-
-  Attributes:
-    value: f, on arrays, entry by entry.
-    inverse: f⁻¹.
-    range: (low, high), between which f⁻¹ is taken: targets are clipped to it for z, and for nothing else.
-  """
+  """A strictly increasing f and its inverse, entry by entry. To take f⁻¹, targets are clipped to ``range``."""
 
   value: Callable[[jax.Array], jax.Array]
   inverse: Callable[[jax.Array], jax.Array]
@@ -50,13 +43,7 @@ leaky_relu = Link(lambda u: jnp.where(u > 0, u, 0.01 * u), lambda y: jnp.where(y
 
 
 class Loss(NamedTuple):
-  """What is minimized, each a function (u, y) → an entry for each row.
-
-  Attributes:
-    value: ℓ.
-    slope: s = ℓ′(u).
-    weight: w ≥ 0, a curvature.
-  """
+  """What is minimized, as functions (u, y) → an entry for each row: ℓ, its slope s = ℓ′(u), a curvature w ≥ 0."""
 
   value: Callable[[jax.Array, jax.Array], jax.Array]
   slope: Callable[[jax.Array, jax.Array], jax.Array]
@@ -71,11 +58,7 @@ def squared(link: Link) -> Loss:
       "`Link(f, inverse)`."
     )
 
-  def value(u, y):
-    return (link.value(u) - y) ** 2 / 2
-
-  def tangent(u):
-    return jax.jvp(link.value, (u,), (jnp.ones_like(u),))
+  tangent = lambda u: jax.jvp(link.value, (u,), (jnp.ones_like(u),))
 
   def slope(u, y):
     f, df = tangent(u)
@@ -85,30 +68,24 @@ def squared(link: Link) -> Loss:
     y = jnp.clip(y, *link.range)
     z = link.inverse(y)
     f, df = tangent(u)
-    near = jnp.abs(u - z) < 1e-6 * (1 + jnp.abs(u)) if u.dtype == jnp.float64 else jnp.abs(u - z) < 1e-3
+    near = jnp.abs(u - z) < (1e-6 * (1 + jnp.abs(u)) if u.dtype == jnp.float64 else 1e-3)
     secant = jnp.where(near, df, (f - y) / jnp.where(near, 1, u - z))
     return jnp.maximum(df * secant, 0)
 
-  return Loss(value, slope, weight)
+  return Loss(lambda u, y: (link.value(u) - y) ** 2 / 2, slope, weight)
 
 
-def _bernoulli(u, y):
-  del y
-  p = jax.nn.sigmoid(u)
-  return p * (1 - p)
-
-
-logistic = Loss(lambda u, y: jax.nn.softplus(u) - y * u, lambda u, y: jax.nn.sigmoid(u) - y, _bernoulli)
+logistic = Loss(
+  value=lambda u, y: jax.nn.softplus(u) - y * u,
+  slope=lambda u, y: jax.nn.sigmoid(u) - y,
+  weight=lambda u, y: jax.nn.sigmoid(u) * (1 - jax.nn.sigmoid(u)),
+)
 """Cross-entropy of targets in [0, 1]: the sweeps are Newton's."""
 
 
 class IrlsResult(NamedTuple):
-  """Attributes:
-  kernel: (inputs, outputs).
-  bias: (outputs,).
-  loss: (outputs,), mean ℓ at the end.
-  gradient: (outputs,), norm of the gradient of that mean: 0 at a stationary point.
-  iterations: (outputs,), int32, sweeps.
+  """Kernel (inputs, outputs) and bias (outputs,) of the layer, and for each output, (outputs,): the mean ℓ at the end,
+  the norm of its gradient, which is 0 at a stationary point, and the number of sweeps, int32.
   """
 
   kernel: jax.Array
@@ -116,12 +93,6 @@ class IrlsResult(NamedTuple):
   loss: jax.Array
   gradient: jax.Array
   iterations: jax.Array
-
-
-class _Sweep(NamedTuple):
-  theta: jax.Array
-  moved: jax.Array
-  count: jax.Array
 
 
 def irls_fit(
@@ -139,9 +110,9 @@ def irls_fit(
 
     θ ← θ − a (XᵀWX/n + λI)⁻¹ Xᵀs/n,   λ = damping · tr(XᵀWX/n)/d,   a = 1, ½, ¼, … until the loss falls enough (Armijo)
 
-  The ridge is on the step, not on θ (as Levenberg's), so that it does not move the solution; the note has it on θ.
-  Targets at the ends of the range of f are clipped for the weights only, not for the loss. Not convex: the result may
-  be a local minimum; start again from elsewhere and compare ``loss``. Where f has a kink a sweep may end on it.
+  The ridge is on the step (as Levenberg's), so that it does not move the solution. Targets at the ends of the range of
+  f are clipped for the weights only, not for the loss. Not convex: the result may be a local minimum; start again from
+  elsewhere and compare ``loss``. Where f has a kink a sweep may end on it.
 
   Args:
     x: (n, inputs).
@@ -159,7 +130,7 @@ def irls_fit(
   Raises:
     ValueError: for shapes that do not fit, a negative damping, or a link without inverse.
 
-  Source: the note's algorithm (a), with its ridge on θ and without its line search replaced as above.
+  Source: the note's algorithm (a). It has the ridge on θ and no line search.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -180,24 +151,24 @@ def irls_fit(
     raise ValueError(f"`irls_fit` needs x (n, inputs) and y (n, outputs) with one n, got {x.shape} and {y.shape}.")
   rows, n = extended(x), len(x)
   share = jnp.full(n, 1 / n, dtype) if sample_weights is None else jnp.asarray(sample_weights, dtype) / n
-  if start is None:
-    start = jnp.zeros((x.shape[1], y.shape[1]), dtype), jnp.zeros(y.shape[1], dtype)
-  theta = jnp.concatenate([jnp.asarray(start[0], dtype), jnp.asarray(start[1], dtype)[None]])
+  kernel, bias = start or (jnp.zeros((x.shape[1], y.shape[1])), jnp.zeros(y.shape[1]))
+  theta = jnp.concatenate([jnp.asarray(kernel, dtype), jnp.asarray(bias, dtype)[None]])
 
   def one(theta, y):
     total = lambda theta: jnp.sum(share * loss.value(rows @ theta, y))
     slope = lambda theta: rows.T @ (share * loss.slope(rows @ theta, y))
 
     def sweep(state):
-      g = slope(state.theta)
-      delta = _solved(rows, share * loss.weight(rows @ state.theta, y), g, damping)
-      a = _armijo(total, state.theta, delta, g)
-      return _Sweep(state.theta - a * delta, jnp.max(jnp.abs(a * delta)), state.count + 1)
+      theta, _, count = state
+      g = slope(theta)
+      delta = _solved(rows, share * loss.weight(rows @ theta, y), g, damping)
+      a = _armijo(total, theta, delta, g)
+      return theta - a * delta, jnp.max(jnp.abs(a * delta)), count + 1
 
-    going = lambda state: (state.moved > tolerance) & (state.count < max_iterations)
-    first = _Sweep(theta, jnp.asarray(jnp.inf, dtype), jnp.zeros((), jnp.int32))
-    done = jax.lax.while_loop(going, sweep, first)
-    return done.theta, total(done.theta), jnp.linalg.norm(slope(done.theta)), done.count
+    going = lambda state: (state[1] > tolerance) & (state[2] < max_iterations)
+    first = theta, jnp.asarray(jnp.inf, dtype), jnp.zeros((), jnp.int32)
+    theta, _, count = jax.lax.while_loop(going, sweep, first)
+    return theta, total(theta), jnp.linalg.norm(slope(theta)), count
 
   theta, value, gradient, count = jax.vmap(one, in_axes=(1, 1))(theta, y)
   return IrlsResult(theta[:, :-1].T, theta[:, -1], value, gradient, count)
@@ -207,8 +178,8 @@ def _solved(rows: jax.Array, weights: jax.Array, g: jax.Array, damping: Any) -> 
   """(XᵀWX + λI)⁻¹ g, λ relative to the mean eigenvalue."""
   system = jnp.einsum("ni,n,nj->ij", rows, weights, rows, precision="highest")
   mean = jnp.trace(system) / len(system)
-  least = jnp.finfo(g.dtype).tiny  # all rows saturated: a long step, which the line search shortens
-  shift = jnp.asarray(damping, g.dtype) * mean + least
+  # not zero even if all rows are saturated: a long step, which the line search shortens
+  shift = jnp.asarray(damping, g.dtype) * mean + jnp.finfo(g.dtype).tiny
   return jnp.linalg.solve(system + shift * jnp.eye(len(system), dtype=g.dtype), g)
 
 

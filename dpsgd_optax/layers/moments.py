@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of what enters a layer, and of the gradients of what leaves it."""
+"""Statistics of what enters a layer, and of the gradients of what leaves it. Notation as in `record`.
+
+``stack`` is the shape of the leading axes over layers, () for a single one. The leading axis of every result is over
+matrices: the layers of the stack, times the groups of a convolution.
+"""
 
 import dataclasses
 import math
@@ -13,37 +17,37 @@ from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax.layers.record import LayerRecord, extent, output_space, pads
 
 
-def patches(record: LayerRecord, x: jax.Array) -> jax.Array:
-  """(batch, *space, channels) → (batch, *output space, window, channels), in the order of the kernel's axes.
+def _patches(record: LayerRecord, x: jax.Array) -> jax.Array:
+  """(batch, *space, channels) → (batch, *output space, window, channels), a slice for each offset of the window.
 
-  Slices, one for each offset of the window: the same numbers as ``jax.lax.conv_general_dilated_patches``, which
-  computes them as a product and orders them (channels, window).
+  `jax.lax.conv_general_dilated_patches` computes them as a product, and in another order than the kernel's.
   """
-  window, sizes = record.window, record.kernel_shape[:-2]
+  window, space = record.window, x.shape[1:-1]
   assert window is not None
-  space = x.shape[1:-1]
   padding = [(low, high, d - 1) for (low, high), d in zip(pads(record, space), window.input_dilation, strict=True)]
   padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
   out = output_space(record, space)
   slices = []
-  for offset in np.ndindex(*sizes):
+  for offset in np.ndindex(*record.kernel_shape[:-2]):
     start = [o * d for o, d in zip(offset, window.kernel_dilation, strict=True)]
     limit = [a + (p - 1) * s + 1 for a, p, s in zip(start, out, window.strides, strict=True)]
-    ends = [0, *start, 0], [len(x), *limit, x.shape[-1]], [1, *window.strides, 1]
-    slices.append(jax.lax.slice(padded, *ends))
+    slices.append(jax.lax.slice(padded, [0, *start, 0], [len(x), *limit, x.shape[-1]], [1, *window.strides, 1]))
   return jnp.stack(slices, axis=-2)
 
 
+def _working(x: jax.Array) -> jax.Array:
+  """x in float32 at least, and constant to differentiation."""
+  return jax.lax.stop_gradient(x).astype(working_dtype(x.dtype))
+
+
 def rows_of(record: LayerRecord, x: jax.Array, stack: tuple[int, ...] = ()) -> jax.Array:
-  """x of one call as rows: (stack · groups, rows, d), float32 at least."""
-  x = jax.lax.stop_gradient(x)
-  x = x.astype(working_dtype(x.dtype))
-  copies, d = math.prod(stack), record.width
+  """x of one call as rows: (stack · groups, rows, d)."""
+  x, copies, d = _working(x), math.prod(stack), record.width
   if record.window is None:
     return x.reshape(copies, -1, d)
-  axes, groups = len(record.kernel_shape) - 2, record.groups
-  found = patches(record, x.reshape(-1, *x.shape[-axes - 1 :]))
-  split = found.reshape(copies, -1, math.prod(record.kernel_shape[:-2]), groups, record.kernel_shape[-2])
+  (*window, channels, _), groups = record.kernel_shape, record.groups
+  found = _patches(record, x.reshape(-1, *x.shape[-len(window) - 1 :]))
+  split = found.reshape(copies, -1, math.prod(window), groups, channels)
   return jnp.transpose(split, (0, 3, 1, 2, 4)).reshape(copies * groups, -1, d)
 
 
@@ -72,73 +76,63 @@ def gram(record: LayerRecord, stack: tuple[int, ...] = ()) -> jax.Array:
   """S of the extended input, (stack · groups, d + 1, d + 1), symmetric; the mean over all rows of all calls."""
   if record.gram is not None:
     return record.gram
-  total = jnp.zeros(())
-  for x in record.inputs:
-    a = extended(rows_of(record, x, stack))
-    total = total + jnp.einsum("mni,mnj->mij", a, a, precision="highest")
+  if not record.inputs:
+    raise ValueError("a record of channel moments has no second moments. Type `reduce=second_moments`, or none.")
+  calls = (extended(rows_of(record, x, stack)) for x in record.inputs)
+  total = sum((jnp.einsum("mni,mnj->mij", a, a, precision="highest") for a in calls), jnp.zeros(()))
   return total / extent(record, stack).rows
 
 
 def feature_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> tuple[jax.Array, jax.Array]:
   """Means of x and (x − mean)² by input feature, (stack · groups, d).
 
-  Of a convolution: by channel, over batch and space, repeated for each offset of the window. Exact for the patches
-  but for what the padding adds.
+  Of a convolution by channel, repeated for each offset of the window: that of the patches but for the padding.
   """
   if record.mean is not None and record.square is not None:
     return record.mean, jnp.maximum(record.square - record.mean**2, 0)
   if not record.inputs:
-    raise ValueError(
-      "a record of second moments has no moments by channel. Type `reduce=channel_moments`, or no `reduce`."
-    )
+    raise ValueError("a record of second moments has no channel moments. Type `reduce=channel_moments`, or none.")
   copies = math.prod(stack)
   channels = record.width if record.window is None else record.kernel_shape[-2] * record.groups
-  flat = [jax.lax.stop_gradient(x).astype(working_dtype(x.dtype)).reshape(copies, -1, channels) for x in record.inputs]
-  x = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+  x = jnp.concatenate([_working(x).reshape(copies, -1, channels) for x in record.inputs], axis=1)
   mean = jnp.mean(x, axis=1)
   variance = jnp.mean((x - mean[:, None]) ** 2, axis=1)
   if record.window is None:
     return mean, variance
-  repeat = lambda m: jnp.broadcast_to(
-    m.reshape(copies * record.groups, 1, -1),
-    (copies * record.groups, math.prod(record.kernel_shape[:-2]), record.kernel_shape[-2]),
-  ).reshape(copies * record.groups, -1)
+  matrices, shape = copies * record.groups, (math.prod(record.kernel_shape[:-2]), record.kernel_shape[-2])
+  repeat = lambda m: jnp.broadcast_to(m.reshape(matrices, 1, -1), (matrices, *shape)).reshape(matrices, -1)
   return repeat(mean), repeat(variance)
 
 
-def without_inputs(record: LayerRecord, stack: tuple[int, ...], **moments: Any) -> LayerRecord:
+def _without_inputs(record: LayerRecord, stack: tuple[int, ...], **moments: Any) -> LayerRecord:
   return dataclasses.replace(record, inputs=(), **moments, **extent(record, stack)._asdict())
 
 
 def second_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> LayerRecord:
-  """The record with S in place of the inputs, where S is the smaller: for ``reduce=`` of a provider, with ``gls``.
+  """The record with S in place of the inputs where S is smaller, for ``reduce=`` of a provider, with ``gls``.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.layers.record import LayerRecord
-    >>> from dpsgd_optax.layers.moments import second_moments
-    >>> record = LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
-    >>> second_moments(record).gram.shape
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> record = dpo.LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
+    >>> dpo.layers.second_moments(record).gram.shape
     (1, 4, 4)
   """
   size = extent(record, stack)
   if record.kind == "embed" or not record.inputs or size.rows * record.width <= (record.width + 1) ** 2:
     return record
-  return without_inputs(record, stack, gram=gram(record, stack))
+  return _without_inputs(record, stack, gram=gram(record, stack))
 
 
 def channel_moments(record: LayerRecord, stack: tuple[int, ...] = ()) -> LayerRecord:
-  """The record with the means of x and x² by feature in place of the inputs: for ``reduce=``, with ``bnp``.
+  """The record with the means of x and x² by feature in place of the inputs, for ``reduce=``, with ``bnp``.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.layers.record import LayerRecord
-    >>> from dpsgd_optax.layers.moments import channel_moments
-    >>> record = LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
-    >>> channel_moments(record).mean.shape
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> record = dpo.LayerRecord((jnp.ones((100, 3)),), kernel_shape=(3, 2))
+    >>> dpo.layers.channel_moments(record).mean.shape
     (1, 3)
   """
   if record.kind == "embed" or not record.inputs:
     return record
   mean, variance = feature_moments(record, stack)
-  return without_inputs(record, stack, mean=mean, square=variance + mean**2)
+  return _without_inputs(record, stack, mean=mean, square=variance + mean**2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What enters each linear layer: one record for every provider (linen, nnx, `capture`), and its statistics.
+"""What enters each linear layer: one record, whoever provides it (linen, nnx, `capture`), and its sizes.
 
 Notation
   x      an input row of a layer, (d,): the features of a dense layer, a patch of a convolution
@@ -8,10 +8,10 @@ Notation
   n      examples in the batch
   R      rows in all: n for a dense layer, n · positions for a convolution, times the calls of a shared layer
   S      Σ_rows x̃ x̃ᵀ / R, the second moment of the extended input
-  E      dloss/d(output), a row for each row of inputs: x̃ᵀE summed over the rows is the gradient of [W; b]
+  E      dloss/d(output), a row for each row of inputs: Σ_rows x̃ Eᵀ is the gradient of [W; b]
 
-A convolution is the dense layer of its patches (arXiv:1602.01407): one system, d = window · channels / groups, for each
-group. An embedding is the dense layer of one-hot rows, whose S is diagonal. Layers stacked by ``nn.scan`` or
+A convolution is the dense layer of its patches (arXiv:1602.01407), for each group one with d = window · channels /
+groups. An embedding is the dense layer of one-hot rows, whose S is diagonal. Layers stacked by ``nn.scan`` or
 ``nn.vmap`` have a stacked kernel and stacked inputs and count as separate layers.
 """
 
@@ -26,10 +26,8 @@ class Window(NamedTuple):
   """How a convolution moves over its input (channels last), as ``jax.lax.conv_general_dilated`` has it. Static.
 
   Attributes:
-    strides: one int per spatial axis.
+    strides, input_dilation, kernel_dilation: one int per spatial axis.
     padding: "SAME", "VALID", "SAME_LOWER", or a pair (low, high) per spatial axis.
-    input_dilation: one int per spatial axis.
-    kernel_dilation: one int per spatial axis.
     groups: ``feature_group_count``.
   """
 
@@ -43,9 +41,7 @@ class Window(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
-  """The inputs of one linear layer in one forward pass; a pytree whose leaves are the arrays.
-
-  A record stands where its kernel stands in the params.
+  """The inputs of one linear layer in one forward pass: a pytree, which stands where its kernel stands in the params.
 
   Attributes:
     inputs: one array per call of the layer: (*stack, *rows, *in_shape) for a dense layer, (*stack, *batch, *space,
@@ -59,8 +55,8 @@ class LayerRecord:
     bias: key path of the bias in the params as a tuple of names, or None.
     layout: axes of the kernel in the order (input, output), if it is kept in another; None: it is in that order.
     window: of a convolution; otherwise None.
-    rows, examples, positions: R, n and output positions per example, once the inputs are gone; otherwise 0.
-    calls: of the layer, once the inputs are gone; otherwise 0.
+    rows, examples, positions, calls: R, n, output positions per example and calls of the layer, once the inputs are
+      gone; otherwise 0.
   """
 
   inputs: tuple[jax.Array, ...]
@@ -91,9 +87,9 @@ class LayerRecord:
 
 def merged(records: Any) -> LayerRecord:
   """One record of a layer that was called several times."""
-  first, *others = records
+  first = records[0]
   gradients = None if first.gradients is None else sum((r.gradients for r in records), ())
-  if any(r.kernel_shape != first.kernel_shape or r.window != first.window for r in others):
+  if any((r.kernel_shape, r.window) != (first.kernel_shape, first.window) for r in records):
     raise ValueError(f"calls of one layer with kernels {[r.kernel_shape for r in records]}: they must agree.")
   return dataclasses.replace(first, inputs=sum((r.inputs for r in records), ()), gradients=gradients)
 
@@ -103,7 +99,7 @@ def is_record(x: Any) -> bool:
 
 
 class Extent(NamedTuple):
-  """Sizes of a record: R, n, positions per example, calls."""
+  """Sizes, as in :class:`LayerRecord`."""
 
   rows: int
   examples: int
@@ -115,36 +111,36 @@ def extent(record: LayerRecord, stack: tuple[int, ...] = ()) -> Extent:
   """The sizes of what one layer of the stack was given. Needs shapes only."""
   if not record.inputs:
     return Extent(record.rows, record.examples, record.positions, record.calls)
-  copies = math.prod(stack)
+  shapes, copies = [x.shape for x in record.inputs], math.prod(stack)
   if record.window is None:
     features = 1 if record.kind == "embed" else record.width
-    sizes = [math.prod(x.shape) // (copies * features) for x in record.inputs]
-    return Extent(sum(sizes), sizes[0], 1, len(sizes))
-  window = record.kernel_shape[:-2]
-  batches = [math.prod(x.shape[: -len(window) - 1]) // copies for x in record.inputs]
-  places = [math.prod(output_space(record, x.shape[-len(window) - 1 : -1])) for x in record.inputs]
-  total = sum(b * p for b, p in zip(batches, places, strict=True))
-  return Extent(total, batches[0], places[0], len(batches))
+    batches, places = [math.prod(shape) // (copies * features) for shape in shapes], [1] * len(shapes)
+  else:
+    space = len(record.kernel_shape) - 1  # and channels
+    batches = [math.prod(shape[:-space]) // copies for shape in shapes]
+    places = [math.prod(output_space(record, shape[-space:-1])) for shape in shapes]
+  return Extent(sum(map(math.prod, zip(batches, places, strict=True))), batches[0], places[0], len(shapes))
+
+
+def _spread(sizes: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+  """Sizes once the entries are ``dilation`` apart."""
+  return [(s - 1) * d + 1 if s else 0 for s, d in zip(sizes, dilation, strict=True)]
 
 
 def pads(record: LayerRecord, space: tuple[int, ...]) -> list[tuple[int, int]]:
   """Padding per spatial axis as pairs."""
-  window, sizes = record.window, record.kernel_shape[:-2]
+  window = record.window
   assert window is not None
   if not isinstance(window.padding, str):
     return list(window.padding)
-  spread = lambda sizes, dilation: [(s - 1) * d + 1 if s else 0 for s, d in zip(sizes, dilation, strict=True)]
-  dilated = spread(space, window.input_dilation)
-  return jax.lax.padtype_to_pads(dilated, spread(sizes, window.kernel_dilation), window.strides, window.padding)
+  sizes = _spread(space, window.input_dilation), _spread(record.kernel_shape[:-2], window.kernel_dilation)
+  return jax.lax.padtype_to_pads(*sizes, window.strides, window.padding)
 
 
 def output_space(record: LayerRecord, space: tuple[int, ...]) -> tuple[int, ...]:
   """Spatial shape of the output of a convolution."""
-  window, sizes = record.window, record.kernel_shape[:-2]
+  window = record.window
   assert window is not None
-  found = []
-  for i, (low, high) in enumerate(pads(record, space)):
-    padded = (space[i] - 1) * window.input_dilation[i] + 1 + low + high
-    reach = (sizes[i] - 1) * window.kernel_dilation[i] + 1
-    found.append(max(0, (padded - reach) // window.strides[i] + 1))
-  return tuple(found)
+  sizes = _spread(space, window.input_dilation), _spread(record.kernel_shape[:-2], window.kernel_dilation)
+  axes = zip(*sizes, pads(record, space), window.strides, strict=True)
+  return tuple(max(0, (n + low + high - reach) // stride + 1) for n, reach, (low, high), stride in axes)

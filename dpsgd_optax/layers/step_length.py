@@ -4,8 +4,7 @@
 Notation
   g, U   gradient of [W; b] of a layer, and its preconditioned gradient
   D      the step, with its learning rate and sign
-  Ã, Z   extended inputs of the layer and its outputs, Z = Ã [W; b]
-  S      ÃᵀÃ / R
+  Ã, Z   extended inputs of the layer and its outputs, Z = Ã [W; b];  S = ÃᵀÃ / R
 """
 
 from collections.abc import Callable
@@ -19,44 +18,36 @@ from dpsgd_optax._trees.by_shape import safe_norm
 from dpsgd_optax._trees.matching import opposite
 from dpsgd_optax._trees.replicas import mean_over_replicas
 from dpsgd_optax.base import check_automatic, check_not_negative
-from dpsgd_optax.layers.find import Layer, find_layers, matched
-from dpsgd_optax.layers.matrix import as_matrix, from_matrix
-from dpsgd_optax.layers.moments import extended, gram, rows_of
+from dpsgd_optax.layers.find import Layer, find_layers, records_of
+from dpsgd_optax.layers.matrix import as_matrix, input_moment, input_rows, write_layer
 from dpsgd_optax.layers.record import LayerRecord, extent
 
 Match = Callable[[Any, Any, list[Layer]], Any]
 """(gradient, preconditioned gradient, layers) -> the second, rescaled."""
 
 
-def _ratio(g: Any, u: Any) -> jax.Array:
-  """‖g‖ / ‖u‖, 1 where u is zero."""
-  length = safe_norm(u)
-  return jnp.where(length > 0, safe_norm(g) / jnp.where(length > 0, length, 1), 1)
-
-
-def _scaled(leaves: list[jax.Array], indices: list[int], ratio: jax.Array) -> None:
-  for i in indices:
-    leaves[i] = (leaves[i] * ratio).astype(jnp.result_type(leaves[i]))
+def _rescaled(updates: Any, done: Any, parts: list[list[int]]) -> Any:
+  """``done``, in which each part, a list of leaves, is as long as in ``updates``; a part of zeros stays zero."""
+  g, (u, treedef) = jax.tree.leaves(updates), jax.tree.flatten(done)
+  for part in parts:
+    length = safe_norm([u[i] for i in part])
+    ratio = jnp.where(length > 0, safe_norm([g[i] for i in part]) / jnp.where(length > 0, length, 1), 1)
+    for i in part:
+      u[i] = (u[i] * ratio).astype(jnp.result_type(u[i]))
+  return jax.tree.unflatten(treedef, u)
 
 
 def match_layers(updates: Any, done: Any, layers: list[Layer]) -> Any:
   """U ‖g‖/‖U‖ for each layer, kernel and bias together: the direction of ``gls``, the step length of SGD."""
-  g, (u, treedef) = jax.tree.leaves(updates), jax.tree.flatten(done)
-  for layer in layers:
-    mine = [i for i in (layer.kernel, layer.bias) if i is not None]
-    _scaled(u, mine, _ratio([g[i] for i in mine], [u[i] for i in mine]))
-  return jax.tree.unflatten(treedef, u)
+  return _rescaled(updates, done, [layer.leaves for layer in layers])
 
 
 def match_total(updates: Any, done: Any, layers: list[Layer]) -> Any:
   """U ‖g‖/‖U‖ with the norms over all layers: the relative lengths of the layers stay as they are."""
-  g, (u, treedef) = jax.tree.leaves(updates), jax.tree.flatten(done)
-  mine = [i for layer in layers for i in (layer.kernel, layer.bias) if i is not None]
-  _scaled(u, mine, _ratio([g[i] for i in mine], [u[i] for i in mine]))
-  return jax.tree.unflatten(treedef, u)
+  return _rescaled(updates, done, [[i for layer in layers for i in layer.leaves]])
 
 
-def matched_length(match: Match, layers: Any = None, inner: Callable | None = None) -> Callable:
+def rescaled_direction(match: Match, layers: Any = None, inner: Callable | None = None) -> Callable:
   """A ``direction`` for ``scale_by_preconditioner``: that of ``inner`` (None: P), rescaled by ``match``."""
 
   def direction(apply, updates, params, **extra):
@@ -69,13 +60,9 @@ def matched_length(match: Match, layers: Any = None, inner: Callable | None = No
 def _output_square(layer: Layer, record: LayerRecord, x: jax.Array) -> jax.Array:
   """Mean square of the outputs that [W; b] = x gives: tr(xᵀSx)/k for each matrix, by way of what is smaller."""
   if record.inputs and extent(record, layer.stack).rows < layer.width:
-    parts = [rows_of(record, a, layer.stack) for a in record.inputs]
-    rows = jnp.concatenate(parts, axis=1)
-    out = jnp.matmul(rows if layer.bias is None else extended(rows), x)
-    return mean_over_replicas(jnp.mean(out**2, axis=(1, 2)))
-  s = mean_over_replicas(gram(record, layer.stack))
-  s = s if layer.bias is not None else s[:, :-1, :-1]
-  return jnp.maximum(jnp.einsum("mik,mij,mjk->m", x, s.astype(x.dtype), x, precision="highest"), 0) / x.shape[-1]
+    return mean_over_replicas(jnp.mean(jnp.matmul(input_rows(layer, record), x) ** 2, axis=(1, 2)))
+  s = mean_over_replicas(input_moment(layer, record)).astype(x.dtype)
+  return jnp.maximum(jnp.einsum("mik,mij,mjk->m", x, s, x, precision="highest"), 0) / x.shape[-1]
 
 
 def clip_output_change(
@@ -83,8 +70,8 @@ def clip_output_change(
 ) -> optax.GradientTransformationExtraArgs:
   """Shortens the step of a layer that would change its outputs by more than ``limit`` of their size.
 
-  D ← D · min(1, limit · max(rms Z, floor) / rms(ÃD)), for each layer: a trust region in the space of the outputs, for
-  the steps as they are applied, that is after the learning rate. It does not depend on the scale of inputs or weights.
+  D ← D · min(1, limit · max(rms Z, floor) / rms(ÃD)) for each layer. Put it last, after the learning rate. It does not
+  depend on the scale of inputs or weights.
 
   Args:
     limit: largest relative change of the outputs, by root mean square over the batch.
@@ -115,7 +102,7 @@ def clip_output_change(
     found = find_layers(updates, layers)
     leaves, treedef = jax.tree.flatten(updates)
     weights = opposite(params, updates)
-    for layer, record in zip(found, matched(found, layer_inputs, updates), strict=True):
+    for layer, record in zip(found, records_of(found, layer_inputs, updates), strict=True):
       if record.kind == "embed":
         continue
       step = as_matrix(layer, leaves)
@@ -123,7 +110,8 @@ def clip_output_change(
       size = jnp.sqrt(_output_square(layer, record, as_matrix(layer, weights)))
       bound = limit * jnp.maximum(size, floor)
       scale = jnp.where(change > bound, bound / jnp.where(change > 0, change, 1), 1)
-      from_matrix(layer, step * scale[:, None, None], leaves)
+      step = step * scale[:, None, None]
+      write_layer(layer, step[:, : layer.width], step[:, layer.width :], leaves)
     return jax.tree.unflatten(treedef, leaves), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BNP."""
+"""BNP: gradient descent preconditioned as batch normalization would. Notation as in `batch_norm`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from dpsgd_optax.transforms.injection import static_arguments
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
 
-@static_arguments("q2", "every", "fallback", "axis_name", "layers")
+@static_arguments("q2", "every", "fallback", "layers")
 def bnp(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -31,7 +31,6 @@ def bnp(
   debias: bool = True,
   within_batch: bool = False,
   average_calls: bool = False,
-  axis_name: Any = None,
   layers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Batch-normalization preconditioning: SGD whose gradients are normalized as batch norm would normalize activations.
@@ -39,38 +38,32 @@ def bnp(
   updates = −learning_rate · (momentum(P g) + weight_decay · θ), P = ``batch_norm(…)`` of each layer's inputs.
 
   For networks without batch normalization, at any batch size. ``update(grads, state, params, layer_inputs=inputs)``.
-  Other base optimizers: ``optax.chain(scale_by_preconditioner(batch_norm(), layer_inputs()), optax.adam(1e-3))``, and
-  likewise with ``psgd(…)`` after it.
+  Before another optimizer: ``optax.chain(scale_by_preconditioner(batch_norm(), layer_inputs()), optax.adam(1e-3))``.
 
   Args:
     learning_rate: number or schedule.
-    decay: ρ of the running statistics, in [0, 1).
     damping: ε₂ ≥ 0, added to the variances, in squared units of the inputs.
-    relative_damping: ε₁ ≥ 0, in units of the largest variance of the layer.
-    q2: q², a number or a function (inputs, batch size, output positions) → number; 1 is the plain batch-norm step.
     b1: momentum after P (heavy ball, as ``optax.sgd``'s); None: none.
     weight_decay: decoupled; None: none.
     every: period of the statistics, int or schedule.
-    fallback: complete transform of the leaves that are no layer; None: they take the plain gradient, like the rest
-      with momentum, decay and learning rate. A matrix that is no layer then is an error.
-    debias, within_batch, average_calls, axis_name, layers: see :func:`dpsgd_optax.batch_norm`.
+    fallback: complete transform of the leaves that are no layer; None: vectors take the plain gradient, with momentum,
+      decay and learning rate; a matrix that is no layer is an error.
+    decay, relative_damping, q2, debias, within_batch, average_calls, layers: see :func:`dpsgd_optax.batch_norm`.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: for a negative learning rate or damping, a decay outside [0, 1); at trace time as ``batch_norm``.
+    ValueError: for a negative learning rate or damping, a decay outside [0, 1); at ``init`` as :func:`dpsgd_optax.gls`;
+      at trace time as ``batch_norm``.
 
-  Source: arXiv:2108.01110. Its constants, as far as we know them, are ``decay=0.99, damping=1e-4, debias=False,
-  within_batch=True``.
+  Source: arXiv:2108.01110; as far as we know with ``decay=0.99, damping=1e-4, debias=False, within_batch=True``.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
-    >>> x = jnp.array([[100.0, 1.0], [101.0, 2.0], [102.0, 1.0]])  # far from zero: hard for SGD
-    >>> y = jnp.array([[1.0], [2.0], [3.0]])
-    >>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2) / 2
-    >>> params = {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)}
-    >>> tx = dpo.bnp(1.0, relative_damping=0.0, damping=0.0)
+    >>> x, y = jnp.array([[100.0, 1.0], [101.0, 2.0], [102.0, 1.0]]), jnp.array([[1.0], [2.0], [3.0]])
+    >>> loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2) / 2  # x is far from zero: hard for SGD
+    >>> tx, params = dpo.bnp(1.0, relative_damping=0.0, damping=0.0), {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)}
     >>> state = tx.init(params)
     >>> @jax.jit
     ... def train_step(params, state):
@@ -85,16 +78,8 @@ def bnp(
   check_not_negative(damping, "damping", "It is ε₂ of σ² + ε₁ max σ² + ε₂. Try 1e-3.")
   check_not_negative(weight_decay, "weight_decay", "Try 1e-4, or None.")
   check_fraction(b1, "b1")
-  p = batch_norm(
-    decay=decay,
-    relative_damping=relative_damping,
-    q2=q2,
-    debias=debias,
-    within_batch=within_batch,
-    average_calls=average_calls,
-    axis_name=axis_name,
-    layers=layers,
-  )
+  options = dict(debias=debias, within_batch=within_batch, average_calls=average_calls, layers=layers)
+  p = batch_norm(decay=decay, relative_damping=relative_damping, q2=q2, **options)
   parts = [scale_by_preconditioner(p, layer_inputs(), every=every, damping=damping)]
   if b1 is not None:
     parts.append(keep_dtype(optax.trace(b1)))
@@ -102,13 +87,3 @@ def bnp(
     parts.append(keep_dtype(optax.add_decayed_weights(weight_decay)))
   tx = optax.chain(*parts, keep_dtype(optax.scale_by_learning_rate(learning_rate)))
   return with_fallback(tx, fallback, without_embeddings(layers), vectors=False)
-
-
-def _fitted_always(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  """``tx`` whose every step fits, whatever ``refresh`` says, in no ``lax.cond``."""
-
-  def update(updates, state, params=None, *, refresh=None, **extra):
-    del refresh
-    return tx.update(updates, state, params, refresh=True, **extra)
-
-  return optax.GradientTransformationExtraArgs(tx.init, update)

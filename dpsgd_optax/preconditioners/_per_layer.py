@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one layer to a pytree of layers, those of equal shape batched."""
+"""From one layer to a pytree: kernel and bias as one matrix [W; b], layers of equal shape batched.
+
+`per_layer` does for methods that are told about layers what `per_leaf` does for the others.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,29 +13,19 @@ import jax.numpy as jnp
 
 from dpsgd_optax._trees.mesh import as_leaves
 from dpsgd_optax.base import Preconditioner
-from dpsgd_optax.layers.find import Layer, find_layers, matched
-from dpsgd_optax.layers.matrix import as_matrix, from_parts
+from dpsgd_optax.layers.find import Layer, find_layers, records_of
+from dpsgd_optax.layers.matrix import as_matrix, write_layer
 from dpsgd_optax.preconditioners._lift import LiftState, check_same_leaves, over_matrices
 
 
-class Group(NamedTuple):
-  """A preconditioner of one matrix [W; b], which is told what the layer is.
+class LayerMethod(NamedTuple):
+  """A preconditioner of one matrix [W; b], which is told what the layer is."""
 
-  Attributes:
-    init: (layer) -> state of one matrix.
-    observe: (layer, record) -> statistics of its matrices, each array with that leading axis.
-    fit: (layer, state, statistics, *, damping) -> state, of one matrix.
-    apply: (layer, state, x) -> P x, of one matrix.
-    kind: (layer) -> a word; layers of equal shape and word are batched.
-    factored: (layer, state, rows, e) -> (a, b) with P rowsᵀ e = aᵀ b, of one matrix; for `from_outputs`.
-  """
-
-  init: Callable
-  observe: Callable
-  fit: Callable
-  apply: Callable
-  kind: Callable = lambda layer: ""
-  factored: Callable | None = None
+  init: Callable  # (layer) -> state of one matrix
+  observe: Callable  # (layer, record) -> statistics of its matrices, each array with that leading axis
+  fit: Callable  # (layer, state, statistics, *, damping) -> state, of one matrix
+  apply: Callable  # (layer, state, x) -> P x, of one matrix
+  form: Callable = lambda layer: ""  # a word; layers of equal shape and word are batched
 
 
 def running_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
@@ -42,9 +35,9 @@ def running_weight(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
 
 
 class LayerBucket(NamedTuple):
-  """Layers of one shape, for `_lift.match`."""
+  """Layers that are batched. Static, made anew from shapes at every trace."""
 
-  name: str
+  name: str  # the key in the state
   layers: tuple[Layer, ...]
 
   @property
@@ -52,66 +45,60 @@ class LayerBucket(NamedTuple):
     return sum(layer.matrices for layer in self.layers)
 
 
-def make_layer_buckets(layers: list[Layer], group: Group) -> list[LayerBucket]:
+def layer_buckets(layers: list[Layer], method: LayerMethod) -> list[LayerBucket]:
   found: dict[str, list[Layer]] = {}
   for layer in layers:
-    words = ["x".join(map(str, layer.matrix)), jnp.dtype(layer.dtype).name, group.kind(layer)]
-    words.append("bias" if layer.bias is not None else "")
+    bias = "" if layer.bias is None else "bias"
+    words = ["x".join(map(str, layer.matrix)), jnp.dtype(layer.dtype).name, method.form(layer), bias]
     found.setdefault("_".join(filter(None, words)), []).append(layer)
   return [LayerBucket(name, tuple(members)) for name, members in found.items()]
 
 
-def per_layer(group: Group, spec: Any = None) -> Preconditioner:
-  """One P for each layer, kernel and bias together; all other leaves keep their updates.
+def side_by_side(*parts: jax.Array) -> jax.Array:
+  """The matrices of all layers of a bucket."""
+  return as_leaves(jnp.concatenate(parts))
 
-  Args:
-    group: on one matrix.
-    spec: tree of records or of their shapes; None: layers are told by name and shape, see `find_layers`.
-  """
+
+def write_bucket(bucket: LayerBucket, kernels: jax.Array, biases: jax.Array, leaves: list[jax.Array]) -> None:
+  """Writes the kernels and biases of a bucket over the leaves they came from."""
+  kernels, biases = as_leaves(kernels), as_leaves(biases)
+  start = 0
+  for layer in bucket.layers:
+    mine = slice(start, start + layer.matrices)
+    write_layer(layer, kernels[mine], biases[mine], leaves)
+    start += layer.matrices
+
+
+def per_layer(method: LayerMethod, layers: Any = None) -> Preconditioner:
+  """One P for each layer that `find_layers(params, layers)` finds; all other leaves keep their updates."""
 
   def init(params):
-    buckets = make_layer_buckets(find_layers(params, spec), group)
-    if not buckets:
-      return LiftState(jnp.zeros(()))
+    buckets = layer_buckets(find_layers(params, layers), method)
     repeat = lambda size, state: jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)).copy(), state)
-    return LiftState({b.name: repeat(b.size, group.init(b.layers[0])) for b in buckets})
+    return LiftState({b.name: repeat(b.size, method.init(b.layers[0])) for b in buckets} or jnp.zeros(()))
 
   def fit(state, observation, *, key, damping):
     del key
-    layers = find_layers(observation.like, spec)
-    records = dict(zip(layers, matched(layers, observation.records, observation.like), strict=True))
-    buckets = make_layer_buckets(layers, group)
+    found = find_layers(observation.like, layers)
+    records = dict(zip(found, records_of(found, observation.records, observation.like), strict=True))
+    buckets = layer_buckets(found, method)
     check_same_leaves(state, buckets)
     new = {}
     for bucket in buckets:
-      seen = [group.observe(layer, records[layer]) for layer in bucket.layers]
-      seen = jax.tree.map(lambda *parts: as_leaves(jnp.concatenate(parts) if len(parts) > 1 else parts[0]), *seen)
-      one = functools.partial(group.fit, bucket.layers[0], damping=damping)
+      seen = jax.tree.map(side_by_side, *(method.observe(layer, records[layer]) for layer in bucket.layers))
+      one = functools.partial(method.fit, bucket.layers[0], damping=damping)
       new[bucket.name] = over_matrices(one, bucket.size)(state.buckets[bucket.name], seen)
     return LiftState(new) if buckets else state
 
   def apply(state, updates):
-    layers = find_layers(updates, spec)
     leaves, treedef = jax.tree.flatten(updates)
-    buckets = make_layer_buckets(layers, group)
+    buckets = layer_buckets(find_layers(updates, layers), method)
     check_same_leaves(state, buckets)
     for bucket in buckets:
-      parts = [as_matrix(layer, leaves) for layer in bucket.layers]
-      x = as_leaves(parts[0] if len(parts) == 1 else jnp.concatenate(parts))
-      run = over_matrices(functools.partial(group.apply, bucket.layers[0]), bucket.size)
-      done = run(state.buckets[bucket.name], x)
-      width = bucket.layers[0].width
-      _write(bucket, (done[..., :width, :], done[..., width:, :]), leaves)
+      x = side_by_side(*(as_matrix(layer, leaves) for layer in bucket.layers))
+      run = over_matrices(functools.partial(method.apply, bucket.layers[0]), bucket.size)
+      done, width = run(state.buckets[bucket.name], x), bucket.layers[0].width
+      write_bucket(bucket, done[..., :width, :], done[..., width:, :], leaves)
     return jax.tree.unflatten(treedef, leaves)
 
   return Preconditioner(init, fit, apply)
-
-
-def _write(bucket: LayerBucket, done: tuple[jax.Array, jax.Array], leaves: list[jax.Array]) -> None:
-  """The kernels and biases of a bucket over the leaves they came from."""
-  kernels, biases = map(as_leaves, done)
-  start = 0
-  for layer in bucket.layers:
-    mine = slice(start, start + layer.matrices)
-    from_parts(layer, kernels[mine], biases[mine], leaves)
-    start += layer.matrices

@@ -21,42 +21,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.replicas import replica_axis
+from dpsgd_optax._trees.replicas import mean_over_replicas, replica_axis
 from dpsgd_optax.base import Preconditioner, check_fraction, check_not_negative
 from dpsgd_optax.layers.find import Layer, without_embeddings
 from dpsgd_optax.layers.moments import feature_moments
 from dpsgd_optax.layers.record import LayerRecord, extent
-from dpsgd_optax.preconditioners._per_layer import Group, per_layer, running_weight
+from dpsgd_optax.preconditioners._per_layer import LayerMethod, per_layer, running_weight
 
 
 class BatchNormState(NamedTuple):
-  """Attributes:
-  count: (), int32, fits.
-  mean: (d,), μ, in units of the inputs.
-  variance: (d,), σ², in their squares; of a layer without bias the mean square E[h²].
-  scale: (), q².
-  added: (), ε₂.
-  """
+  """Of one matrix [W; b]."""
 
-  count: jax.Array
-  mean: jax.Array
-  variance: jax.Array
-  scale: jax.Array
-  added: jax.Array
-
-
-class BatchStatistics(NamedTuple):
-  mean: jax.Array
-  variance: jax.Array
-  scale: jax.Array
+  count: jax.Array  # (), int32, fits
+  mean: jax.Array  # (d,), μ, in units of the inputs
+  variance: jax.Array  # (d,), σ², in their squares; of a layer without bias the mean square E[h²]
+  scale: jax.Array  # (), q²
+  added: jax.Array  # (), ε₂
 
 
 def expected_scale(width: int, examples: int, positions: int) -> float:
   """q² = max(d/N, positions): the order of the largest eigenvalue of the normalized second moment.
 
-  For a dense layer (one position) it is max(d/N, 1): a random N×d matrix of unit entries has its largest singular value
-  below √N + √d. For a convolution the rows of one example add up over the output positions, since the loss is a mean
-  over examples; the paper's own constant there is not known to us.
+  A random N×d matrix of unit entries has its largest singular value below √N + √d. In a convolution the rows of one
+  example add up over the output positions; the paper's own constant there is not known to us.
   """
   return max(width / examples, float(positions))
 
@@ -69,43 +56,36 @@ def batch_norm(
   debias: bool = True,
   within_batch: bool = False,
   average_calls: bool = False,
-  axis_name: Any = None,
   layers: Any = None,
 ) -> Preconditioner:
   """P = (1/q²) U D² Uᵀ on each layer, kernel and bias together: BNP. Memory: two vectors (inputs of a layer) each.
 
     G  ← (G − μ ⊗ G_b) / (q² σ̃²)          G_b ← G_b / q² − μᵀ G  (with the new G)
 
-  For inputs normalized with constant μ and σ this is the gradient step of the batch-normalized network, mapped back.
-  The batch may have any size, one example included, since μ and σ² are running statistics. For a layer without bias
-  nothing can be centred: G ← G / (q² σ̃²), with E[h²] for σ². Embeddings, norm scales and other leaves that are
-  no layer keep their updates. Until the first fit P = I.
-
-  A convolution has its statistics by channel, over batch and space, the same for every offset of the window.
+  With constant μ and σ this is the gradient step of the batch-normalized network, mapped back. The batch may have any
+  size, one example included, since μ and σ² are running statistics. A layer without bias is not centred:
+  G ← G / (q² σ̃²), with E[h²] for σ². A convolution has its statistics by channel, over batch and space. Embeddings,
+  norm scales and other leaves that are no layer keep their updates. Until the first fit P = I.
 
   The damping λ of ``fit`` is ε₂, in squared units of the inputs.
 
   Args:
     decay: ρ, weight kept of the old statistics, in [0, 1); the paper's constant is 0.99 without ``debias``.
     relative_damping: ε₁ ≥ 0, relative to the largest variance of the layer: it lets in a condition number of 1/ε₁.
-    q2: q², a number, or a function (d, N, output positions) → number of static sizes.
+    q2: q², a number, or a function (d, N, output positions) → number of static sizes; 1 is the plain batch-norm step.
     debias: True: the statistics are plain means at first, and forget their start; False: they start at μ = 0 and
       σ² = 1 as in the paper, and the first 1/(1 − ρ) steps see little of the data. Static.
-    within_batch: True: σ² averages the variances within each batch, as the paper writes it; it is then zero for a
-      batch of one. False: the variance about the running mean, which includes what differs between batches. Static.
+    within_batch: True: σ² averages the variances within each batch, as in the paper, zero for a batch of one. False:
+      the variance about the running mean, which includes what differs between batches. Static.
     average_calls: accept layers that are called several times, with the mean of their statistics. Static.
-    axis_name: of ``shard_map`` or ``pmap``: the statistics are averaged over it. Under ``jit`` with sharded inputs they
-      are global anyway, and it stays None.
-    layers: tree of records, or of their shapes, from ``jax.eval_shape`` of the forward pass: which leaves are layers.
-      None: told by name and shape, which suffices unless layers are stacked (``nn.scan``), grouped, or without bias
-      and with several output axes. Static.
+    layers: see :func:`dpsgd_optax.least_squares`.
 
   Returns:
     A :class:`dpsgd_optax.Preconditioner` for ``layer_inputs()``.
 
   Raises:
-    ValueError: at construction, for a decay outside [0, 1) or a negative damping; at trace time, for a layer without a
-      record, a record without a layer, inputs of the wrong width, or a shared layer.
+    ValueError: at construction, for a decay outside [0, 1) or a negative damping; at trace time, as for
+      ``least_squares``, and for a shared layer.
 
   Source: arXiv:2108.01110, §3 (dense), §4 (convolutions).
 
@@ -124,11 +104,11 @@ def batch_norm(
   check_not_negative(None if callable(q2) else q2, "q2", "It divides the step. Try 1.")
 
   def init(layer: Layer) -> BatchNormState:
-    zero = jnp.zeros((), layer.dtype)
-    d = jnp.zeros(layer.width, layer.dtype)
-    return BatchNormState(jnp.zeros((), jnp.int32), d, d + 1, zero + 1, zero)
+    mean, zero = jnp.zeros(layer.width, layer.dtype), jnp.zeros((), layer.dtype)
+    return BatchNormState(jnp.zeros((), jnp.int32), mean, mean + 1, zero + 1, zero)
 
-  def observe(layer: Layer, record: LayerRecord) -> BatchStatistics:
+  def observe(layer: Layer, record: LayerRecord) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(μ, σ², q²) of one batch."""
     size = extent(record, layer.stack)
     if size.calls > 1 and not average_calls:
       raise ValueError(
@@ -138,25 +118,27 @@ def batch_norm(
     mean, variance = feature_moments(record, layer.stack)
     if layer.bias is None:
       variance = variance + mean**2
-    if (axis := replica_axis(axis_name)) is not None:
-      mean, variance = _over_devices(mean, variance, axis, centred=layer.bias is not None)
+    if replica_axis() is not None:
+      own, mean = mean, mean_over_replicas(mean)
+      variance = mean_over_replicas(variance if layer.bias is None else variance + (own - mean) ** 2)
     q = q2(layer.width, size.examples, size.positions) if callable(q2) else q2
     scale = jnp.broadcast_to(jnp.asarray(q, layer.dtype), layer.matrices)
-    return BatchStatistics(mean.astype(layer.dtype), variance.astype(layer.dtype), scale)
+    return mean.astype(layer.dtype), variance.astype(layer.dtype), scale
 
-  def fit(layer: Layer, state: BatchNormState, seen: BatchStatistics, *, damping) -> BatchNormState:
+  def fit(layer: Layer, state: BatchNormState, seen: tuple, *, damping) -> BatchNormState:
     """μ ← μ + w (μ_B − μ), σ² ← (1 − w)(σ² + w (μ_B − μ)²) + w σ_B², w = (1 − ρ) or, debiased, (1 − ρ)/(1 − ρᵗ)."""
     w = running_weight(decay, state.count, layer.dtype) if debias else jnp.asarray(1 - decay, layer.dtype)
-    moved = seen.mean - state.mean
+    mean, variance, scale = seen
+    moved = mean - state.mean
     spread = 0 if within_batch or layer.bias is None else w * moved**2
-    variance = (1 - w) * (state.variance + spread) + w * seen.variance
-    return BatchNormState(
-      state.count + 1, state.mean + w * moved, variance, seen.scale, jnp.asarray(damping, layer.dtype)
-    )
+    variance = (1 - w) * (state.variance + spread) + w * variance
+    added = jnp.asarray(damping, layer.dtype)
+    return BatchNormState(state.count + 1, state.mean + w * moved, variance, scale, added)
 
   def apply(layer: Layer, state: BatchNormState, x: jax.Array) -> jax.Array:
     variance = state.variance + relative_damping * jnp.max(state.variance) + state.added
-    divisor = (state.scale * _positive(variance)).astype(x.dtype)[:, None]
+    variance = jnp.where(variance > 0, variance, 1)  # of a constant input the centred gradient is zero, and stays it
+    divisor = (state.scale * variance).astype(x.dtype)[:, None]
     if layer.bias is None:
       done = x / divisor
     else:
@@ -165,16 +147,4 @@ def batch_norm(
       done = jnp.concatenate([g, bias / state.scale - state.mean[None] @ g])
     return jnp.where(state.count > 0, done, x)
 
-  return per_layer(Group(init, observe, fit, apply), without_embeddings(layers))
-
-
-def _positive(variance: jax.Array) -> jax.Array:
-  """The variance, 1 where it is zero: a constant input has a centred gradient of zero, which stays zero."""
-  return jnp.where(variance > 0, variance, 1)
-
-
-def _over_devices(mean, variance, axis_name, centred: bool):
-  """Statistics of the whole batch from those of its equal shards."""
-  whole = jax.lax.pmean(mean, axis_name)
-  between = (mean - whole) ** 2 if centred else 0
-  return whole, jax.lax.pmean(variance + between, axis_name)
+  return per_layer(LayerMethod(init, observe, fit, apply), without_embeddings(layers))

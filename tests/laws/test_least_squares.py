@@ -175,8 +175,8 @@ def test_the_step_made_from_output_gradients_is_that_made_from_the_gradient(opti
   close(found, expected)
   with pytest.raises(ValueError, match="there is no averaged gradient"):
     dpo.gls(1.0, from_outputs=True, b1=0.9)
-  with pytest.raises(ValueError, match="and no sum over devices"):
-    dpo.gls(1.0, from_outputs=True, axis_name="data")
+  with pytest.raises(ValueError, match="no older fit to use"):
+    dpo.gls(1.0, from_outputs=True, decay=None, every=2)
   with pytest.raises(ValueError, match="`from_outputs` looks at the output gradients of the layer 'w'"):
     dpo.gls(1.0, from_outputs=True).update(grads, dpo.gls(1.0).init(params), params, layer_inputs={"w": x})
 
@@ -410,10 +410,10 @@ def test_shared_layers_are_refused_unless_averaging_is_asked_for():
 
 @pytest.mark.parametrize("make", [dpo.batch_norm, dpo.least_squares])
 def test_shards_average_to_the_statistics_of_the_whole_batch(make):
-  """`axis_name`: each of two shards gives the P of the whole batch."""
+  """`data_parallel`: each of two shards gives the P of the whole batch."""
   grads = {"w": jnp.asarray(W), "b": jnp.asarray(B)}
   kwargs = {"q2": 1.0} if make is dpo.batch_norm else {}
-  tx = dpo.scale_by_preconditioner(make(axis_name="i", **kwargs), dpo.layer_inputs(), damping=0.1)
+  tx = dpo.data_parallel(dpo.scale_by_preconditioner(make(**kwargs), dpo.layer_inputs(), damping=0.1), "i")
   shard = lambda x: tx.update(grads, tx.init(grads), grads, layer_inputs={"w": x})[0]
   done = jax.vmap(shard, axis_name="i")(X.reshape(2, -1, D))
   whole = step(make(**kwargs), grads, {"w": X}, damping=0.1)
@@ -441,6 +441,25 @@ def test_levenberg_marquardt_sets_the_relative_damping():
   expected = step(dpo.least_squares(), grads, {"w": X}, damping=0.25)
   close(-stacked(updates), stacked(expected))
   assert float(state.ratio) > 0
+
+
+@pytest.mark.parametrize("make", [dpo.bnp, dpo.gls])
+def test_layers_that_hold_none_of_the_leaves_are_refused(make):
+  """Else the fallback would train everything without a word; a loss whose layers are all in a `scan` is such a case."""
+  params = {"w": jnp.asarray(W)}
+  loop = lambda p: jnp.sum(jax.lax.scan(lambda x, _: (jnp.tanh(x @ p["w"] @ p["w"].T), None), X, length=2)[0])
+  layers = jax.eval_shape(lambda: dpo.capture(loop)(params))[2]
+  with pytest.raises(ValueError, match=r"`layers` must hold the record .*\['w'\], but holds none.*capture\(loss\)"):
+    make(0.1, layers=layers, fallback=optax.sgd(0.1)).init(params)
+  make(0.1, layers=layers, fallback=optax.sgd(0.1)).init({})  # no leaves, nothing amiss
+
+
+@pytest.mark.parametrize("make", [dpo.batch_norm, dpo.least_squares])
+def test_records_reduced_for_the_other_method_are_refused(make):
+  record = dpo.LayerRecord((X,), kernel_shape=(D, K), bias=("b",))
+  other = (dpo.layers.second_moments if make is dpo.batch_norm else dpo.layers.channel_moments)(record)
+  with pytest.raises(ValueError, match=r"a record of .* has no .*Type `reduce="):
+    step(make(), {"w": W, "b": B}, {"w": other})
 
 
 def test_kernels_alone_are_solved_without_the_bias_that_another_transform_trains():

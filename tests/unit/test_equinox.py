@@ -12,7 +12,8 @@ import pytest
 import dpsgd_optax as dpo
 from dpsgd_optax import training
 from dpsgd_optax._trees.paths import names
-from dpsgd_optax.layers.find import find_layers, matched
+from dpsgd_optax.layers.find import find_layers
+from dpsgd_optax.layers.find import records_of as matched
 from dpsgd_optax.layers.matrix import as_matrix
 from dpsgd_optax.layers.moments import gradients_of, rows_of
 from dpsgd_optax.layers.record import is_record

@@ -13,7 +13,8 @@ from flax import nnx
 
 import dpsgd_optax as dpo
 from dpsgd_optax import training
-from dpsgd_optax.layers.find import find_layers, matched
+from dpsgd_optax.layers.find import find_layers
+from dpsgd_optax.layers.find import records_of as matched
 from dpsgd_optax.layers.matrix import as_matrix
 from dpsgd_optax.layers.moments import gradients_of, gram, rows_of
 from dpsgd_optax.layers.record import Window, is_record, output_space
