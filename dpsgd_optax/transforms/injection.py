@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``optax.inject_hyperparams`` may take for a number or a schedule of one, and what it must leave alone.
+"""Which arguments of a constructor ``optax.inject_hyperparams`` must leave alone.
 
-It reads the signature of a constructor, takes every callable argument for a schedule and every number for something to
-trace. A mask, a model of the reduction or a size would be called with the step count, or traced, without a word. The
-constructors here say which arguments are static, in their signature, so that its plain form works.
+``inject_hyperparams`` reads the signature of a constructor. It calls every callable argument with the step count, as a
+schedule, and traces every number. That is wrong for a mask, a model of the reduction or a size. The constructors here
+mark such arguments as static in their signature, so that ``optax.inject_hyperparams(dpsgd_optax.psgd)(…)`` works
+without ``static_args``.
 """
 
 import functools
@@ -16,8 +17,8 @@ Make = TypeVar("Make", bound=Callable[..., Any])
 _injected: ContextVar[bool] = ContextVar("injected", default=False)
 
 
-class Held:
-  """A static argument on its way through ``optax.inject_hyperparams``: neither a number nor callable."""
+class _Held:
+  """A box around a static argument: ``inject_hyperparams`` passes it on, as it is neither a number nor callable."""
 
   def __init__(self, value: Any):
     self.value = value
@@ -34,6 +35,8 @@ def injected() -> bool:
 def static_arguments(*names: str, unless_given: tuple[str, ...] = ()) -> Callable[[Make], Make]:
   """Marks arguments of a constructor as static: no schedules, and never traced.
 
+  The signature that ``inject_hyperparams`` binds its arguments to puts these into boxes; the constructor opens them.
+
   Args:
     names: of the arguments.
     unless_given: those that are static only as long as they have their default.
@@ -46,7 +49,7 @@ def static_arguments(*names: str, unless_given: tuple[str, ...] = ()) -> Callabl
       bound.apply_defaults()
       for name, value in bound.arguments.items():
         if name in names or (name in unless_given and name not in given):
-          bound.arguments[name] = Held(value)
+          bound.arguments[name] = _Held(value)
       return bound
 
   def decorate(make: Make) -> Make:
@@ -54,11 +57,11 @@ def static_arguments(*names: str, unless_given: tuple[str, ...] = ()) -> Callabl
 
     @functools.wraps(make)
     def build(*args, **kwargs):
-      held = any(isinstance(x, Held) for x in (*args, *kwargs.values()))
-      let_go = lambda x: x.value if isinstance(x, Held) else x
+      held = any(isinstance(x, _Held) for x in (*args, *kwargs.values()))
+      open_box = lambda x: x.value if isinstance(x, _Held) else x
       token = _injected.set(_injected.get() or held)
       try:
-        return make(*map(let_go, args), **{name: let_go(x) for name, x in kwargs.items()})
+        return make(*map(open_box, args), **{name: open_box(x) for name, x in kwargs.items()})
       finally:
         _injected.reset(token)
 
