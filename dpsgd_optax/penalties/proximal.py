@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proximal steps of penalties, in the variables of P."""
+"""L1 and L2 penalties by their proximal maps, in θ or in z. Notation and places: `dpsgd_optax.penalties`.
+
+q    where the step without a penalty ends, q = θ − a · updates
+c    the level of a penalty, a λ in the units of its variables
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,44 +13,57 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd_optax._trees.paths import is_hole
-from dpsgd_optax.base import check_learning_rate
-from dpsgd_optax.penalties.l1_l2 import _at, _check_strength, _counted, _is_one, _seen
+from dpsgd_optax.penalties.penalty import is_one, penalty, seen
 from dpsgd_optax.transforms.injection import static_arguments
 
 Mask = Any | Callable[[Any], Any] | None
 
 
-def _levels(strength: Any, params: Any, mask: Mask) -> Any:
-  """aλ for each leaf, 0 where it is not penalised."""
-  mask = mask(params) if callable(mask) else mask
+def _levels(level: Any, q: Any, mask: Mask) -> Any:
+  """For each leaf ``level`` as a scalar, 0 where the leaf is not penalised."""
+  mask = mask(q) if callable(mask) else mask
   if mask is None:
-    return jax.tree.map(lambda _: strength, params)
-  part = lambda chosen, leaves: leaves if is_hole(leaves) else jax.tree.map(lambda _: strength * chosen, leaves)
-  return jax.tree.map(part, mask, params)
+    return jax.tree.map(lambda _: level, q)
+  part = lambda chosen, leaves: leaves if is_hole(leaves) else jax.tree.map(lambda _: level * chosen, leaves)
+  return jax.tree.map(part, mask, q)
 
 
-def _proximal(name: str, learning_rate: Any, prox: Callable) -> optax.GradientTransformationExtraArgs:
-  """updates ← prox(θ − a updates) − θ, written so that θ + updates is the value of the prox to the last bit at 0."""
+def _proximal(
+  name: str, shrink: Callable, exponent: Any, in_z: Callable, strength: Any, learning_rate: Any, power: Any, mask: Mask
+) -> optax.GradientTransformationExtraArgs:
+  """updates ← prox(q) − θ, so that θ + updates is the value of the prox to the last bit at 0.
 
-  def step(updates, params, count, *, fitted=None, **extra):
+  Args:
+    name: of the constructor.
+    shrink: (x, c) → the prox of one number in the Euclidean metric.
+    exponent: for a diagonal P the metric turns c into c P^exponent.
+    in_z: (P, q, levels) → the prox for ``power=1`` and any P with a root.
+    strength: λ.
+    learning_rate: a.
+    power: s.
+    mask: which leaves are penalised.
+  """
+
+  def prox(q, levels, fitted):
+    if power is None:
+      return jax.tree.map(shrink, q, levels)
+    p = seen(fitted, f"{name}(power={power})")
+    if p.diagonal is not None:
+      full = jax.tree.map(lambda c, x: jnp.full(jnp.shape(x), c, jnp.abs(x).dtype), levels, q)
+      return jax.tree.map(shrink, q, p.power(full, exponent))
+    if is_one(power):
+      return in_z(p, q, levels)
+    raise ValueError(
+      f"`{name}(power={power})` has a closed form only if P is diagonal, and this preconditioner is not. "
+      "Type `power=1` (in the preconditioned variables, any P with a root), or use `second_moment()` or `diagonal()`."
+    )
+
+  def step(updates, params, strength, learning_rate, *, fitted=None, **extra):
     del extra
-    a = _at(learning_rate, count)
-    moved = jax.tree.map(lambda p, u: p - a * u, params, updates)
-    return jax.tree.map(jnp.subtract, prox(moved, a, count, fitted), params)
+    q = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
+    return jax.tree.map(jnp.subtract, prox(q, _levels(learning_rate * strength, q, mask), fitted), params)
 
-  return _counted(step, name)
-
-
-def _check_proximal(strength: Any, learning_rate: Any) -> None:
-  _check_strength(strength)
-  check_learning_rate(learning_rate)
-
-
-def _closed_form_missing(name: str, power: Any) -> ValueError:
-  return ValueError(
-    f"`{name}(power={power})` has a closed form only if P is diagonal, and this preconditioner is not. "
-    "Type `power=1` (in the preconditioned variables, any P with a root), or use `second_moment()` or `diagonal()`."
-  )
+  return penalty(name, step, strength=strength, learning_rate=learning_rate)
 
 
 @static_arguments("mask")
@@ -84,26 +101,10 @@ def proximal_l1(
     >>> bool(jnp.allclose(params + updates, jnp.array([0.375, 0.0]), atol=1e-5))
     True
   """
-  _check_proximal(strength, learning_rate)
-
-  def threshold(x, level):
-    return jnp.sign(x) * jnp.maximum(jnp.abs(x) - level, 0)
-
-  def prox(q, a, count, fitted):
-    level = _levels(a * _at(strength, count), q, mask)
-    if power is None:
-      return jax.tree.map(threshold, q, level)
-    p = _seen(fitted, "proximal_l1", f"power={power}")
-    if p.diagonal is not None:
-      return jax.tree.map(threshold, q, p.power(level_like(level, q), 1 - power / 2))
-    if _is_one(power):
-      return p.root(jax.tree.map(threshold, p.root(q, inverse=True), level))
-    raise _closed_form_missing("proximal_l1", power)
-
-  def level_like(level, q):
-    return jax.tree.map(lambda c, x: jnp.full(jnp.shape(x), c, jnp.abs(x).dtype), level, q)
-
-  return _proximal("proximal_l1", learning_rate, prox)
+  threshold = lambda x, c: jnp.sign(x) * jnp.maximum(jnp.abs(x) - c, 0)
+  in_z = lambda p, q, levels: p.root(jax.tree.map(threshold, p.root(q, inverse=True), levels))
+  exponent = None if power is None else 1 - power / 2
+  return _proximal("proximal_l1", threshold, exponent, in_z, strength, learning_rate, power, mask)
 
 
 @static_arguments("mask")
@@ -118,8 +119,7 @@ def proximal_l2(
   Args:
     strength: λ ≥ 0, number or schedule.
     learning_rate: a, number or schedule.
-    power: s; 0: L2 in θ, 1: in z (AdamW's, implicit); None: P is not looked at. A number only as ``after``, and other
-      than 1 only for a diagonal P.
+    power: s; 0: L2 in θ, 1: in z (AdamW's, implicit); otherwise as for :func:`proximal_l1`.
     mask: which leaves are penalised, as for :func:`proximal_l1`.
 
   Raises:
@@ -132,20 +132,7 @@ def proximal_l2(
     >>> params + updates
     Array([0.8, 1.6], dtype=float32)
   """
-  _check_proximal(strength, learning_rate)
-
-  def prox(q, a, count, fitted):
-    level = _levels(a * _at(strength, count), q, mask)
-    shrink = lambda x, c: x / (1 + c)
-    if power is None:
-      return jax.tree.map(shrink, q, level)
-    p = _seen(fitted, "proximal_l2", f"power={power}")
-    if p.diagonal is not None:
-      # the level is a number for each leaf, so that it commutes with P
-      weight = p.power(jax.tree.map(jnp.ones_like, q), 1 - power)
-      return jax.tree.map(lambda x, c, w: x / (1 + c * w), q, level, weight)
-    if _is_one(power):
-      return jax.tree.map(shrink, q, level)
-    raise _closed_form_missing("proximal_l2", power)
-
-  return _proximal("proximal_l2", learning_rate, prox)
+  shrink = lambda x, c: x / (1 + c)
+  in_z = lambda p, q, levels: jax.tree.map(shrink, q, levels)
+  exponent = None if power is None else 1 - power
+  return _proximal("proximal_l2", shrink, exponent, in_z, strength, learning_rate, power, mask)

@@ -102,7 +102,7 @@ def _first_state(key: jax.Array, momentum: Any, preconditioner: Any, after: Any,
   return ScaleByPreconditionerState(count, key, debt, fits, skipped, *states, dropped, before)
 
 
-def _counts(state: ScaleByPreconditionerState, due: Any, sound: Any, usable: Any) -> dict[str, jax.Array]:
+def _counts(state: ScaleByPreconditionerState, due: Any, sound: Any, usable: Any) -> dict[str, Any]:
   """The counters after a step on which a fit was ``due`` or not, was ``sound``, and left a ``usable`` update."""
   dropped = 0 if state.dropped is None else state.dropped  # a state of layout 1 has none
   return {
