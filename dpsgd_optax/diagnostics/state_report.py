@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an optimizer state has to say, as a flat dict of scalars for any logger.
 
+Two tables say what is read: READERS, the numbers of each state, and ENDS, the extreme entries of the diagonal of P from
+the state of one matrix. To report on another state, add a row.
+
 Notation
   P       the preconditioner; p_ii its diagonal, over all leaves
   g, u    gradient and update
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax._trees.by_shape import safe_norm
 from dpsgd_optax.geometry.structured import Arrow
 from dpsgd_optax.preconditioners._factors import KronState
@@ -35,24 +39,27 @@ Scalars = dict[str, jax.Array]
 def report(opt_state: Any, updates: Any = None, grads: Any = None) -> Scalars:
   """Every number worth logging, from a state of any depth: ``chain``, ``partition``, ``MultiSteps``, and so on.
 
-  From ``scale_by_preconditioner``: ``steps``, ``fits``, ``skipped``, ``dropped``, and of P ``p_smallest``,
-  ``p_largest`` (extreme entries of its diagonal) and their quotient ``p_condition``, a lower bound of its condition
-  number. From ``levenberg_marquardt``: ``damping``, ``ratio``, ``actual``, ``predicted``, ``rejected``. From
-  ``clip_spikes``: ``clipped``; from ``clipped_learning_rate``: ``rate``. From the arguments: ``update_norm``,
-  ``grad_norm``, ``cosine``.
+  | part of the optimizer         | numbers                                                                       |
+  |-------------------------------|-------------------------------------------------------------------------------|
+  | ``scale_by_preconditioner``   | ``steps``, ``fits``, ``skipped``, ``dropped``                                 |
+  | its P, if the state shows it  | ``p_smallest``, ``p_largest``, the extreme p_ii; their quotient ``p_condition`` |
+  | ``levenberg_marquardt``       | ``damping``, ``ratio``, ``actual``, ``predicted``, ``rejected``               |
+  | ``clip_spikes``               | ``clipped``                                                                   |
+  | ``clipped_learning_rate``     | ``rate``                                                                      |
+  | the arguments                 | ``update_norm``, ``grad_norm``, ``cosine`` of −u and g; 1 is steepest descent |
 
   Two parts of one kind, as under ``optax.partition``, are told apart by where they stand: ``kernel/fits``.
 
   Args:
     opt_state: the state of any optax transform; what has no number of ours in it adds nothing.
-    updates: what ``update`` returned, as they are added to the params; None: no norm, no cosine.
-    grads: the gradient of the same step, same structure; None: likewise.
+    updates: u, what ``update`` returned; None: no norm, no cosine.
+    grads: g of the same step, same structure; None: likewise.
 
   Returns:
     A flat dict of scalars, its keys known at trace time, so that it may be returned from ``jit`` or stacked by
-    ``scan``. The extremes of P are there for ``diagonal``, the Kronecker family, ``lra`` and ``xmat``; the states of
-    other preconditioners do not show the diagonal of P, and leaves of theirs are left out. ``cosine`` is that of −u
-    and g: 1 is steepest descent, below 0 the step goes uphill; 0 where either is zero.
+    ``scan``. P is shown by ``diagonal``, the Kronecker family, ``lra`` and ``xmat``; the leaves of other
+    preconditioners are left out. ``p_condition`` is a lower bound of the condition number. ``cosine`` is 0 where u or g
+    is zero.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
@@ -94,9 +101,8 @@ def _cosine(a: Any, b: Any) -> jax.Array:
 
   def unit(tree):
     norm = safe_norm(tree)
-    return jax.tree.map(
-      lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) / jnp.where(norm > 0, norm, 1), tree
-    )
+    norm = jnp.where(norm > 0, norm, 1)
+    return jax.tree.map(lambda x: x.astype(working_dtype(x.dtype)) / norm, tree)
 
   return jnp.real(optax.tree.vdot(unit(a), unit(b)))
 
@@ -142,9 +148,8 @@ ENDS: dict[type, Callable[[Any], tuple[jax.Array, jax.Array]]] = {
 
 
 def _preconditioner(state: ScaleByPreconditionerState) -> Scalars:
-  numbers = {"steps": state.count, "fits": state.fits, "skipped": state.skipped}
-  if state.dropped is not None:
-    numbers["dropped"] = state.dropped
+  numbers = {"steps": state.count, "fits": state.fits, "skipped": state.skipped, "dropped": state.dropped}
+  numbers = {name: number for name, number in numbers.items() if number is not None}
   lifted = state.preconditioner
   buckets = lifted.buckets.values() if isinstance(lifted, LiftState) and isinstance(lifted.buckets, dict) else ()
   ends = [jax.vmap(ENDS[type(bucket)])(bucket) for bucket in buckets if type(bucket) in ENDS]

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""P as it stands in one step: what the transforms around it are shown.
+"""P as it stands in one step: the extra argument `fitted` that `scale_by_preconditioner` hands to its transforms.
 
 Notation
   P    the preconditioner just fitted, symmetric and positive
   R    a root, P = R Rᵀ: symmetric, R = P^½, unless the preconditioner has another
   z    the preconditioned ("intrinsic") variables, θ = R z
-
-`scale_by_preconditioner` hands a :class:`Fitted` to its `momentum` and its `after` as the extra argument `fitted`.
 """
 
 from collections.abc import Callable
@@ -21,10 +19,10 @@ from dpsgd_optax.base import Preconditioner, is_static
 
 
 class Fitted:
-  """P of this step: ``P x``, and P^½ where the preconditioner tells.
+  """P of this step, and its powers and root where the preconditioner knows them.
 
-  Trees with holes (``optax.MaskedNode``, as under ``optax.masked``) are taken as zero there and come back with the
-  same holes: the block of P that belongs to the other leaves.
+  A tree may have holes (``optax.MaskedNode``, as under ``optax.masked``). They count as zeros and come back as holes:
+  what acts is the block of P that belongs to the other leaves.
 
   Args:
     preconditioner: the value.
