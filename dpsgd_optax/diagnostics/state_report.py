@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an optimizer state has to say, as a flat dict of scalars for any logger.
 
-Two tables say what is read: READERS, the numbers of each state, and ENDS, the extreme entries of the diagonal of P from
-the state of one matrix. To report on another state, add a row.
+Two tables say what is read: READERS, the numbers of each state, and ENDS, the extremes of the diagonal of P.
 
 Notation
   P       the preconditioner; p_ii its diagonal, over all leaves
@@ -81,7 +80,7 @@ def report(opt_state: Any, updates: Any = None, grads: Any = None) -> Scalars:
   if grads is not None:
     found["grad_norm"] = safe_norm(grads)
   if updates is not None and grads is not None:
-    found["cosine"] = _cosine(jax.tree.map(jnp.negative, updates), grads)
+    found["cosine"] = -jnp.real(optax.tree.vdot(_unit(updates), _unit(grads)))
   return found
 
 
@@ -96,15 +95,11 @@ def _parts(tree: Any, kind: type) -> dict[str, Any]:
   return {name(path): x for path, x in found}
 
 
-def _cosine(a: Any, b: Any) -> jax.Array:
-  """Re⟨a, b⟩ / (‖a‖ ‖b‖), each scaled to length 1 first; 0 where one of them is zero."""
-
-  def unit(tree):
-    norm = safe_norm(tree)
-    norm = jnp.where(norm > 0, norm, 1)
-    return jax.tree.map(lambda x: x.astype(working_dtype(x.dtype)) / norm, tree)
-
-  return jnp.real(optax.tree.vdot(unit(a), unit(b)))
+def _unit(tree: Any) -> Any:
+  """tree / ‖tree‖; zero where it is zero."""
+  norm = safe_norm(tree)
+  norm = jnp.where(norm > 0, norm, 1)
+  return jax.tree.map(lambda x: x.astype(working_dtype(x.dtype)) / norm, tree)
 
 
 def _ends(diagonal: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -116,18 +111,19 @@ def _factor_ends(p: Any) -> tuple[jax.Array, jax.Array]:
   return _ends(p.diagonal if isinstance(p, Arrow) else p if p.ndim == 1 else jnp.diagonal(p))
 
 
-def _kron_ends(state: KronState) -> tuple[jax.Array, jax.Array]:
-  """The diagonal of a Kronecker product is the product of the diagonals."""
-  low, high = zip(*map(_factor_ends, state.p), strict=True)
-  return jnp.prod(jnp.stack(low)), jnp.prod(jnp.stack(high))
+def _kron_ends(factors: Any, shifts: Any = None) -> tuple[jax.Array, jax.Array]:
+  """Of a Kronecker product of factors p_i + s_i: its diagonal is the product of the diagonals."""
+  ends = jnp.stack([jnp.stack(_factor_ends(p)) for p in factors])
+  ends = ends if shifts is None else ends + jnp.stack(shifts)[:, None]
+  return tuple(jnp.prod(ends, axis=0))
 
 
 def _damped_kron_ends(state: DampedKronState) -> tuple[jax.Array, jax.Array]:
   """(Pbar_L + s_L) (Pbar_R + s_R) + c."""
   *shifts, c = state.shifts
   factors = state.kron.p if state.average is None else state.average
-  low, high = zip(*((a + s, b + s) for (a, b), s in zip(map(_factor_ends, factors), shifts, strict=True)), strict=True)
-  return jnp.prod(jnp.stack(low)) + c, jnp.prod(jnp.stack(high)) + c
+  low, high = _kron_ends(factors, shifts)
+  return low + c, high + c
 
 
 def _lra_ends(state: LRAState) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +135,7 @@ def _lra_ends(state: LRAState) -> tuple[jax.Array, jax.Array]:
 
 ENDS: dict[type, Callable[[Any], tuple[jax.Array, jax.Array]]] = {
   DiagonalState: lambda state: _ends(state.q**2),
-  KronState: _kron_ends,
+  KronState: lambda state: _kron_ends(state.p),
   DampedKronState: _damped_kron_ends,
   LRAState: _lra_ends,
   XMatState: lambda state: _ends(state.a**2 + state.b[::-1] ** 2),

@@ -46,32 +46,28 @@ def dpsgd(
        kept in [η, τ_max]                                                                       (Eqs. 29 to 33)
 
   τ damps the *factors*: more of it makes the step longer and more gradient-like. (Damping the *curvature*, as
-  ``levenberg_marquardt(psgd(…, curvature=newton()))`` does, makes it shorter.) So here ω > 1, and τ shrinks after a poor
-  step. The paper has ω = (19/20)^T2 < 1, the usual rule, which raises the damping after a poor step in order to shorten
-  the next. Here that lengthens it, so that τ climbs to its ceiling just where steps are poor; on the addition RNN the
-  paper's ω then misses the target on some seeds (figures in the README). ``factor=(19 / 20) ** judge_every`` is the
-  paper's.
+  ``levenberg_marquardt(psgd(…, curvature=newton()))`` does, makes it shorter.) So ω > 1 here: a poor step lowers τ.
+  The paper has ω = (19/20)^T2 < 1, type ``factor=(19 / 20) ** judge_every``. A poor step then raises τ, which lengthens
+  the next one, until τ stands at its ceiling; on the addition RNN this misses the target on some seeds (see README).
 
-  ``update(grads, state, params, value=loss_value, value_fn=loss, hvp=hvp(loss, params))``. Without ``hvp`` the product is
-  made from ``value_fn``; without ``value_fn`` a step is judged by the ``value`` of the next call. ``refresh`` and
+  ``update(grads, state, params, value=loss_value, value_fn=loss, hvp=hvp(loss, params))``. Without ``hvp`` the product
+  is made from ``value_fn``; without ``value_fn`` a step is judged by the ``value`` of the next call. ``refresh`` and
   ``judge`` override T1 and T2 from a host loop (see ``training.host_cadence``). Under ``pmap`` and ``shard_map`` wrap
   the optimizer in :func:`dpsgd_optax.data_parallel`.
 
   Args:
     learning_rate: α, number or schedule.
-    preconditioner: ``damped_kron()`` if None. How the factors move, are averaged (β), damped (η, Eq. 36 or 46) and laid
-      out is said by its arguments, see :func:`dpsgd_optax.damped_kron`. Static.
+    preconditioner: None: :func:`dpsgd_optax.damped_kron`, whose arguments say how the factors move, are averaged (β),
+      damped (η, Eq. 36 or 46) and laid out. Static.
     curvature: what the factors are fitted on; ``newton()`` if None. Static.
-    every: T1, the period of the fits.
-    max_update_norm: ν, the largest norm of U; None: 0.1 √N, N the number of parameters; ``jnp.inf``: no clipping.
-    key: int or PRNG key of the probes.
+    every, key: T1, and the key of the probes: see :func:`dpsgd_optax.scale_by_preconditioner`.
+    max_update_norm: ν, the largest norm of U, as ``max_norm`` of :func:`dpsgd_optax.clipped_learning_rate`.
     judge_every: T2, the period of the Levenberg-Marquardt rule.
     damping: τ_0; None: the factors are not damped, nothing is judged, and the optimizer is (averaged) PSGD.
     factor: ω; None: (20/19)^T2.
     bounds: the least and the largest τ; None: 1e-5, which is η, and τ_0. With ``factor`` < 1 a larger ceiling can run
       away: more damping lengthens the step, which worsens the ratio, which raises the damping.
-    model: predicted reduction M, see :func:`dpsgd_optax.levenberg_marquardt`. Static.
-    reject: zero a judged step on which the loss rose, and turn τ down.
+    model, reject: see :func:`dpsgd_optax.levenberg_marquardt`; a rejected step turns τ down.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. ``damping`` (τ), ``ratio``, ``predicted``,

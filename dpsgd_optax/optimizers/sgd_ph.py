@@ -68,11 +68,11 @@ def sgd_ph(
     elsewhere         m ← b₁ m + g + ω θ     θ ← θ − α m
     where selected    m ← b₁ m + g           θ ← θ − α (τ c m / (|h| + λ) + ω θ)
 
-  ``update(grads, state, params, hvp=hvp(loss, params))`` with the loss of the gradient, in train mode. The product costs
-  less if it goes on from the passes of the gradient, as :func:`dpsgd_optax.value_and_grad_then_hvp` does in the example
-  below. What the loss returns beside its value (``has_aux``: new running statistics of BatchNorm) is then that of the
-  gradient, so that the statistics advance once in a step. For nnx take both functions of ``nnx.as_pure(params)``, and
-  hand ``nnx.Optimizer`` the gradient as ``jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))``.
+  ``update(grads, state, params, hvp=hvp(loss, params))`` with the loss of the gradient, in train mode. The product is
+  cheaper if it goes on from the passes of the gradient (``value_and_grad_then_hvp``, as in the example). The running
+  statistics of BatchNorm (``has_aux``) advance once in a step: the product drops its own. For nnx take gradient and
+  product at ``nnx.as_pure(params)``, and hand ``nnx.Optimizer`` the gradient as
+  ``jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))``.
 
   The multiplier of m lies in (0, τ/λ], 10 with the defaults. A channel moves faster than under SGD iff its curvature is
   below τ c − λ. Before the first visit of a tensor the multiplier is τ (1 − μ)/λ, with the defaults 1: plain SGD.
@@ -94,13 +94,10 @@ def sgd_ph(
     tau: τ ≥ 0, "the curvature at which Newton equals SGD".
     hessian_decay: μ of the running mean h, in [0, 1); None: ``b1``, as in the paper.
     weight_decay: ω ≥ 0: inside the momentum elsewhere, after the preconditioner where selected; None: none.
-    probe: ``rademacher``, ``ones`` or ``exact``, see :func:`dpsgd_optax.hessian_diagonal`. Static.
-    cycle: which tensors are probed in a step, see :func:`dpsgd_optax.hessian_diagonal`. One in each step has less noise
-      of one tensor in another, and estimates that are as old as the cycle is long. Static.
-    signed: see :func:`dpsgd_optax.diagonal_newton`. Static.
-    bias_correction: ``visit_count``, or ``cycle_count(M)``. Static.
-    every: probe on every ``every``-th step; int or schedule.
-    key: int or PRNG key of the probes.
+    probe, cycle: with what, and which tensors in turn; see :func:`dpsgd_optax.hessian_diagonal`. In turn, there is less
+      noise of one tensor in another, and estimates are as old as the cycle is long. Static.
+    signed, bias_correction: see :func:`dpsgd_optax.diagonal_newton`. Static.
+    every, key: of the probes, see :func:`dpsgd_optax.scale_by_preconditioner`.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. Inside ``optax.masked`` it needs ``hvp``.
@@ -134,11 +131,11 @@ def sgd_ph(
     ...   updates, opt_state = tx.update(grads, opt_state, params, hvp=hvp)
     ...   return optax.apply_updates(params, updates), stats, opt_state, value
     >>> params, stats = variables["params"], variables["batch_stats"]
-    >>> opt_state, first = tx.init(params), None
+    >>> opt_state, values = tx.init(params), []
     >>> for _ in range(50):
     ...   params, stats, opt_state, value = train_step(params, stats, opt_state)
-    ...   first = value if first is None else first
-    >>> bool(value < 0.5 * first)
+    ...   values.append(value)
+    >>> bool(values[-1] < 0.5 * values[0])
     True
   """
   check_learning_rate(learning_rate)

@@ -35,8 +35,7 @@ minimization, arXiv:2010.01412. The formulas are derived from θ = R z.
 """
 
 from dpsgd_optax.penalties.gradient import add_gradient_norm_penalty, gradient_norm, sharpness_aware
-from dpsgd_optax.penalties.l1_l2 import add_l1_penalty, add_l2_penalty
-from dpsgd_optax.penalties.proximal import proximal_l1, proximal_l2
+from dpsgd_optax.penalties.l1_l2 import add_l1_penalty, add_l2_penalty, proximal_l1, proximal_l2
 
 __all__ = ["add_gradient_norm_penalty", "add_l1_penalty", "add_l2_penalty"]  # added to the gradient
 __all__ += ["gradient_norm", "sharpness_aware"]  # a direction of the step

@@ -28,12 +28,11 @@ def add_gradient_norm_penalty(
 
   Reads ``hvp`` (v ↦ Hv) or ``value_fn``, as :func:`dpsgd_optax.newton`; ``hvp_finite_difference(loss, params)`` will do
   too. Inside ``optax.masked`` the penalty is on the block of the other leaves. P is constant in this derivative.
+  Cost: one product.
 
   Args:
     strength: λ ≥ 0, number or schedule.
     preconditioned: penalise ‖∇_z L‖, z = R⁻¹θ, in place of ‖∇L‖. Only as, or in, ``momentum``. Static.
-
-  Cost: one product; with ``hvp`` 1.3 to 1.6 gradients beside the gradient.
 
   Raises:
     ValueError: for a negative strength; at trace time, without ``hvp`` and ``value_fn``, or with ``preconditioned``
@@ -59,9 +58,8 @@ def add_gradient_norm_penalty(
 def gradient_norm(strength: optax.ScalarOrSchedule) -> Callable[..., Any]:
   """A ``direction`` of ``scale_by_preconditioner``: P (u + λ H P u), the gradient of L + λ/2 gᵀPg, preconditioned.
 
-  u is what comes out of the momentum. Where the mean is to be one of regularised gradients, type
-  ``momentum=chain(add_gradient_norm_penalty(λ, preconditioned=True), optax.ema(b1))`` instead; without momentum the two
-  are the same.
+  u is what comes out of the momentum. For a mean of regularised gradients type
+  ``momentum=chain(add_gradient_norm_penalty(λ, preconditioned=True), optax.ema(b1))`` instead.
 
   Args:
     strength: λ ≥ 0, number or schedule of the count of steps.
@@ -91,18 +89,15 @@ def sharpness_aware(
 ) -> optax.GradientTransformationExtraArgs:
   """updates ← ∇L(θ + ρ v / √(gᵀv)), v = g or P g: the gradient where the loss is worst nearby, to first order.
 
-  To first order in ρ this is the gradient of L + ρ‖∇L‖, or of L + ρ√(gᵀPg): the norm, not squared. Without
-  ``normalize``, ∇L(θ + ρ v): a gradient-norm penalty of strength ρ whose difference is taken at the length ρ.
-  It differs from ``optax.contrib.sam`` in that P may be fitted on g alone (as ``momentum``), and in ``preconditioned``.
+  To first order in ρ this is the gradient of L + ρ‖∇L‖, or of L + ρ√(gᵀPg): the norm, not squared. Unlike
+  ``optax.contrib.sam`` it can stand as ``momentum``, so that P is fitted on g alone, and knows ``preconditioned``.
 
-  Reads ``value_fn``, params → loss on the batch of the gradient.
+  Reads ``value_fn``, params → loss on the batch of the gradient. Cost: one gradient beside the gradient.
 
   Args:
     radius: ρ ≥ 0, number or schedule, in units of the params (of z if ``preconditioned``).
     preconditioned: the ball is ‖R⁻¹ Δθ‖ ≤ ρ in place of ‖Δθ‖ ≤ ρ. Only as, or in, ``momentum``. Static.
-    normalize: False: move by ρ v. Static.
-
-  Cost: one gradient beside the gradient.
+    normalize: False: move by ρ v, which is a gradient-norm penalty of strength ρ, by a difference. Static.
 
   Raises:
     ValueError: for a negative radius; at trace time, without ``value_fn``, inside ``optax.masked`` or

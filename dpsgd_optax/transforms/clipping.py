@@ -155,8 +155,8 @@ def clipped_learning_rate(
 ) -> optax.GradientTransformationExtraArgs:
   """updates ← −a · updates with a = learning_rate · min(max_norm / ‖updates‖, 1): DPSGD's Eq. 48.
 
-  The step of ``optax.chain(optax.clip_by_global_norm(max_norm), optax.scale_by_learning_rate(…))``. In addition a
-  stands in the state, as ``rate``, from which ``newton_model`` predicts the reduction of the step really taken.
+  As ``optax.clip_by_global_norm`` and ``optax.scale_by_learning_rate`` in a chain, but a stands in the state, as
+  ``rate``, from which ``newton_model`` predicts the reduction of the step really taken.
 
   Args:
     learning_rate: number or schedule.

@@ -79,10 +79,10 @@ def _remembered(record: Record, due: Any, value: Any, predict: Callable) -> tupl
 
 def _first_state(kind: Any, damping: Any, params: Any, inner: Any) -> Any:
   dtype = scalar_dtype(params)
-  zero = lambda dtype=dtype: jnp.zeros((), dtype)
-  # λ is copied, for the number may be an array of the caller's
-  record = jnp.array(damping, dtype), zero(), zero(), zero()
-  return separate(kind(zero(jnp.int32), *record, no_loss(dtype), zero(jnp.int32), inner), params)
+  ratio, actual, predicted = (jnp.zeros((), dtype) for _ in range(3))
+  count, rejected = (jnp.zeros((), jnp.int32) for _ in range(2))
+  start = jnp.array(damping, dtype)  # a copy, for it may be an array of the caller's
+  return separate(kind(count, start, ratio, actual, predicted, no_loss(dtype), rejected, inner), params)
 
 
 def _check_losses(value: Any, value_fn: Any, params: Any) -> None:
@@ -126,25 +126,22 @@ def levenberg_marquardt(
   call's ``value``. This is free, but the batch differs.
 
   A step whose predicted and actual reductions are both below the rounding of the loss is not judged. That happens at a
-  minimum, and with a λ that is much too large, which would then stay for good: a λ above its initial value therefore
-  shrinks towards it.
+  minimum, and with a λ that is much too large. A λ above its initial value then shrinks towards it, not to stay there.
 
   Inside ``optax.partition`` or ``optax.masked`` the loss takes more parameters than the transform is shown. It finds
   them in ``hvp=dpo.hvp(loss, params)``, made outside; with a product of your own and ``value`` it looks back.
 
-  What λ damps decides which way is safe. If it damps the *curvature* (every group: fit on Hv + λv), more λ is a shorter
-  step. If it damps the *factors* (``damped_kron``), more λ is a longer, more gradient-like step. ``dpsgd`` therefore
-  bounds λ by its initial value and shrinks it on a rejected step.
+  Where λ damps the *curvature* (every group: fit on Hv + λv), more of it is a shorter step. Where it damps the factors
+  (``damped_kron``), more of it is a longer, more gradient-like step. ``dpsgd`` therefore turns the rule round.
 
   Args:
     inner: any optax transform, ``optax.MultiSteps`` included; one that ignores ``damping`` is judged all the same.
     damping: the initial λ.
-    factor: ω > 0, for each judged step. Above 1 it turns the rule round: λ grows after a good step, which is the safe
-      way where more λ is a longer step.
+    factor: ω > 0, for each judged step. Above 1 it turns the rule round: λ grows after a good step.
     thresholds: (lo, hi) of the ratio.
     bounds: λ stays between them.
     every: judge every ``every``-th step.
-    model: (grads, step, hvp, *, rate) → predicted reduction: ``half_slope``, ``newton_model``, ``quadratic_model``.
+    model: (grads, step, hvp, *, rate) → M: ``half_slope``, ``newton_model``, ``quadratic_model``. Static.
     reject: zero a judged step on which the loss rose (look-ahead only), and multiply λ by ``reject_factor``.
     reject_factor: None: 1 / factor.
 
@@ -156,9 +153,8 @@ def levenberg_marquardt(
     ``predicted`` and ``rejected`` likewise.
 
   Raises:
-    ValueError: at construction for a factor that is not positive, bad thresholds or bounds, ``every`` below 1; at trace
-      time if neither ``value`` nor ``value_fn`` came, ``params`` is missing for ``value_fn``, or has holes and nothing
-      tells the parameters that stand there.
+    ValueError: at construction for a factor that is not positive, thresholds or bounds out of order, ``every`` below 1;
+      at trace time if ``value`` and ``value_fn`` are missing, or the ``params`` that ``value_fn`` needs, in whole.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo

@@ -24,15 +24,7 @@ from dpsgd_optax.base import (
   check_period,
   forward_extra_args,
 )
-from dpsgd_optax.transforms._control import (
-  cast_like,
-  check_state,
-  choose,
-  compiled_once,
-  is_due,
-  make_key,
-  split_key,
-)
+from dpsgd_optax.transforms._control import cast_like, check_state, choose, compiled_once, is_due, make_key, split_key
 from dpsgd_optax.transforms.fitted import Fitted
 from dpsgd_optax.transforms.injection import static_arguments
 
@@ -40,10 +32,7 @@ from dpsgd_optax.transforms.injection import static_arguments
 def annealed_probability(
   peak: float = 1.0, floor: float = 0.03, flat: int = 500, decay: float = 0.001
 ) -> optax.Schedule:
-  """How often to fit: always for the first steps, then ever more rarely.
-
-  p(t) = max(floor, peak · exp(−decay · max(t − flat, 0))), a schedule for the ``every`` of
-  :func:`scale_by_preconditioner`.
+  """How often to fit: p(t) = max(floor, peak · exp(−decay · max(t − flat, 0))), a schedule for ``every``.
 
   Args:
     peak: probability during the first ``flat`` steps, in [0, 1].
@@ -95,10 +84,9 @@ class ScaleByPreconditionerState(NamedTuple):
 
 
 def _first_state(key: jax.Array, momentum: Any, preconditioner: Any, after: Any, before: Any) -> Any:
-  zero = lambda dtype: jnp.zeros((), dtype)
-  count, debt, fits = zero(jnp.int32), zero(jnp.float32), zero(jnp.int32)
-  skipped, dropped = zero(jnp.int32), zero(jnp.int32)
-  states = (momentum, preconditioner, after)
+  count, fits, skipped, dropped = (jnp.zeros((), jnp.int32) for _ in range(4))
+  debt = jnp.zeros((), jnp.float32)
+  states = momentum, preconditioner, after
   return ScaleByPreconditionerState(count, key, debt, fits, skipped, *states, dropped, before)
 
 
@@ -193,17 +181,15 @@ def scale_by_preconditioner(
       :func:`annealed_probability`. Nothing is drawn: the fit runs when the running sum of the probabilities passes a
       whole number, so that the long-run rate is exact.
     damping: λ ≥ 0, number or schedule, given to ``fit``; what it means is the preconditioner's to say. The extra
-      argument ``damping`` of ``update`` (set by ``levenberg_marquardt``) overrides it.
-      None leaves the factors of ``damped_kron`` undamped; for the Lie groups it is 0.
+      argument ``damping`` of ``update`` (set by ``levenberg_marquardt``) overrides it. None leaves the factors of
+      ``damped_kron`` undamped; for the Lie groups it is 0.
     momentum: an optax transform between the gradient and P; None: none. ``momentum=optax.ema(0.9)`` fits on raw
       gradients and preconditions their average; ``optax.chain(optax.ema(0.9), scale_by_preconditioner(…))`` fits on the
       average. Then divide the learning rate by √((1+β)/(1−β)).
     direction: (apply, updates, params, **extra) → preconditioned updates; None: P is applied. It also receives
       ``count``, the number of the step. Static.
-    after: an optax transform after P, for what must see both P and the step: penalties in preconditioned variables,
-      and the learning rate where they are proximal (see :func:`dpsgd_optax.penalties.proximal_l1`). None: none.
+    after: an optax transform after P, for what must see both P and the step, such as ``dpsgd_optax.penalties``.
     before: an optax transform of the gradient that everything else sees, such as :func:`dpsgd_optax.clip_spikes`.
-      None: none.
     key: int or PRNG key of the probes; lives in the state. Same key, same run.
     finite_check: drop and count a fit of which anything is not finite, and skip and count a step whose gradient or
       preconditioned gradient is not. False saves a pass over the updates.

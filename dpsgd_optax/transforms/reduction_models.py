@@ -18,7 +18,7 @@ from dpsgd_optax._trees.arithmetic import dot
 
 
 def half_slope(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
-  """M = −½⟨g, s⟩: right for a full Newton step; for s = −α P g with P = H⁻¹ the ratio is then 2 − α.
+  """M = −½⟨g, s⟩: right for a full Newton step; for s = −α P g with P = H⁻¹ the ratio is 2 − α.
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo
