@@ -5,7 +5,7 @@ OBSERVE   Curvature              (key, updates, params, **extra) -> observation 
 FIT       Preconditioner.fit     (state, observation, *, key, damping) -> state     how P is shaped
 APPLY     Preconditioner.apply   (state, updates) -> P @ updates                    how it is used
 
-`scale_by_preconditioner` calls the three in this order, on every step or, the first two, on some steps only.
+`scale_by_preconditioner` calls the three in this order; the first two on some steps only.
 """
 
 import inspect
@@ -101,8 +101,7 @@ class LayerInputs(NamedTuple):
 class Product:
   """A product v ↦ C v at fixed parameters: a function that also knows where it was taken.
 
-  Inside ``optax.partition`` a transform sees params with holes. To evaluate the loss there, it takes the missing ones
-  from here.
+  Inside ``optax.partition`` a transform sees params with holes, and takes the missing ones from here.
 
   Attributes:
     params: θ, in full; None if it is not known.

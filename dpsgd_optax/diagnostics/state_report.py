@@ -50,9 +50,8 @@ def report(opt_state: Any, updates: Any = None, grads: Any = None) -> Scalars:
   Two parts of one kind, as under ``optax.partition``, are told apart by where they stand: ``kernel/fits``.
 
   Args:
-    opt_state: the state of any optax transform; what has no number of ours in it adds nothing.
-    updates: u, what ``update`` returned; None: no norm, no cosine.
-    grads: g of the same step, same structure; None: likewise.
+    opt_state: the state of any optax transform; states of other packages add nothing.
+    updates, grads: u, what ``update`` returned, and g of the same step; without one of them there is no cosine.
 
   Returns:
     A flat dict of scalars, its keys known at trace time, so that it may be returned from ``jit`` or stacked by

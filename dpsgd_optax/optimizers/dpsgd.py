@@ -9,8 +9,8 @@ import optax
 from dpsgd_optax.base import Curvature, Preconditioner, check_not_negative, check_period, is_static
 from dpsgd_optax.curvature.observers import newton
 from dpsgd_optax.preconditioners.damped_kron import damped_kron
+from dpsgd_optax.transforms._control import static_arguments
 from dpsgd_optax.transforms.clipping import clipped_learning_rate
-from dpsgd_optax.transforms.injection import static_arguments
 from dpsgd_optax.transforms.levenberg_marquardt import levenberg_marquardt
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 from dpsgd_optax.transforms.reduction_models import newton_model

@@ -13,8 +13,7 @@ from dpsgd_optax.optimizers.bnp import _fitted_always
 from dpsgd_optax.preconditioners._from_outputs import from_outputs as through_outputs
 from dpsgd_optax.preconditioners._per_layer import per_layer
 from dpsgd_optax.preconditioners.least_squares import group as least_squares_group
-from dpsgd_optax.transforms._control import keep_dtype
-from dpsgd_optax.transforms.injection import static_arguments
+from dpsgd_optax.transforms._control import keep_dtype, static_arguments
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
 

@@ -17,9 +17,8 @@ from dpsgd_optax.base import (
 )
 from dpsgd_optax.curvature.observers import whitening
 from dpsgd_optax.preconditioners.kron import kron
-from dpsgd_optax.transforms._control import keep_dtype
+from dpsgd_optax.transforms._control import keep_dtype, static_arguments
 from dpsgd_optax.transforms.clipping import clip_matrices, clip_spikes
-from dpsgd_optax.transforms.injection import static_arguments
 from dpsgd_optax.transforms.precondition import annealed_probability, scale_by_preconditioner
 
 
@@ -50,14 +49,12 @@ def psgd(
     learning_rate: number or schedule.
     preconditioner: ``kron()`` if None. Static.
     curvature: ``whitening()`` if None; ``newton()`` needs ``hvp=`` in ``update``. Static.
-    every: fit on every ``every``-th step, or a schedule count → probability; None: ``annealed_probability()``, every
-      step at first and one in 33 in the end. Static.
+    every, key: as for :func:`dpsgd_optax.scale_by_preconditioner`. ``every=None``: ``annealed_probability()``, on every
+      step at first and on one in 33 in the end. Static.
     b1: weight kept by the running mean of the gradients (debiased, as Adam's); P is fitted on the raw gradients.
       None: no momentum, and none in the state.
-    weight_decay: decoupled, as in AdamW; None: none.
+    weight_decay, mask: decoupled decay and its leaves, as for ``optax.add_decayed_weights``; None: none, all. Static: mask.
     damping: λ ≥ 0 of the curvature: P ≤ 1/λ.
-    key: int or PRNG key of the probes. Static.
-    mask: which leaves decay, as for ``optax.add_decayed_weights``. Static.
     clip: the largest root mean square of a preconditioned matrix (``Preconditioner.matrices``), whose entries are cut
       to 10 times that before; or an optax transform such as ``optax.clip_by_global_norm(1.0)``; None: no clipping.
     max_jump: a gradient longer than so many times the running mean of the lengths is shortened before momentum and fit

@@ -21,8 +21,7 @@ from dpsgd_optax.curvature.diagonal import hessian_diagonal
 from dpsgd_optax.preconditioners._selected import selected
 from dpsgd_optax.preconditioners.diagonal_newton import Terms, diagonal_newton, visit_count
 from dpsgd_optax.probes import Cycle, DiagonalProbe, rademacher
-from dpsgd_optax.transforms._control import keep_dtype
-from dpsgd_optax.transforms.injection import static_arguments
+from dpsgd_optax.transforms._control import keep_dtype, static_arguments
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
 

@@ -21,10 +21,8 @@ def add_gradient_norm_penalty(
 ) -> optax.GradientTransformationExtraArgs:
   """updates ← g + λ H g, the gradient of L + λ/2 ‖∇L‖²; or g + λ H P g, that of L + λ/2 gᵀPg = L + λ/2 ‖∇_z L‖².
 
-  Before P the fit sees the penalty too: ``chain(add_gradient_norm_penalty(λ), scale_by_preconditioner(…))``. As
-  ``momentum=chain(add_gradient_norm_penalty(λ), optax.ema(0.9))`` it does not, and the mean is of the regularised
-  gradients. If the fit sees them, let λ grow from 0 (a schedule): a second moment of regularised gradients does harm
-  early in training.
+  If the fit sees the regularised gradients (see the places in ``dpsgd_optax.penalties``), let λ grow from 0, by a
+  schedule: a second moment of them does harm early in training.
 
   Reads ``hvp`` (v ↦ Hv) or ``value_fn``, as :func:`dpsgd_optax.newton`; ``hvp_finite_difference(loss, params)`` will do
   too. Inside ``optax.masked`` the penalty is on the block of the other leaves. P is constant in this derivative.

@@ -15,7 +15,7 @@ import optax
 
 from dpsgd_optax._trees.paths import is_hole
 from dpsgd_optax.penalties.penalty import add, is_one, penalty, seen
-from dpsgd_optax.transforms.injection import static_arguments
+from dpsgd_optax.transforms._control import static_arguments
 
 Mask = Any | Callable[[Any], Any] | None
 

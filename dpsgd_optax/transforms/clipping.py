@@ -26,7 +26,7 @@ Matrices = Callable[[Any], tuple[list[jax.Array], Callable[[list[jax.Array]], An
 
 
 def _over(function: Callable[..., jax.Array], parts: list[jax.Array], *rest: list[jax.Array]) -> list[jax.Array]:
-  """Equal parts at once; on a mesh one by one, for to put them side by side may be to send them."""
+  """Equal parts at once; on a mesh one by one, since stacking may mean sending them."""
   return (jax.tree.map if on_mesh() else map_by_shape)(function, parts, *rest)
 
 

@@ -25,7 +25,7 @@ ROUNDING = 10  # reductions of so many units in the last place of the loss say n
 
 
 class Record(NamedTuple):
-  """What judging a step changes: these fields of the state. All scalars."""
+  """What judging a step changes, fields of the state. Scalars."""
 
   damping: Any
   ratio: Any
@@ -34,7 +34,7 @@ class Record(NamedTuple):
 
 
 class Rule(NamedTuple):
-  """The arguments of ``levenberg_marquardt`` that say how λ changes. ``initial`` is the first λ."""
+  """The arguments of ``levenberg_marquardt`` that say how λ changes; ``initial`` is its ``damping``."""
 
   initial: Any
   factor: Any
@@ -75,12 +75,8 @@ def adapt_damping(
   λ ← clip(λ, bounds)
 
   Args:
-    damping: λ, scalar.
-    actual: loss(θ) − loss(θ + s), scalar; positive if the loss fell.
-    predicted: M, scalar.
-    factor: ω.
-    thresholds: (lo, hi).
-    bounds: smallest and largest λ.
+    damping, actual, predicted: λ; loss(θ) − loss(θ + s), positive if the loss fell; M. Scalars.
+    factor, thresholds, bounds: ω, (lo, hi), and the smallest and largest λ.
 
   Example:
     >>> import dpsgd_optax as dpo
@@ -97,17 +93,17 @@ def adapt_damping(
 
 def _verdict(rule: Rule, old: Record, before: Any, actual: Any, predicted: Any) -> Record:
   """The record after one judged step, from the loss before it; a step of length zero says nothing."""
-  damping = old.damping
+  damping, cast = old.damping, lambda x: jnp.asarray(x, old.damping.dtype)
   least = ROUNDING * float(jnp.finfo(actual.dtype).eps) * jnp.abs(before).astype(actual.dtype)
   lost_in_rounding = (jnp.abs(actual) <= least) & (jnp.abs(predicted) <= least)
   known = predicted != 0
   judged = known & ~lost_in_rounding
   ratio = actual / jnp.where(judged, predicted, 1)
-  thresholds = {"factor": rule.factor, "thresholds": rule.thresholds, "bounds": rule.bounds}
-  adapted = adapt_damping(damping, actual, predicted, **thresholds).astype(damping.dtype)
-  shrunk = (damping * jnp.minimum(rule.factor, 1 / jnp.asarray(rule.factor, damping.dtype))).astype(damping.dtype)
-  drawn_back = jnp.where(damping > rule.initial, jnp.maximum(shrunk, jnp.asarray(rule.initial, damping.dtype)), damping)
-  unjudged = old._replace(damping=jnp.where(known, drawn_back, damping))
+  arguments = {"factor": rule.factor, "thresholds": rule.thresholds, "bounds": rule.bounds}
+  adapted = adapt_damping(damping, actual, predicted, **arguments).astype(damping.dtype)
+  shrunk = cast(damping * jnp.minimum(rule.factor, 1 / cast(rule.factor)))
+  back = jnp.where(damping > rule.initial, jnp.maximum(shrunk, cast(rule.initial)), damping)
+  unjudged = old._replace(damping=jnp.where(known, back, damping))
   return select(judged, Record(adapted, ratio, actual, predicted), unjudged)
 
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Levenberg-Marquardt: a wrapper that judges each step by the loss, and chooses the next damping from the verdict.
-
-Notation as in `damping_rule`: params θ, step s, damping λ, its factor ω, predicted reduction M.
-"""
+"""A wrapper that judges each step by the loss and chooses the next damping. Notation as in `damping_rule`."""
 
 from collections import namedtuple
 from collections.abc import Callable
@@ -17,9 +14,8 @@ from dpsgd_optax._trees.paths import has_holes
 from dpsgd_optax.base import forward_extra_args, is_static
 from dpsgd_optax.curvature.observers import given_product
 from dpsgd_optax.curvature.products import check_scalar, stepped
-from dpsgd_optax.transforms._control import check_state, choose, is_due
+from dpsgd_optax.transforms._control import check_state, choose, injected, is_due, static_arguments
 from dpsgd_optax.transforms.damping_rule import Record, Rule, check_rule, look_ahead, look_back, no_loss
-from dpsgd_optax.transforms.injection import injected, static_arguments
 from dpsgd_optax.transforms.reduction_models import half_slope
 
 
@@ -138,19 +134,17 @@ def levenberg_marquardt(
     inner: any optax transform, ``optax.MultiSteps`` included; one that ignores ``damping`` is judged all the same.
     damping: the initial λ.
     factor: ω > 0, for each judged step. Above 1 it turns the rule round: λ grows after a good step.
-    thresholds: (lo, hi) of the ratio.
-    bounds: λ stays between them.
+    thresholds, bounds: (lo, hi) of the ratio; λ stays between the bounds.
     every: judge every ``every``-th step.
     model: (grads, step, hvp, *, rate) → M: ``half_slope``, ``newton_model``, ``quadratic_model``. Static.
     reject: zero a judged step on which the loss rose (look-ahead only), and multiply λ by ``reject_factor``.
     reject_factor: None: 1 / factor.
 
   Returns:
-    The corresponding :class:`optax.GradientTransformationExtraArgs`. Its ``update`` also takes ``judge``: True or False
-    chooses at trace time whether the step is judged, in place of the count; and ``accumulating``, as
-    :func:`dpsgd_optax.scale_by_preconditioner` does. λ is read as ``optax.tree.get(opt_state, "damping")``, or as
-    ``"current_damping"`` where ``damping`` itself is injected by ``optax.inject_hyperparams``; ``ratio``, ``actual``,
-    ``predicted`` and ``rejected`` likewise.
+    The corresponding :class:`optax.GradientTransformationExtraArgs`. Its ``update`` also takes ``judge``, whether to
+    judge the step, in place of the count; and ``accumulating``, as :func:`dpsgd_optax.scale_by_preconditioner`. λ is
+    read as ``optax.tree.get(opt_state, "damping")``, or ``"current_damping"`` where ``optax.inject_hyperparams`` holds
+    ``damping`` itself; ``ratio``, ``actual``, ``predicted`` and ``rejected`` likewise.
 
   Raises:
     ValueError: at construction for a factor that is not positive, thresholds or bounds out of order, ``every`` below 1;

@@ -24,9 +24,17 @@ from dpsgd_optax.base import (
   check_period,
   forward_extra_args,
 )
-from dpsgd_optax.transforms._control import cast_like, check_state, choose, compiled_once, is_due, make_key, split_key
+from dpsgd_optax.transforms._control import (
+  cast_like,
+  check_state,
+  choose,
+  compiled_once,
+  is_due,
+  make_key,
+  split_key,
+  static_arguments,
+)
 from dpsgd_optax.transforms.fitted import Fitted
-from dpsgd_optax.transforms.injection import static_arguments
 
 
 def annealed_probability(
@@ -35,8 +43,7 @@ def annealed_probability(
   """How often to fit: p(t) = max(floor, peak · exp(−decay · max(t − flat, 0))), a schedule for ``every``.
 
   Args:
-    peak: probability during the first ``flat`` steps, in [0, 1].
-    floor: probability in the end, in [0, 1]. With 0.03 one step in 33 fits.
+    peak, floor: probabilities in [0, 1], of the first ``flat`` steps and in the end. With 0.03 one step in 33 fits.
     flat: steps before the decay begins.
     decay: rate of the decay, per step. The default falls from 1 to 0.03 in 3500 steps.
 
@@ -167,12 +174,11 @@ def scale_by_preconditioner(
   """Observe → fit → apply: updates ← P @ updates, with P fitted to the curvature as training goes.
 
   One step: ``before`` acts on the gradient; P is fitted on what it returns; then ``momentum``, P (or ``direction``) and
-  ``after`` act on it, in this order. The fit comes first, so that a step already profits from what it observed. A step
-  that is skipped leaves the states of the three transforms as they were.
+  ``after`` act on it, in this order. A step that is skipped leaves the states of the three transforms as they were.
 
-  Every extra argument of ``update`` is handed to the transforms and to the curvature, which ignore those they do not
-  know. The curvature also receives ``damping``, and ``fits``, the number of fits so far. ``momentum``, ``direction``
-  and ``after`` also receive ``fitted``, P as it stands: a :class:`dpsgd_optax.transforms.fitted.Fitted`.
+  All of them and the curvature receive the extra arguments of ``update``, and ignore those they do not know. The
+  curvature also receives ``damping``, and ``fits``, their number so far; ``momentum``, ``direction`` and ``after``
+  receive ``fitted``, P as it stands: a :class:`dpsgd_optax.transforms.fitted.Fitted`.
 
   Args:
     preconditioner: how P is shaped: ``kron()``, ``diagonal()``, ``damped_kron()`` or your own. Static.
@@ -183,9 +189,9 @@ def scale_by_preconditioner(
     damping: λ ≥ 0, number or schedule, given to ``fit``; what it means is the preconditioner's to say. The extra
       argument ``damping`` of ``update`` (set by ``levenberg_marquardt``) overrides it. None leaves the factors of
       ``damped_kron`` undamped; for the Lie groups it is 0.
-    momentum: an optax transform between the gradient and P; None: none. ``momentum=optax.ema(0.9)`` fits on raw
-      gradients and preconditions their average; ``optax.chain(optax.ema(0.9), scale_by_preconditioner(…))`` fits on the
-      average. Then divide the learning rate by √((1+β)/(1−β)).
+    momentum: an optax transform between the gradient and P. With ``optax.ema(β)`` here P is fitted on raw gradients;
+      in front, ``optax.chain(optax.ema(β), scale_by_preconditioner(…))``, on their average: then divide the learning
+      rate by √((1+β)/(1−β)).
     direction: (apply, updates, params, **extra) → preconditioned updates; None: P is applied. It also receives
       ``count``, the number of the step. Static.
     after: an optax transform after P, for what must see both P and the step, such as ``dpsgd_optax.penalties``.
@@ -197,10 +203,10 @@ def scale_by_preconditioner(
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. Its ``update`` also takes
 
-    - ``refresh``: True or False chooses at trace time whether to fit, in place of the count. Then nothing runs under
-      ``lax.cond``, where a convolution is much slower on the CPU. A traced bool serves as the predicate.
-    - ``accumulating``: True says that what this call returns will be thrown away, as ``optax.MultiSteps(tx, k)`` does
-      on all steps but the k-th. Nothing is observed or fitted then. Type ``accumulating=opt_state.mini_step < k - 1``.
+    - ``refresh``: whether to fit, in place of the count. A Python bool is known at trace time: then nothing runs under
+      ``lax.cond``, where a convolution is much slower on the CPU.
+    - ``accumulating``: whether what this call returns will be thrown away, so that nothing need be observed or fitted.
+      Inside ``optax.MultiSteps(tx, k)`` type ``accumulating=opt_state.mini_step < k - 1``.
 
   Raises:
     ValueError: at construction for ``every`` below 1 or a negative ``damping``; at trace time for missing extra
@@ -208,12 +214,9 @@ def scale_by_preconditioner(
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
-    >>> tx = optax.chain(
-    ...   dpo.scale_by_preconditioner(dpo.diagonal(init_scale=0.05), dpo.newton(), every=2),
-    ...   optax.scale_by_learning_rate(0.5),
-    ... )
-    >>> loss = lambda p: jnp.sum(jnp.array([1.0, 100.0]) * p**2)
-    >>> params = jnp.ones(2)
+    >>> newton_step = dpo.scale_by_preconditioner(dpo.diagonal(init_scale=0.05), dpo.newton(), every=2)
+    >>> tx = optax.chain(newton_step, optax.scale_by_learning_rate(0.5))
+    >>> loss, params = lambda p: jnp.sum(jnp.array([1.0, 100.0]) * p**2), jnp.ones(2)
     >>> state = tx.init(params)
     >>> @jax.jit
     ... def train_step(params, state):
