@@ -53,7 +53,8 @@ def psgd(
       step at first and on one in 33 in the end. Static.
     b1: weight kept by the running mean of the gradients (debiased, as Adam's); P is fitted on the raw gradients.
       None: no momentum, and none in the state.
-    weight_decay, mask: decoupled decay and its leaves, as for ``optax.add_decayed_weights``; None: none, all. Static: mask.
+    weight_decay: decoupled, as in AdamW; None: none.
+    mask: which leaves decay, as for ``optax.add_decayed_weights``. Static.
     damping: λ ≥ 0 of the curvature: P ≤ 1/λ.
     clip: the largest root mean square of a preconditioned matrix (``Preconditioner.matrices``), whose entries are cut
       to 10 times that before; or an optax transform such as ``optax.clip_by_global_norm(1.0)``; None: no clipping.
