@@ -91,15 +91,15 @@ def check_state_layout(saved: dict[str, Any] | None, opt_state: Any) -> None:
     )
 
 
-def _path(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _version(name: str) -> str:
   try:
     return version(name)
   except PackageNotFoundError:
     return "unknown"
+
+
+def _path(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _differences(saved: dict[str, str], now: dict[str, str], shown: int = 3, what: str = "") -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a state, before anything is allocated."""
+"""Bytes of a state: in all before it is allocated, and on one device."""
 
 import math
 from typing import Any

@@ -134,7 +134,8 @@ def levenberg_marquardt(
     inner: any optax transform, ``optax.MultiSteps`` included; one that ignores ``damping`` is judged all the same.
     damping: the initial λ.
     factor: ω > 0, for each judged step. Above 1 it turns the rule round: λ grows after a good step.
-    thresholds, bounds: (lo, hi) of the ratio; λ stays between the bounds.
+    thresholds: (lo, hi), a step is poor below lo · M and good above hi · M.
+    bounds: the smallest and the largest λ.
     every: judge every ``every``-th step.
     model: (grads, step, hvp, *, rate) → M: ``half_slope``, ``newton_model``, ``quadratic_model``. Static.
     reject: zero a judged step on which the loss rose (look-ahead only), and multiply λ by ``reject_factor``.

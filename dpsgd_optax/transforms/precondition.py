@@ -184,14 +184,13 @@ def scale_by_preconditioner(
     preconditioner: how P is shaped: ``kron()``, ``diagonal()``, ``damped_kron()`` or your own. Static.
     curvature: what P is fitted on: ``whitening()``, ``newton()``, ``hessian_diagonal()``, ``layer_inputs()``. Static.
     every: fit on every ``every``-th step, the first included; or a schedule count → probability, such as
-      :func:`annealed_probability`. Nothing is drawn: the fit runs when the running sum of the probabilities passes a
-      whole number, so that the long-run rate is exact.
+      :func:`annealed_probability`: the fit runs when the running sum of the probabilities passes a whole number.
     damping: λ ≥ 0, number or schedule, given to ``fit``; what it means is the preconditioner's to say. The extra
       argument ``damping`` of ``update`` (set by ``levenberg_marquardt``) overrides it. None leaves the factors of
       ``damped_kron`` undamped; for the Lie groups it is 0.
-    momentum: an optax transform between the gradient and P. With ``optax.ema(β)`` here P is fitted on raw gradients;
-      in front, ``optax.chain(optax.ema(β), scale_by_preconditioner(…))``, on their average: then divide the learning
-      rate by √((1+β)/(1−β)).
+    momentum: an optax transform between the fit and P. With ``momentum=optax.ema(β)`` P is fitted on raw gradients and
+      applied to their average. ``optax.chain(optax.ema(β), scale_by_preconditioner(…))`` fits on the average too; then
+      divide the learning rate by √((1+β)/(1−β)).
     direction: (apply, updates, params, **extra) → preconditioned updates; None: P is applied. It also receives
       ``count``, the number of the step. Static.
     after: an optax transform after P, for what must see both P and the step, such as ``dpsgd_optax.penalties``.
