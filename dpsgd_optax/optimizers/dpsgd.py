@@ -76,9 +76,9 @@ def dpsgd(
   Raises:
     ValueError: at construction, for any argument outside its range; at trace time, for missing extra arguments.
 
-  Departure from the paper: ω, as said above. Departures from the author's code, each in favour of the paper: the ratio
-  is signed and summed over all layers, with the model of the clipped step; τ cannot freeze at its floor or run away;
-  the averages are what is applied; the step is clipped once.
+  Departure from the paper: ω, as said above. Departures from the author's code, in favour of the paper: the ratio is
+  signed and summed over all layers, with the model of the clipped step; τ cannot freeze at its floor or run away; the
+  averages are what is applied; the step is clipped once.
 
   Source: M. U. Qadeer, Damped Preconditioned Stochastic Gradient Descent (code: usmanqadeer1/DPSGD, DPSGD_2).
 

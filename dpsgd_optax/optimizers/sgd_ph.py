@@ -39,12 +39,6 @@ def _heavy_ball(b1: Any) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def _slice_depth(path: Any, leaf: jax.Array) -> int:
-  """Every axis before the channels is one of a stack of layers."""
-  del path
-  return max(jnp.ndim(leaf) - 1, 0)
-
-
 @static_arguments("where", "probe", "cycle", "signed", "bias_correction", "every", "key")
 def sgd_ph(
   learning_rate: optax.ScalarOrSchedule,
@@ -73,16 +67,14 @@ def sgd_ph(
   product at ``nnx.as_pure(params)``, and hand ``nnx.Optimizer`` the gradient as
   ``jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))``.
 
-  The multiplier of m lies in (0, τ/λ], 10 with the defaults. A channel moves faster than under SGD iff its curvature is
-  below τ c − λ. Before the first visit of a tensor the multiplier is τ (1 − μ)/λ, with the defaults 1: plain SGD.
+  The multiplier of m lies in (0, τ/λ], 10 with the defaults; before the first visit of a tensor it is τ (1 − μ)/λ, with
+  the defaults 1: plain SGD.
 
   **What the diagonal is worth.** A norm layer scales each channel alone, but its block of H is diagonal only if what
-  follows is channel-separable too: maps that act on each channel alone, and a loss that is a sum over channels. A dense
-  layer or an ordinary convolution behind it breaks that. Measure your own network with
-  :func:`dpsgd_optax.diagonality`; ``python -m benchmarks diagonality`` finds 41 to 91 % of the norm of a block off its
-  diagonal in small networks. The default probe, random signs, estimates the diagonal without bias.
-  ``probe=ones`` returns the row sums H·1, which may say little: they are zero for the bias of a softmax classifier, and
-  minus the gradient for a norm layer at γ = 1, β = 0 before ReLU, a linear map without bias and another norm layer.
+  follows is channel-separable too. A dense layer or an ordinary convolution behind it breaks that: ``python -m
+  benchmarks diagonality`` finds 41 to 91 % of the norm of a block off its diagonal in small networks. Measure your own
+  with :func:`dpsgd_optax.diagonality`. The default probe estimates the diagonal without bias; ``probe=ones`` returns
+  the row sums H·1, which are zero for the bias of a softmax classifier, and for some norm layers minus the gradient.
 
   Args:
     learning_rate: α, number or schedule.
@@ -144,7 +136,8 @@ def sgd_ph(
   check_fraction(hessian_decay, "hessian_decay")
   check_not_negative(weight_decay, "weight_decay", "Try 1e-4, or None.")
   decay = b1 if hessian_decay is None else hessian_decay
-  p = diagonal_newton(decay=decay, scale=tau, signed=signed, bias_correction=bias_correction, stacked=_slice_depth)
+  stacked = lambda path, leaf: max(jnp.ndim(leaf) - 1, 0)  # every axis before the channels is one of a stack of layers
+  p = diagonal_newton(decay=decay, scale=tau, signed=signed, bias_correction=bias_correction, stacked=stacked)
   selected_only = lambda params: selection(params, where)
   elsewhere = lambda params: jax.tree.map(lambda chosen: not chosen, selection(params, where))
   momentum, after = _heavy_ball(b1), None

@@ -11,7 +11,8 @@ import optax
 from dpsgd_optax._trees.paths import has_holes
 from dpsgd_optax.base import check_automatic
 from dpsgd_optax.curvature.observers import given_product
-from dpsgd_optax.penalties.penalty import add, check_strength, penalty, scheduled, seen
+from dpsgd_optax.penalties.penalty import add, check_strength, penalty, seen
+from dpsgd_optax.transforms._control import scheduled
 
 _OTHERWISE = ", or `hvp=hvp_finite_difference(loss, params)`, which costs one more gradient and no second derivative"
 
@@ -123,11 +124,10 @@ def sharpness_aware(
         "`optax.partition`, or type `add_gradient_norm_penalty` with `hvp=hvp(loss, params)`."
       )
     vector = seen(fitted, f"{name}(preconditioned=True)").apply(updates) if preconditioned else updates
-    length = radius
     if normalize:
       norm = jnp.sqrt(jnp.maximum(jnp.real(optax.tree.vdot(updates, vector)), 0))
-      length = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
-    moved = jax.tree.map(lambda p, v: (p + length * v).astype(jnp.result_type(p)), params, vector)
+      radius = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
+    moved = jax.tree.map(lambda p, v: (p + radius * v).astype(jnp.result_type(p)), params, vector)
     return jax.tree.map(jnp.conj, jax.grad(value_fn)(moved))
 
   return penalty(name, step, radius=radius)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd_optax.base import check_learning_rate, check_not_negative, is_static
-from dpsgd_optax.transforms._control import cast_like
+from dpsgd_optax.transforms._control import cast_like, scheduled
 from dpsgd_optax.transforms.fitted import Fitted
 
 
@@ -21,21 +21,15 @@ class PenaltyState(NamedTuple):
   count: jax.Array
 
 
-def scheduled(value: Any, count: Any) -> Any:
-  return value(count) if callable(value) else value
-
-
 def check_strength(strength: Any, name: str = "strength") -> None:
   check_not_negative(strength, name, "It is a number λ ≥ 0, or a schedule of such. Try 1e-4.")
 
 
 def penalty(name: str, step: Callable[..., Any], **numbers: Any) -> optax.GradientTransformationExtraArgs:
-  """``step(updates, params, **numbers, **extra)`` as a transform whose state is a count.
+  """``step(updates, params, **numbers, **extra)`` → updates, as a transform whose state is a count.
 
-  Args:
-    name: of the constructor, for messages.
-    step: returns the new updates.
-    numbers: none negative, each a number or a schedule; ``step`` is given the number.
+  None of the ``numbers`` may be negative; ``step`` is given those that are schedules as numbers. ``name`` is that of
+  the constructor, for messages.
   """
   for argument, number in numbers.items():
     if argument == "learning_rate":

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the constructors share (static arguments), and what their `update` functions share.
+"""What the constructors share, static arguments, and what their `update` functions share.
 
-`inject_hyperparams` reads the signature of a constructor, calls every callable argument with the step count, as a
+`optax.inject_hyperparams` reads the signature of a constructor, calls every callable argument with the step count, as a
 schedule, and traces every number. That is wrong for a mask, a model of the reduction or a size. The constructors here
-mark such arguments as static in their signature, so that `optax.inject_hyperparams(dpsgd_optax.psgd)(…)` works without
-`static_args`.
+mark these as static in their signature, so that `inject_hyperparams` needs no `static_args`.
 """
 
 import functools
@@ -41,13 +40,9 @@ def injected() -> bool:
 
 
 def static_arguments(*names: str, unless_given: tuple[str, ...] = ()) -> Callable[[Make], Make]:
-  """Marks arguments of a constructor as static: no schedules, and never traced.
+  """Marks arguments of a constructor as static; those ``unless_given`` only as long as they have their default.
 
-  The signature that ``inject_hyperparams`` binds its arguments to puts these into boxes; the constructor opens them.
-
-  Args:
-    names: of the arguments.
-    unless_given: those that are static only as long as they have their default.
+  The signature that ``inject_hyperparams`` binds its arguments to puts them into boxes; the constructor opens these.
   """
 
   class Signature(inspect.Signature):
@@ -96,6 +91,11 @@ def is_due(planned: Any, asked: Any, name: str, accumulating: Any) -> Any:
   if isinstance(due, bool) and isinstance(accumulating, bool):
     return due and not accumulating
   return jnp.logical_and(due, not accumulating if isinstance(accumulating, bool) else ~accumulating)
+
+
+def scheduled(value: Any, count: Any) -> Any:
+  """A number, or a schedule at this count."""
+  return value(count) if callable(value) else value
 
 
 def choose(predicate: bool | jax.Array, yes: Callable, no: Callable, *operands: Any) -> Any:

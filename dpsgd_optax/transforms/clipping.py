@@ -20,6 +20,7 @@ from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype, tiny
 from dpsgd_optax._trees.by_shape import map_by_shape, safe_norm
 from dpsgd_optax._trees.mesh import on_mesh
 from dpsgd_optax.base import check, check_fraction, check_learning_rate, check_not_negative
+from dpsgd_optax.transforms._control import scheduled
 
 Matrices = Callable[[Any], tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]]
 """tree -> (an array (count, *shape) for each leaf, the way back): what is clipped together, and what apart."""
@@ -82,11 +83,11 @@ def clip_spikes(
   def update(updates, state, params=None, **extra):
     del params, extra
     parts, join = cut(updates)
-    sizes = state.sizes
-    if sum(map(len, parts)) != len(sizes):
+    sizes, count = state.sizes, sum(map(len, parts))
+    if count != len(sizes):
       raise ValueError(
         "the updates must have the leaves that the params had at `init`. "
-        f"Matrices at `init`: {len(sizes)}; now: {sum(map(len, parts))}. Call `init` again for other params."
+        f"Matrices at `init`: {len(sizes)}; now: {count}. Call `init` again for other params."
       )
     if not parts:
       return updates, state
@@ -164,7 +165,7 @@ def clipped_learning_rate(
       paper's; ``jnp.inf``: no clipping.
 
   Raises:
-    ValueError: for a negative learning rate or a ``max_norm`` that is not positive.
+    ValueError: for a negative learning rate or ``max_norm``.
 
   Example:
     >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
@@ -174,20 +175,17 @@ def clipped_learning_rate(
     (Array([-0.3, -0.4], dtype=float32), 0.10000000149011612)
   """
   check_learning_rate(learning_rate)
-  if max_norm is not None:
-    check_not_negative(max_norm, "max_norm", "It bounds ‖updates‖₂. Use `jnp.inf` for no bound.")
+  check_not_negative(max_norm, "max_norm", "It bounds ‖updates‖₂. Use `jnp.inf` for no bound.")
 
   def init(params):
     return ClippedLearningRateState(jnp.zeros((), jnp.int32), jnp.zeros((), scalar_dtype(params)))
 
   def update(updates, state, params=None, **extra):
     del params, extra
-    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-    size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(updates))
-    bound = 0.1 * math.sqrt(size) if max_norm is None else max_norm
+    bound = 0.1 * math.sqrt(optax.tree.size(updates)) if max_norm is None else max_norm
     norm = safe_norm(updates)
     shortened = jnp.where(norm > bound, bound / jnp.maximum(norm, tiny(norm)), 1)
-    a = jnp.asarray(rate, norm.dtype) * shortened
+    a = jnp.asarray(scheduled(learning_rate, state.count), norm.dtype) * shortened
     scaled = jax.tree.map(lambda x: (-a * x).astype(x.dtype), updates)
     return scaled, ClippedLearningRateState(optax.safe_increment(state.count), a.astype(state.rate.dtype))
 

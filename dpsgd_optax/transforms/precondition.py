@@ -31,6 +31,7 @@ from dpsgd_optax.transforms._control import (
   compiled_once,
   is_due,
   make_key,
+  scheduled,
   split_key,
   static_arguments,
 )
@@ -242,7 +243,7 @@ def scale_by_preconditioner(
   def update(updates, state, params=None, *, refresh=None, accumulating=False, damping=damping, **extra):
     check_state(state, ScaleByPreconditionerState)
     check_automatic(updates)
-    strength = damping(state.count) if callable(damping) else damping
+    strength = scheduled(damping, state.count)
     next_key, probe_key, fit_key = split_key(state.key, generator)
     planned, debt = _fits_now(every, state)
     due = is_due(planned, refresh, "refresh", accumulating)
