@@ -151,7 +151,7 @@ def check_fraction(value: Any, name: str) -> None:
 
 
 def check_real(dtype: Any, name: str) -> None:
-  """Raises for complex parameters, of which a method would make a P that is not Hermitian."""
+  """Raises for complex parameters, of which the method ``name`` would make a P that is not Hermitian."""
   if jnp.issubdtype(dtype, jnp.complexfloating):
     raise ValueError(
       f"`{name}` is a preconditioner of real parameters, got {jnp.dtype(dtype).name}. Use `kron()` or `dense()`, or "
@@ -160,7 +160,7 @@ def check_real(dtype: Any, name: str) -> None:
 
 
 def check_automatic(tree: Any) -> None:
-  """Raises for leaves that are sharded over explicit mesh axes, whose operations JAX leaves to the user to lay out."""
+  """Raises for leaves that are sharded over explicit mesh axes, where JAX leaves every layout to the user."""
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
     spec = getattr(jax.typeof(x).sharding, "spec", ()) if isinstance(x, jax.Array) else ()
     if any(axis is not None for axis in spec):
@@ -172,10 +172,9 @@ def check_automatic(tree: Any) -> None:
 
 
 def forward_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
-  """``tx`` with an ``update`` that takes any extra argument, and hands on those that the one of ``tx`` names.
+  """``tx`` with an ``update`` that takes any extra argument, and hands on those that the one of ``tx`` takes.
 
-  The signature decides, not the type: ``optax.MultiSteps`` takes them all as a plain ``GradientTransformation``, for
-  which ``optax.with_extra_args_support`` would drop them.
+  ``optax.with_extra_args_support`` looks at the type instead, and drops all that ``optax.MultiSteps`` takes.
   """
   parameters = inspect.signature(tx.update).parameters.values()
   if any(p.kind == p.VAR_KEYWORD for p in parameters):

@@ -41,7 +41,7 @@ def diagonality(
     loss: from the params to a real scalar, or to (scalar, aux) if ``has_aux``.
     params: where the Hessian is taken.
     where: the tensors to be measured, as for :func:`dpsgd_optax.sgd_ph`; None: all. Static.
-    has_aux: whether ``loss`` returns auxiliary data beside the scalar. They are dropped.
+    has_aux: whether ``loss`` returns auxiliary data, which are dropped.
 
   Returns:
     Path → :class:`Diagonality`. A leaf with leading axes (norm layers under ``nn.scan``) has these axes in its numbers:

@@ -139,10 +139,10 @@ def split_key(key: jax.Array, generator: Any) -> tuple[jax.Array, jax.Array, jax
 
 
 def compiled_once(preconditioner: Preconditioner) -> Preconditioner:
-  """The same, for a loop without ``jit``: ``fit``, ``apply`` and ``advance`` are compiled at their first call.
+  """The same, for loops without ``jit``: ``fit``, ``apply`` and ``advance`` are compiled at their first call.
 
-  Inside ``jit``, ``vmap`` and the like the functions are called as they are. So they are under
-  ``optax.inject_hyperparams``, which builds the transform anew on every step: there it would never pay.
+  Inside ``jit`` they are called as they are; so they are under ``optax.inject_hyperparams``, which builds the transform
+  anew on every step, so that nothing compiled would be met again.
   """
   if injected():
     return preconditioner

@@ -197,8 +197,8 @@ def scale_by_preconditioner(
     after: an optax transform after P, for what must see both P and the step, such as ``dpsgd_optax.penalties``.
     before: an optax transform of the gradient that everything else sees, such as :func:`dpsgd_optax.clip_spikes`.
     key: int or PRNG key of the probes; lives in the state. Same key, same run.
-    finite_check: drop and count a fit of which anything is not finite, and skip and count a step whose gradient or
-      preconditioned gradient is not. False saves a pass over the updates.
+    finite_check: drop and count a fit, skip and count a step, in which anything is not finite. False saves a pass over
+      the updates.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. Its ``update`` also takes
