@@ -44,7 +44,8 @@ from dpsgd_optax.preconditioners.second_moment import second_moment
 from dpsgd_optax.preconditioners.xmat import xmat
 from dpsgd_optax.sharding import partition_specs, sharded
 from dpsgd_optax.transforms.clipping import clip_spikes, clipped_learning_rate
-from dpsgd_optax.transforms.levenberg_marquardt import adapt_damping, levenberg_marquardt
+from dpsgd_optax.transforms.damping_rule import adapt_damping
+from dpsgd_optax.transforms.levenberg_marquardt import levenberg_marquardt
 from dpsgd_optax.transforms.precondition import annealed_probability, scale_by_preconditioner
 from dpsgd_optax.transforms.reduction_models import half_slope, newton_model, quadratic_model
 

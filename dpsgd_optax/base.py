@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three types everything else is made of, and the checks whose messages they share.
+"""The types everything else is made of, and the checks of arguments whose messages it shares.
 
-OBSERVE   Curvature       (key, updates, params, **extra) -> observation      what to fit on
-FIT       Preconditioner  (state, observation, *, key, damping) -> state      how P is shaped
-APPLY     Preconditioner  (state, updates) -> P @ updates                     how it is used
+OBSERVE   Curvature              (key, updates, params, **extra) -> observation     what to fit on
+FIT       Preconditioner.fit     (state, observation, *, key, damping) -> state     how P is shaped
+APPLY     Preconditioner.apply   (state, updates) -> P @ updates                    how it is used
 
-Nothing else is asked of a preconditioner: not its inverse, not its eigenvalues. Three optional fields say how P^½ is
-had, which only `regularization` asks for, and one what the clipping of `psgd` takes for a matrix; optimization works
-without them.
+`scale_by_preconditioner` calls the three in this order; the first two on some steps only.
 """
 
 import inspect
@@ -23,23 +21,30 @@ Curvature = Callable[..., Any]
 
 
 class Preconditioner(NamedTuple):
-  """A symmetric positive P, as pure functions on a pytree.
+  """A symmetric positive P, as pure functions on a pytree. To write one, write ``init``, ``fit`` and ``apply``.
+
+  ``init`` is called once, ``fit`` where a fit is due, ``apply`` on every step. The state is a pytree of arrays whose
+  shapes and dtypes never change. The observation is what the chosen curvature returns: a :class:`Probe`, or from
+  ``layer_inputs()`` a :class:`LayerInputs`. :func:`dpsgd_optax.per_leaf` makes a preconditioner of a pytree from one of
+  a single array.
+
+  The other fields are optional. No optimizer needs them; they say more about P to those who ask.
 
   Attributes:
     init: ``(params) -> state``. Reads shapes and dtypes only.
     fit: ``(state, observation, *, key, damping) -> state``. Moves P towards what was observed.
-    apply: ``(state, updates) -> updates``. P @ updates, in the dtype of the updates.
-    advance: ``(state, *, damping) -> state``, or None. What ``fit`` does on a step on which nothing
-      new is observed: running averages move on and a new damping takes effect. It keeps a finite
-      state finite: after it only the updates are checked. Most preconditioners leave it None.
-    diagonal: True says that P acts entry by entry, and with it all powers of P are known.
+    apply: ``(state, updates) -> updates``. P @ updates, in the dtypes of the updates.
+    advance: ``(state, *, damping) -> state``, or None. Takes the place of ``fit`` on the steps without one: running
+      averages move on, a new damping takes effect. A finite state must stay finite: it is not checked again.
+    diagonal: True if P acts entry by entry. All its powers are then known.
     power: ``(state, updates, exponent) -> P^exponent @ updates``, symmetric, for any real exponent; or None.
     root: ``(state, updates, inverse) -> R @ updates``, or R⁻¹ @ updates if ``inverse`` (a bool), for some R with
-      R Rᵀ = P, not necessarily symmetric; or None. A preconditioner that has ``power`` needs none: R = P^½.
-    matrices: ``(updates) -> (parts, join)``, the matrices that have a P of their own, such as each layer of a stack or
-      each block: parts is a list of arrays (count, *shape), and ``join(parts)`` is the tree again; None: the leaves.
-    meaning: what names and shapes in the state do not say, such as "geometry=quad"; "": nothing. The lifts keep it in
-      the structure of the state, for :func:`dpsgd_optax.diagnostics.check_state_layout`.
+      R Rᵀ = P, not necessarily symmetric; or None. With ``power`` it is not needed: R = P^½.
+    matrices: ``(updates) -> (parts, join)``: the matrices that have a P of their own, such as the layers of a stack or
+      the blocks of a leaf, which ``psgd`` clips one by one. ``parts`` is a list of arrays (count, *shape), and
+      ``join(parts)`` the tree again. None: every leaf is one.
+    meaning: what names and shapes in the state do not tell, such as "geometry=quad"; "": nothing. It is kept in the
+      structure of the state, for :func:`dpsgd_optax.diagnostics.check_state_layout`.
 
   Example:
     A preconditioner of one number, ‖v‖ / ‖Hv‖:
@@ -70,7 +75,7 @@ class Preconditioner(NamedTuple):
 
 
 class Probe(NamedTuple):
-  """What the Lie groups are fitted on.
+  """The observation of ``whitening()``, ``newton()`` and ``hessian_diagonal()``.
 
   Attributes:
     vector: v ~ N(0, I), shaped like the params; None: v is integrated out (whitening).
@@ -79,6 +84,34 @@ class Probe(NamedTuple):
 
   vector: Any
   product: Any
+
+
+class LayerInputs(NamedTuple):
+  """The observation of ``layer_inputs()``.
+
+  Attributes:
+    records: a tree of :class:`dpsgd_optax.LayerRecord`, or of arrays (*rows, inputs).
+    like: the updates; only their structure and shapes are used.
+  """
+
+  records: Any
+  like: Any
+
+
+class Product:
+  """A product v ↦ C v at fixed parameters: a function that also knows where it was taken.
+
+  Inside ``optax.partition`` a transform sees params with holes, and takes the missing ones from here.
+
+  Attributes:
+    params: θ, in full; None if it is not known.
+  """
+
+  def __init__(self, product: Callable[[Any], Any], params: Any = None):
+    self._product, self.params = product, params
+
+  def __call__(self, vector: Any) -> Any:
+    return self._product(vector)
 
 
 def is_static(value: Any) -> bool:
@@ -93,13 +126,8 @@ def check(ok: Callable[[Any], bool], value: Any, name: str, needed: str, hint: s
 
 
 def check_step_size(value: Any, name: str = "step_size") -> None:
-  check(
-    lambda x: 0 < x <= 1,
-    value,
-    name,
-    "in (0, 1]",
-    "It bounds the relative change of the factors per fit; a larger one could make P singular. Try 0.1.",
-  )
+  hint = "It bounds the relative change of the factors per fit; a larger one could make P singular. Try 0.1."
+  check(lambda x: 0 < x <= 1, value, name, "in (0, 1]", hint)
 
 
 def check_period(value: Any, name: str) -> None:
@@ -109,13 +137,8 @@ def check_period(value: Any, name: str) -> None:
 
 
 def check_learning_rate(value: Any) -> None:
-  check(
-    lambda x: x >= 0,
-    value,
-    "learning_rate",
-    "a schedule or a number that is not negative",
-    "The sign is flipped inside: `learning_rate=0.1` descends.",
-  )
+  hint = "The sign is flipped inside: `learning_rate=0.1` descends."
+  check(lambda x: x >= 0, value, "learning_rate", "a schedule or a number that is not negative", hint)
 
 
 def check_not_negative(value: Any, name: str, hint: str) -> None:
@@ -123,21 +146,23 @@ def check_not_negative(value: Any, name: str, hint: str) -> None:
 
 
 def check_fraction(value: Any, name: str) -> None:
-  check(
-    lambda x: 0 <= x < 1,
-    value,
-    name,
-    "in [0, 1)",
-    "It is the weight kept of the old value; 1 would never take anything new in. Try 0.9, or None to switch it off.",
-  )
+  hint = "It is the weight kept of the old value; 1 would never take anything new in. Try 0.9, or None for none."
+  check(lambda x: 0 <= x < 1, value, name, "in [0, 1)", hint)
+
+
+def check_real(dtype: Any, name: str) -> None:
+  """Raises for complex parameters, of which the method ``name`` would make a P that is not Hermitian."""
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    raise ValueError(
+      f"`{name}` is a preconditioner of real parameters, got {jnp.dtype(dtype).name}. Use `kron()` or `dense()`, or "
+      "wrap the optimizer in `optax.contrib.split_real_and_imaginary`."
+    )
 
 
 def check_automatic(tree: Any) -> None:
-  """Raises for leaves that are sharded over explicit mesh axes, whose operations JAX leaves to the user to lay out."""
+  """Raises for leaves that are sharded over explicit mesh axes, where JAX leaves every layout to the user."""
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    if not isinstance(x, jax.Array):
-      continue
-    spec = getattr(jax.typeof(x).sharding, "spec", ())
+    spec = getattr(jax.typeof(x).sharding, "spec", ()) if isinstance(x, jax.Array) else ()
     if any(axis is not None for axis in spec):
       raise ValueError(
         f"this transform mixes the entries of a leaf, but {jax.tree_util.keystr(path) or 'the params'} is sharded "
@@ -147,10 +172,9 @@ def check_automatic(tree: Any) -> None:
 
 
 def forward_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
-  """``tx``, given the extra arguments that its ``update`` takes, whatever type it has.
+  """``tx`` with an ``update`` that takes any extra argument, and hands on those that the one of ``tx`` takes.
 
-  The transform of ``optax.MultiSteps`` is a plain ``GradientTransformation`` that takes them all the same, and
-  ``optax.with_extra_args_support`` drops them: here the signature of ``update`` decides.
+  ``optax.with_extra_args_support`` looks at the type instead, and drops all that ``optax.MultiSteps`` takes.
   """
   parameters = inspect.signature(tx.update).parameters.values()
   if any(p.kind == p.VAR_KEYWORD for p in parameters):
@@ -161,36 +185,3 @@ def forward_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     return tx.update(updates, state, params, **{k: v for k, v in extra.items() if k in names})
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def check_real(dtype: Any, name: str) -> None:
-  """Raises for complex parameters, of which a method would make a P that is not Hermitian."""
-  if jnp.issubdtype(dtype, jnp.complexfloating):
-    raise ValueError(
-      f"`{name}` is a preconditioner of real parameters, got {jnp.dtype(dtype).name}. Use `kron()` or `dense()`, or "
-      "wrap the optimizer in `optax.contrib.split_real_and_imaginary`."
-    )
-
-
-class Observation(NamedTuple):
-  """What ``layer_inputs()`` observes: the records, and the updates for their structure and shapes."""
-
-  records: Any
-  like: Any
-
-
-class Product:
-  """v ↦ C v at fixed parameters: a function, that also knows where it was taken.
-
-  Inside ``optax.partition`` a transform is shown params with holes. Whoever needs the others there, to evaluate the
-  loss, finds them here.
-
-  Attributes:
-    params: θ, in full; None if it is not known.
-  """
-
-  def __init__(self, product: Callable[[Any], Any], params: Any = None):
-    self._product, self.params = product, params
-
-  def __call__(self, vector: Any) -> Any:
-    return self._product(vector)

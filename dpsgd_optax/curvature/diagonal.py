@@ -13,7 +13,7 @@ from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax._trees.paths import names, with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Curvature
-from dpsgd_optax.curvature.observers import _given_product
+from dpsgd_optax.curvature.observers import given_product
 from dpsgd_optax.probes import Cycle, DiagonalProbe, rademacher
 
 
@@ -92,7 +92,7 @@ def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, 
 
   def observe(key, updates, params, *, hvp=None, value_fn=None, value=None, fits=0, **extra):
     del extra
-    product = _given_product("hessian_diagonal()", params, hvp, value_fn, value)
+    product = given_product("hessian_diagonal()", params, hvp, value_fn, value)
     chosen = with_holes(updates, selection(updates, where))
     return probe(key, product, active_tensors(chosen, cycle, fits), cycle is not False)
 

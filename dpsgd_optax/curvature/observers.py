@@ -17,7 +17,7 @@ import jax
 
 from dpsgd_optax._trees.draws import normal_like
 from dpsgd_optax._trees.paths import has_holes
-from dpsgd_optax.base import Curvature, Observation, Probe, Product
+from dpsgd_optax.base import Curvature, LayerInputs, Probe, Product
 from dpsgd_optax.curvature.products import hvp as hessian_product
 
 
@@ -50,12 +50,12 @@ _TRAIN_STATE = (
 )
 
 
-def _given_product(name: str, params: Any, hvp: Any, value_fn: Any, value: Any, otherwise: str = "") -> Product:
+def given_product(name: str, params: Any, hvp: Any, value_fn: Any, value: Any, otherwise: str = "") -> Product:
   """v ↦ Hv from the extra arguments, its structure checked where it is used."""
   if hvp is None and value_fn is None:
     came = "received `value`, but no `hvp`" if value is not None else "received no `hvp`"
     raise ValueError(
-      f"`{name}` fits on Hessian-vector products, but `update` {came}. Pass `hvp=hvp(loss, params)`{otherwise}. "
+      f"`{name}` needs Hessian-vector products, but `update` {came}. Pass `hvp=hvp(loss, params)`{otherwise}. "
       f"{_TRAIN_STATE.format('hvp=…')}."
     )
   if hvp is None:
@@ -113,7 +113,7 @@ def newton() -> Curvature:
       ", or use `whitening()`, which needs no Hessian: `dpsgd(lr, curvature=whitening())` works in loops that pass "
       "only `value`, `psgd(lr)` in all"
     )
-    hvp = _given_product("newton()", params, hvp, value_fn, value, otherwise)
+    hvp = given_product("newton()", params, hvp, value_fn, value, otherwise)
     vector = normal_like(key, updates)
     return Probe(vector, hvp(vector))
 
@@ -151,6 +151,6 @@ def layer_inputs() -> Curvature:
         "`capture(loss)` (any JAX code: Equinox, Haiku) beside the gradient, and pass `layer_inputs=inputs`; or use "
         f"`whitening()`, which needs only the gradient. {_TRAIN_STATE.format('layer_inputs=inputs')}."
       )
-    return Observation(layer_inputs, updates)
+    return LayerInputs(layer_inputs, updates)
 
   return observe

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A label to keep beside a saved optimizer state, so that an old one either loads or says why it does not.
 
-The states are plain pytrees of arrays, the PRNG key being raw data (uint32); Orbax saves and restores them as they are.
-What it cannot know is whether two states of one shape mean the same. ``STATE_VERSION`` counts the changes of layout or
-of meaning, and the state itself names its geometry and form (``LiftState.meaning``).
+The states are plain pytrees of arrays, which Orbax saves and restores as they are. What it cannot know is whether two
+states of one shape mean the same. ``STATE_VERSION`` counts the changes of layout or of meaning, and the state itself
+names its geometry and form (``LiftState.meaning``).
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -15,12 +15,13 @@ from dpsgd_optax.preconditioners._lift import LiftState
 
 STATE_VERSION = 2
 """Raised by one whenever a field of a state of this package is added, removed, renamed or takes another meaning."""
+
 CHANGES = {
   2: "the PRNG key is raw data (uint32) in place of a typed key; `dropped`, `idle` and `before` are new; "
   '`levenberg_marquardt` says "not yet" with 0 and the largest number in place of NaN; the preconditioners name their '
   "geometry"
 }
-"""What is otherwise since the version before."""
+"""What each version changed."""
 
 
 def state_layout(opt_state: Any) -> dict[str, Any]:
@@ -51,7 +52,8 @@ def state_layout(opt_state: Any) -> dict[str, Any]:
   is_lift = lambda x: isinstance(x, LiftState)
   lifts = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_lift) if is_lift(x)]
   meaning = {_path(path): ", ".join(x.meaning) for path, x in lifts if x.meaning}
-  return {"state_version": STATE_VERSION, "versions": _versions(), "leaves": found, "meaning": meaning}
+  versions = {name: _version(name) for name in ("dpsgd_optax", "optax", "jax")}
+  return {"state_version": STATE_VERSION, "versions": versions, "leaves": found, "meaning": meaning}
 
 
 def check_state_layout(saved: dict[str, Any] | None, opt_state: Any) -> None:
@@ -59,7 +61,7 @@ def check_state_layout(saved: dict[str, Any] | None, opt_state: Any) -> None:
 
   Args:
     saved: what :func:`state_layout` returned when the state was saved; None if nothing was kept.
-    opt_state: what it shall be restored into, from ``tx.init(params)`` or ``jax.eval_shape(tx.init, params)``.
+    opt_state: what it shall be restored into, as for :func:`state_layout`.
 
   Raises:
     ValueError: if the layout is unknown or another; the message names the first leaves that differ, the versions
@@ -89,19 +91,15 @@ def check_state_layout(saved: dict[str, Any] | None, opt_state: Any) -> None:
     )
 
 
+def _version(name: str) -> str:
+  try:
+    return version(name)
+  except PackageNotFoundError:
+    return "unknown"
+
+
 def _path(path: Any) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _versions() -> dict[str, str]:
-
-  found = {}
-  for name in ("dpsgd_optax", "optax", "jax"):
-    try:
-      found[name] = version(name)
-    except PackageNotFoundError:
-      found[name] = "unknown"
-  return found
 
 
 def _differences(saved: dict[str, str], now: dict[str, str], shown: int = 3, what: str = "") -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a state, before anything is allocated."""
+"""Bytes of a state: in all before it is allocated, and on one device."""
 
 import math
 from typing import Any
@@ -17,9 +17,8 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     >>> dpo.state_bytes(optax.adam(1e-3), jnp.zeros(1000))
     8004
   """
-  shapes = jax.eval_shape(tx.init, params)
-  data = lambda x: jax.eval_shape(jax.random.key_data, x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in map(data, jax.tree.leaves(shapes)))
+  shapes = jax.eval_shape(lambda params: _raw(tx.init(params)), params)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -30,5 +29,10 @@ def bytes_per_device(tree: Any) -> int:
     >>> dpo.diagnostics.bytes_per_device({"w": jnp.zeros((3, 4))})
     48
   """
-  data = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in map(data, jax.tree.leaves(tree)))
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(_raw(tree)))
+
+
+def _raw(tree: Any) -> Any:
+  """Typed PRNG keys as the numbers they hold."""
+  typed = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return jax.tree.map(lambda x: jax.random.key_data(x) if typed(x) else x, tree)

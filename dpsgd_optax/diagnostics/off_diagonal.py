@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How diagonal the Hessian of a network is in its 1-D parameters: measured, where a theorem does not say."""
+"""How diagonal the Hessian of a network is in its 1-D parameters, measured.
+
+Notation
+  H, d    one block of the Hessian, between the C entries of one tensor, and its diagonal
+  1       the vector of ones
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +18,10 @@ from dpsgd_optax.curvature.products import hvp
 
 
 class Diagonality(NamedTuple):
-  """Of one block H of the Hessian, with diagonal d.
-
-  Attributes:
-    share: (), ‖H − diag d‖ / ‖H‖ (Frobenius), in [0, 1]: 0 for a diagonal block.
-    error: (), ‖H·1 − d‖ / ‖d‖: how wrong the row sums are in place of the diagonal.
-    negative: (), the share of negative entries in d.
+  """Attributes:
+  share: (), ‖H − diag d‖ / ‖H‖ (Frobenius), in [0, 1]: 0 for a diagonal block.
+  error: (), ‖H·1 − d‖ / ‖d‖: how wrong the row sums are in place of the diagonal.
+  negative: (), the share of negative entries in d.
   """
 
   share: jax.Array
@@ -31,14 +34,14 @@ def diagonality(
 ) -> dict[str, Diagonality]:
   """The off-diagonal share of each tensor's own block of the Hessian: what SGD-PH takes for zero.
 
-  The loss is that of training: in train mode, on one batch. One product for each channel, batched, and a block as a
-  dense matrix: for norm layers, not for kernels. Jit it, or call it as it is.
+  Meant for norm layers, not for kernels: it takes a product for each entry, batched, and holds a block as a dense
+  matrix. The loss is that of training: in train mode, on one batch. May be jitted.
 
   Args:
     loss: from the params to a real scalar, or to (scalar, aux) if ``has_aux``.
     params: where the Hessian is taken.
     where: the tensors to be measured, as for :func:`dpsgd_optax.sgd_ph`; None: all. Static.
-    has_aux: whether ``loss`` returns auxiliary data beside the scalar. They are dropped.
+    has_aux: whether ``loss`` returns auxiliary data, which are dropped.
 
   Returns:
     Path → :class:`Diagonality`. A leaf with leading axes (norm layers under ``nn.scan``) has these axes in its numbers:
@@ -56,13 +59,9 @@ def diagonality(
   """
   chosen = with_holes(params, selection(params, where))
   leaves, treedef = jax.tree.flatten(chosen)
-  paths = jax.tree_util.tree_leaves_with_path(chosen)
-
-  def loss_of(i):
-    return lambda leaf: loss(fill_holes(treedef.unflatten([*leaves[:i], leaf, *leaves[i + 1 :]]), params))
-
+  loss_of = lambda i: lambda x: loss(fill_holes(treedef.unflatten([*leaves[:i], x, *leaves[i + 1 :]]), params))
   found = {}
-  for i, (path, x) in enumerate(paths):
+  for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(chosen)):
     x = jnp.asarray(x)
     if x.size:
       found["/".join(names(path))] = _measured(_blocks(hvp(loss_of(i), x, has_aux), x))
@@ -80,12 +79,8 @@ def _blocks(product: Callable, x: jax.Array) -> jax.Array:
 
 def _measured(block: jax.Array) -> Diagonality:
   d = jnp.diagonal(block, axis1=-2, axis2=-1)
-  eye = jnp.expand_dims(jnp.eye(d.shape[-1], dtype=d.dtype), tuple(range(d.ndim - 1)))
-  off = block - d[..., None] * eye
-
-  def ratio(a, b):
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.where(a > 0, jnp.inf, 0))
-
+  off = block - d[..., None] * jnp.eye(d.shape[-1], dtype=d.dtype)
+  ratio = lambda a, b: jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.where(a > 0, jnp.inf, 0))
   norm = lambda y: jnp.sqrt(jnp.sum(y**2, (-2, -1)))
   error = jnp.linalg.norm(jnp.sum(off, -1), axis=-1)
   return Diagonality(ratio(norm(off), norm(block)), ratio(error, jnp.linalg.norm(d, axis=-1)), jnp.mean(d < 0, -1))

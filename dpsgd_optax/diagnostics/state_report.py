@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an optimizer state has to say, as a flat dict of scalars for any logger.
 
+Two tables say what is read: READERS, the numbers of each state, and ENDS, the extremes of the diagonal of P.
+
 Notation
   P       the preconditioner; p_ii its diagonal, over all leaves
   g, u    gradient and update
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax._trees.by_shape import safe_norm
 from dpsgd_optax.geometry.structured import Arrow
 from dpsgd_optax.preconditioners._factors import KronState
@@ -35,24 +38,26 @@ Scalars = dict[str, jax.Array]
 def report(opt_state: Any, updates: Any = None, grads: Any = None) -> Scalars:
   """Every number worth logging, from a state of any depth: ``chain``, ``partition``, ``MultiSteps``, and so on.
 
-  From ``scale_by_preconditioner``: ``steps``, ``fits``, ``skipped``, ``dropped``, and of P ``p_smallest``,
-  ``p_largest`` (extreme entries of its diagonal) and their quotient ``p_condition``, a lower bound of its condition
-  number. From ``levenberg_marquardt``: ``damping``, ``ratio``, ``actual``, ``predicted``, ``rejected``. From
-  ``clip_spikes``: ``clipped``; from ``clipped_learning_rate``: ``rate``. From the arguments: ``update_norm``,
-  ``grad_norm``, ``cosine``.
+  | part of the optimizer         | numbers                                                                       |
+  |-------------------------------|-------------------------------------------------------------------------------|
+  | ``scale_by_preconditioner``   | ``steps``, ``fits``, ``skipped``, ``dropped``                                 |
+  | its P, if the state shows it  | ``p_smallest``, ``p_largest``, the extreme p_ii; their quotient ``p_condition`` |
+  | ``levenberg_marquardt``       | ``damping``, ``ratio``, ``actual``, ``predicted``, ``rejected``               |
+  | ``clip_spikes``               | ``clipped``                                                                   |
+  | ``clipped_learning_rate``     | ``rate``                                                                      |
+  | the arguments                 | ``update_norm``, ``grad_norm``, ``cosine`` of −u and g; 1 is steepest descent |
 
   Two parts of one kind, as under ``optax.partition``, are told apart by where they stand: ``kernel/fits``.
 
   Args:
-    opt_state: the state of any optax transform; what has no number of ours in it adds nothing.
-    updates: what ``update`` returned, as they are added to the params; None: no norm, no cosine.
-    grads: the gradient of the same step, same structure; None: likewise.
+    opt_state: the state of any optax transform; states of other packages add nothing.
+    updates, grads: u, what ``update`` returned, and g of the same step; without one of them there is no cosine.
 
   Returns:
     A flat dict of scalars, its keys known at trace time, so that it may be returned from ``jit`` or stacked by
-    ``scan``. The extremes of P are there for ``diagonal``, the Kronecker family, ``lra`` and ``xmat``; the states of
-    other preconditioners do not show the diagonal of P, and leaves of theirs are left out. ``cosine`` is that of −u
-    and g: 1 is steepest descent, below 0 the step goes uphill; 0 where either is zero.
+    ``scan``. P is shown by ``diagonal``, the Kronecker family, ``lra`` and ``xmat``; the leaves of other
+    preconditioners are left out. ``p_condition`` is a lower bound of the condition number. ``cosine`` is 0 where u or g
+    is zero.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
@@ -74,7 +79,7 @@ def report(opt_state: Any, updates: Any = None, grads: Any = None) -> Scalars:
   if grads is not None:
     found["grad_norm"] = safe_norm(grads)
   if updates is not None and grads is not None:
-    found["cosine"] = _cosine(jax.tree.map(jnp.negative, updates), grads)
+    found["cosine"] = -jnp.real(optax.tree.vdot(_unit(updates), _unit(grads)))
   return found
 
 
@@ -89,16 +94,11 @@ def _parts(tree: Any, kind: type) -> dict[str, Any]:
   return {name(path): x for path, x in found}
 
 
-def _cosine(a: Any, b: Any) -> jax.Array:
-  """Re⟨a, b⟩ / (‖a‖ ‖b‖), each scaled to length 1 first; 0 where one of them is zero."""
-
-  def unit(tree):
-    norm = safe_norm(tree)
-    return jax.tree.map(
-      lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) / jnp.where(norm > 0, norm, 1), tree
-    )
-
-  return jnp.real(optax.tree.vdot(unit(a), unit(b)))
+def _unit(tree: Any) -> Any:
+  """tree / ‖tree‖; zero where it is zero."""
+  norm = safe_norm(tree)
+  norm = jnp.where(norm > 0, norm, 1)
+  return jax.tree.map(lambda x: x.astype(working_dtype(x.dtype)) / norm, tree)
 
 
 def _ends(diagonal: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,18 +110,19 @@ def _factor_ends(p: Any) -> tuple[jax.Array, jax.Array]:
   return _ends(p.diagonal if isinstance(p, Arrow) else p if p.ndim == 1 else jnp.diagonal(p))
 
 
-def _kron_ends(state: KronState) -> tuple[jax.Array, jax.Array]:
-  """The diagonal of a Kronecker product is the product of the diagonals."""
-  low, high = zip(*map(_factor_ends, state.p), strict=True)
-  return jnp.prod(jnp.stack(low)), jnp.prod(jnp.stack(high))
+def _kron_ends(factors: Any, shifts: Any = None) -> tuple[jax.Array, jax.Array]:
+  """Of a Kronecker product of factors p_i + s_i: its diagonal is the product of the diagonals."""
+  ends = jnp.stack([jnp.stack(_factor_ends(p)) for p in factors])
+  ends = ends if shifts is None else ends + jnp.stack(shifts)[:, None]
+  return tuple(jnp.prod(ends, axis=0))
 
 
 def _damped_kron_ends(state: DampedKronState) -> tuple[jax.Array, jax.Array]:
   """(Pbar_L + s_L) (Pbar_R + s_R) + c."""
   *shifts, c = state.shifts
   factors = state.kron.p if state.average is None else state.average
-  low, high = zip(*((a + s, b + s) for (a, b), s in zip(map(_factor_ends, factors), shifts, strict=True)), strict=True)
-  return jnp.prod(jnp.stack(low)) + c, jnp.prod(jnp.stack(high)) + c
+  low, high = _kron_ends(factors, shifts)
+  return low + c, high + c
 
 
 def _lra_ends(state: LRAState) -> tuple[jax.Array, jax.Array]:
@@ -133,7 +134,7 @@ def _lra_ends(state: LRAState) -> tuple[jax.Array, jax.Array]:
 
 ENDS: dict[type, Callable[[Any], tuple[jax.Array, jax.Array]]] = {
   DiagonalState: lambda state: _ends(state.q**2),
-  KronState: _kron_ends,
+  KronState: lambda state: _kron_ends(state.p),
   DampedKronState: _damped_kron_ends,
   LRAState: _lra_ends,
   XMatState: lambda state: _ends(state.a**2 + state.b[::-1] ** 2),
@@ -142,9 +143,8 @@ ENDS: dict[type, Callable[[Any], tuple[jax.Array, jax.Array]]] = {
 
 
 def _preconditioner(state: ScaleByPreconditionerState) -> Scalars:
-  numbers = {"steps": state.count, "fits": state.fits, "skipped": state.skipped}
-  if state.dropped is not None:
-    numbers["dropped"] = state.dropped
+  numbers = {"steps": state.count, "fits": state.fits, "skipped": state.skipped, "dropped": state.dropped}
+  numbers = {name: number for name, number in numbers.items() if number is not None}
   lifted = state.preconditioner
   buckets = lifted.buckets.values() if isinstance(lifted, LiftState) and isinstance(lifted.buckets, dict) else ()
   ends = [jax.vmap(ENDS[type(bucket)])(bucket) for bucket in buckets if type(bucket) in ENDS]

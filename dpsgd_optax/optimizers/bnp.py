@@ -11,8 +11,7 @@ from dpsgd_optax.curvature.observers import layer_inputs
 from dpsgd_optax.layers.find import without_embeddings
 from dpsgd_optax.optimizers._fallback import with_fallback
 from dpsgd_optax.preconditioners.batch_norm import batch_norm, expected_scale
-from dpsgd_optax.transforms._control import keep_dtype
-from dpsgd_optax.transforms.injection import static_arguments
+from dpsgd_optax.transforms._control import keep_dtype, static_arguments
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
 

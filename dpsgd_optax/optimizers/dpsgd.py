@@ -9,8 +9,8 @@ import optax
 from dpsgd_optax.base import Curvature, Preconditioner, check_not_negative, check_period, is_static
 from dpsgd_optax.curvature.observers import newton
 from dpsgd_optax.preconditioners.damped_kron import damped_kron
+from dpsgd_optax.transforms._control import static_arguments
 from dpsgd_optax.transforms.clipping import clipped_learning_rate
-from dpsgd_optax.transforms.injection import static_arguments
 from dpsgd_optax.transforms.levenberg_marquardt import levenberg_marquardt
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 from dpsgd_optax.transforms.reduction_models import newton_model
@@ -36,7 +36,7 @@ def dpsgd(
 ) -> optax.GradientTransformationExtraArgs:
   """Damped preconditioned SGD (not differentially private SGD): PSGD with damped, averaged Kronecker factors.
 
-  Per step, for each weight matrix (names as in specs of the paper; T1 = ``every``, T2 = ``judge_every``):
+  Per step, for each weight matrix (names as in the paper; T1 = ``every``, T2 = ``judge_every``):
 
     1. every T1 steps: V ~ N(0, I), HV; Q_L, Q_R move on (V, HV)                                (Eq. 49)
     2. Pbar ← β_t Pbar + (1 − β_t) QᵀQ,  β_t = min(t/(t+1), β)                                  (Eq. 47)
@@ -45,36 +45,29 @@ def dpsgd(
     5. every T2 steps: M = a (1 − a/2) Σ⟨G, U⟩, and τ ← ω τ where J(θ) − J(θ′) > ¾ M, τ ← τ/ω where it is < ¼ M,
        kept in [η, τ_max]                                                                       (Eqs. 29 to 33)
 
-  Here ω > 1: τ shrinks after a poor step. The paper has ω = (19/20)^T2 < 1, the rule of Levenberg and Marquardt, whose
-  damping shortens the step; but more τ is a *longer* step, so that τ then climbs to its ceiling just where steps are
-  poor, and stays there. In the setting of the paper this does no harm on LeNet-5 and digits, but on the addition RNN
-  the target is reached on one seed of three, with the rule turned round on all of them; the README has the figures.
-  ``factor=(19 / 20) ** judge_every`` is the paper's.
+  τ damps the *factors*: more of it makes the step longer and more gradient-like. (Damping the *curvature*, as
+  ``levenberg_marquardt(psgd(…, curvature=newton()))`` does, makes it shorter.) So ω > 1 here: a poor step lowers τ.
+  The paper has ω = (19/20)^T2 < 1, type ``factor=(19 / 20) ** judge_every``. A poor step then raises τ, which lengthens
+  the next one, until τ stands at its ceiling; on the addition RNN this misses the target on some seeds (see README).
 
-  Two dampings exist. This τ damps the *factors*: more of it makes the step longer and more gradient-like. (Damping the
-  *curvature*, as ``levenberg_marquardt(psgd(…, curvature=newton()))`` does, makes it shorter.)
-
-  ``update(grads, state, params, value=loss_value, value_fn=loss, hvp=hvp(loss, params))``. ``hvp`` may be left out: it
-  is then made from ``value_fn``; ``value_fn`` may be left out: steps are then judged by the ``value`` of the next call.
-  ``refresh`` and ``judge``: static overrides of T1 and T2 for a host loop (see ``training.host_cadence``). Under
-  ``pmap`` and ``shard_map`` wrap the optimizer in :func:`dpsgd_optax.data_parallel`.
+  ``update(grads, state, params, value=loss_value, value_fn=loss, hvp=hvp(loss, params))``. Without ``hvp`` the product
+  is made from ``value_fn``; without ``value_fn`` a step is judged by the ``value`` of the next call. ``refresh`` and
+  ``judge`` override T1 and T2 from a host loop (see ``training.host_cadence``). Under ``pmap`` and ``shard_map`` wrap
+  the optimizer in :func:`dpsgd_optax.data_parallel`.
 
   Args:
     learning_rate: α, number or schedule.
-    preconditioner: ``damped_kron()`` if None: how the factors move, are averaged (β), damped (η, Eq. 36 or 46) and laid
-      out are its arguments. Static.
+    preconditioner: None: :func:`dpsgd_optax.damped_kron`, whose arguments say how the factors move, are averaged (β),
+      damped (η, Eq. 36 or 46) and laid out. Static.
     curvature: what the factors are fitted on; ``newton()`` if None. Static.
-    every: T1, the period of the fits.
-    max_update_norm: ν, the largest norm of U; None: 0.1 √N, N the number of parameters; ``jnp.inf``: no clipping.
-    key: int or PRNG key of the probes.
+    every, key: T1, and the key of the probes: see :func:`dpsgd_optax.scale_by_preconditioner`.
+    max_update_norm: ν, the largest norm of U, as ``max_norm`` of :func:`dpsgd_optax.clipped_learning_rate`.
     judge_every: T2, the period of the Levenberg-Marquardt rule.
     damping: τ_0; None: the factors are not damped, nothing is judged, and the optimizer is (averaged) PSGD.
     factor: ω; None: (20/19)^T2.
-    bounds: the least and the largest τ; None: 1e-5, which is η, and τ_0. With ``factor`` < 1 a larger ceiling
-      can run away: more damping lengthens the step, which worsens the ratio, which raises the damping.
-    model: predicted reduction: ``newton_model`` (the paper's, for the step really taken), ``half_slope``,
-      ``quadratic_model``.
-    reject: zero a judged step on which the loss rose, and turn τ down.
+    bounds: the least and the largest τ; None: 1e-5, which is η, and τ_0. With ``factor`` < 1 a larger ceiling can run
+      away: more damping lengthens the step, which worsens the ratio, which raises the damping.
+    model, reject: see :func:`dpsgd_optax.levenberg_marquardt`; a rejected step turns τ down.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`. ``damping`` (τ), ``ratio``, ``predicted``,
@@ -83,9 +76,9 @@ def dpsgd(
   Raises:
     ValueError: at construction, for any argument outside its range; at trace time, for missing extra arguments.
 
-  Departure from the paper: ω, as said above. Departures from the author's code, each in favour of the paper: the ratio
-  is signed and summed over all layers, with the model of the clipped step; τ cannot freeze at its floor or run away;
-  the averages are what is applied; the step is clipped once.
+  Departure from the paper: ω, as said above. Departures from the author's code, in favour of the paper: the ratio is
+  signed and summed over all layers, with the model of the clipped step; τ cannot freeze at its floor or run away; the
+  averages are what is applied; the step is clipped once.
 
   Source: M. U. Qadeer, Damped Preconditioned Stochastic Gradient Descent (code: usmanqadeer1/DPSGD, DPSGD_2).
 
@@ -118,7 +111,7 @@ def dpsgd(
     clipped_learning_rate(learning_rate, max_update_norm),
   )
   if damping is None:
-    return optax.with_extra_args_support(inner)
+    return inner
   least = min(1e-5, damping) if is_static(damping) else 1e-5
   return levenberg_marquardt(
     inner,

@@ -12,8 +12,7 @@ from dpsgd_optax.optimizers._fallback import with_fallback
 from dpsgd_optax.preconditioners._from_outputs import check_from_outputs, fitted_always, step_from_outputs
 from dpsgd_optax.preconditioners._per_layer import per_layer
 from dpsgd_optax.preconditioners.least_squares import least_squares_method
-from dpsgd_optax.transforms._control import keep_dtype
-from dpsgd_optax.transforms.injection import static_arguments
+from dpsgd_optax.transforms._control import keep_dtype, static_arguments
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ready-made optimizers: chains of the parts, nothing new."""
+"""Preconditioned SGD: spike guard → momentum → P → clipping → weight decay → learning rate, a chain of the parts."""
 
 from typing import Any
 
@@ -17,9 +17,8 @@ from dpsgd_optax.base import (
 )
 from dpsgd_optax.curvature.observers import whitening
 from dpsgd_optax.preconditioners.kron import kron
-from dpsgd_optax.transforms._control import keep_dtype
+from dpsgd_optax.transforms._control import keep_dtype, static_arguments
 from dpsgd_optax.transforms.clipping import clip_matrices, clip_spikes
-from dpsgd_optax.transforms.injection import static_arguments
 from dpsgd_optax.transforms.precondition import annealed_probability, scale_by_preconditioner
 
 
@@ -42,27 +41,23 @@ def psgd(
 
   updates = −learning_rate · (clip(P m) + weight_decay · θ), m the gradient or its running mean, P fitted to gradients.
 
-  The preconditioned gradient has entries of the order of 1, as Adam's has, so Adam's learning rate, or a third of it,
-  is where to start. With ``newton()`` it is a Newton step, with rates of 0.02 to 0.1; each matrix is clipped to a root
-  mean square of 2, which at 0.1 may still move every weight of a young ReLU network by 0.2 and stop it for good, as on
-  LeNet-5 (benchmarks/results/lenet-trial.json).
+  The preconditioned gradient has entries of the order of 1, as Adam's has: start with Adam's learning rate or a third
+  of it. With ``newton()`` it is a Newton step; start with rates of 0.02 to 0.1. The clipping bounds what a step can do:
+  with a rate of 0.1 and ``clip=2`` no matrix moves by more than 0.2 in root mean square.
 
   Args:
     learning_rate: number or schedule.
     preconditioner: ``kron()`` if None. Static.
     curvature: ``whitening()`` if None; ``newton()`` needs ``hvp=`` in ``update``. Static.
-    every: fit on every ``every``-th step, or a schedule count → probability; None: ``annealed_probability()``, every
-      step at first and one in 33 in the end. Static under ``optax.inject_hyperparams`` if it is a schedule. Of the
-      schedules of ``python -m benchmarks defaults`` those that fit seldom from the start end higher at equal steps.
+    every, key: as for :func:`dpsgd_optax.scale_by_preconditioner`. ``every=None``: ``annealed_probability()``, on every
+      step at first and on one in 33 in the end. Static.
     b1: weight kept by the running mean of the gradients (debiased, as Adam's); P is fitted on the raw gradients.
       None: no momentum, and none in the state.
     weight_decay: decoupled, as in AdamW; None: none.
-    damping: λ ≥ 0 of the curvature: P ≤ 1/λ.
-    key: int or PRNG key of the probes. Static.
     mask: which leaves decay, as for ``optax.add_decayed_weights``. Static.
-    clip: the largest root mean square of a preconditioned matrix (of each layer of a stack, of each block, if the
-      preconditioner has such), whose entries are cut to 10 times that before; or an optax transform in its place, such
-      as ``optax.clip_by_global_norm(1.0)``; None: no clipping.
+    damping: λ ≥ 0 of the curvature: P ≤ 1/λ.
+    clip: the largest root mean square of a preconditioned matrix (``Preconditioner.matrices``), whose entries are cut
+      to 10 times that before; or an optax transform such as ``optax.clip_by_global_norm(1.0)``; None: no clipping.
     max_jump: a gradient longer than so many times the running mean of the lengths is shortened before momentum and fit
       see it (:func:`dpsgd_optax.clip_spikes`); None: never.
 
@@ -95,23 +90,21 @@ def psgd(
   check_learning_rate(learning_rate)
   check_not_negative(weight_decay, "weight_decay", "Try 1e-4, or None.")
   check_fraction(b1, "b1")
-  check(
-    lambda x: x > 0, clip, "clip", "positive, an optax transform, or None", "The default is 2.0; None: no clipping."
-  )
+  needed, hint = "positive, an optax transform, or None", "The default is 2.0; None: no clipping."
+  check(lambda x: x > 0, clip, "clip", needed, hint)
   p = kron() if preconditioner is None else preconditioner
-  parts = [
-    scale_by_preconditioner(
-      p,
-      whitening() if curvature is None else curvature,
-      every=annealed_probability() if every is None else every,
-      damping=damping,
-      before=None if max_jump is None else clip_spikes(max_jump, matrices=p.matrices),
-      momentum=None if b1 is None else optax.ema(b1),
-      key=key,
-    )
-  ]
+  preconditioned = scale_by_preconditioner(
+    p,
+    whitening() if curvature is None else curvature,
+    every=annealed_probability() if every is None else every,
+    damping=damping,
+    before=None if max_jump is None else clip_spikes(max_jump, matrices=p.matrices),
+    momentum=None if b1 is None else optax.ema(b1),
+    key=key,
+  )
+  parts = [preconditioned]
   if clip is not None:
     parts.append(forward_extra_args(clip) if hasattr(clip, "init") else clip_matrices(clip, p.matrices))
   if weight_decay is not None:
     parts.append(keep_dtype(optax.add_decayed_weights(weight_decay, mask)))
-  return optax.with_extra_args_support(optax.chain(*parts, keep_dtype(optax.scale_by_learning_rate(learning_rate))))
+  return optax.chain(*parts, keep_dtype(optax.scale_by_learning_rate(learning_rate)))

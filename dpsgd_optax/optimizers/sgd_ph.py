@@ -21,8 +21,7 @@ from dpsgd_optax.curvature.diagonal import hessian_diagonal
 from dpsgd_optax.preconditioners._views import selected
 from dpsgd_optax.preconditioners.diagonal_newton import Terms, diagonal_newton, visit_count
 from dpsgd_optax.probes import Cycle, DiagonalProbe, rademacher
-from dpsgd_optax.transforms._control import keep_dtype
-from dpsgd_optax.transforms.injection import static_arguments
+from dpsgd_optax.transforms._control import keep_dtype, static_arguments
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
 
@@ -38,12 +37,6 @@ def _heavy_ball(b1: Any) -> optax.GradientTransformation:
     return inner.update(wide, state, params)
 
   return optax.GradientTransformation(init, update)
-
-
-def _slice_depth(path: Any, leaf: jax.Array) -> int:
-  """Every axis before the channels is one of a stack of layers."""
-  del path
-  return max(jnp.ndim(leaf) - 1, 0)
 
 
 @static_arguments("where", "probe", "cycle", "signed", "bias_correction", "every", "key")
@@ -68,26 +61,20 @@ def sgd_ph(
     elsewhere         m ← b₁ m + g + ω θ     θ ← θ − α m
     where selected    m ← b₁ m + g           θ ← θ − α (τ c m / (|h| + λ) + ω θ)
 
-  ``update(grads, state, params, hvp=hvp(loss, params))`` with the loss of the gradient, in train mode. A step costs 2.0
-  gradients, and 1.7 if the product goes on from the passes of the gradient, ``value, grads, hvp =
-  value_and_grad_then_hvp(loss, where=where)(params)`` (``python -m benchmarks partial_hessian``). What the loss returns
-  beside its value (``has_aux``: new running statistics of BatchNorm) is that of the gradient; the product drops its
-  own, so that the statistics advance once in a step. For nnx take both functions of ``nnx.as_pure(params)``, and hand
-  ``nnx.Optimizer`` the gradient as ``jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))``.
+  ``update(grads, state, params, hvp=hvp(loss, params))`` with the loss of the gradient, in train mode. The product is
+  cheaper if it goes on from the passes of the gradient (``value_and_grad_then_hvp``, as in the example). The running
+  statistics of BatchNorm (``has_aux``) advance once in a step: the product drops its own. For nnx take gradient and
+  product at ``nnx.as_pure(params)``, and hand ``nnx.Optimizer`` the gradient as
+  ``jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))``.
 
-  The multiplier of m lies in (0, τ/λ], 10 with the defaults; a channel moves faster than under SGD iff its curvature is
-  below τ c − λ. Before the first visit of a tensor it is τ (1 − μ)/λ, with the defaults and μ = 0.9 plain SGD.
+  The multiplier of m lies in (0, τ/λ], 10 with the defaults; before the first visit of a tensor it is τ (1 − μ)/λ, with
+  the defaults 1: plain SGD.
 
-  **What the diagonal is worth.** H is said to be diagonal for a norm layer, since it scales each channel alone. That is
-  so exactly if what follows the layer is channel-separable: if the second derivative of the loss in two outputs of the
-  layer that belong to different channels is zero. Maps that act on each channel alone, with a loss that is a sum over
-  channels, will do; any dense layer or ordinary convolution behind the layer breaks it. Measure your own network with
-  :func:`dpsgd_optax.diagonality` or ``python -m benchmarks diagonality``, which finds 41 to 91 %
-  of the norm of a block off its diagonal in small networks with batch, layer, group and weight normalization.
-  ``probe=ones`` returns H·1, the row sums. Three facts say what these are: of the bias of a softmax classifier they are
-  zero; of a norm layer that is followed by ReLU, a linear map without bias and another norm layer, at the usual start
-  γ = 1, β = 0, they are minus the gradient, so that the step is one by the sign; near a stationary point they are small
-  for the same reason, whatever the curvature. The default, random signs, estimates the diagonal itself without bias.
+  **What the diagonal is worth.** A norm layer scales each channel alone, but its block of H is diagonal only if what
+  follows is channel-separable too. A dense layer or an ordinary convolution behind it breaks that: ``python -m
+  benchmarks diagonality`` finds 41 to 91 % of the norm of a block off its diagonal in small networks. Measure your own
+  with :func:`dpsgd_optax.diagonality`. The default probe estimates the diagonal without bias; ``probe=ones`` returns
+  the row sums H·1, which are zero for the bias of a softmax classifier, and for some norm layers minus the gradient.
 
   Args:
     learning_rate: α, number or schedule.
@@ -98,17 +85,13 @@ def sgd_ph(
     tau: τ ≥ 0, "the curvature at which Newton equals SGD".
     hessian_decay: μ of the running mean h, in [0, 1); None: ``b1``, as in the paper.
     weight_decay: ω ≥ 0: inside the momentum elsewhere, after the preconditioner where selected; None: none.
-    probe: ``rademacher``, ``ones`` or ``exact``, see :func:`dpsgd_optax.hessian_diagonal`. Static.
-    cycle: False: all selected tensors in each step; True: one in each step, in turn; a list of paths: in this order.
-      Less noise of one tensor in another, and estimates that are as old as the cycle is long. Static.
-    signed: see :func:`dpsgd_optax.diagonal_newton`. Static.
-    bias_correction: ``visit_count``, or ``cycle_count(M)``. Static.
-    every: probe on every ``every``-th step; int or schedule.
-    key: int or PRNG key of the probes.
+    probe, cycle: with what, and which tensors in turn; see :func:`dpsgd_optax.hessian_diagonal`. In turn, there is less
+      noise of one tensor in another, and estimates are as old as the cycle is long. Static.
+    signed, bias_correction: see :func:`dpsgd_optax.diagonal_newton`. Static.
+    every, key: of the probes, see :func:`dpsgd_optax.scale_by_preconditioner`.
 
   Returns:
-    The corresponding :class:`optax.GradientTransformationExtraArgs`. It cannot be wrapped by ``optax.masked`` with
-    ``value_fn`` in place of ``hvp``.
+    The corresponding :class:`optax.GradientTransformationExtraArgs`. Inside ``optax.masked`` it needs ``hvp``.
 
   Raises:
     ValueError: at construction, for a number outside its range; at ``init``, if ``where`` fits no parameter; at trace
@@ -116,9 +99,8 @@ def sgd_ph(
 
   Departures from the released code, which is ``probe=ones, cycle=[…, None], signed=False,
   bias_correction=cycle_count(M)``: random signs and their signed mean; the exact bias correction; with
-  ``training.is_norm_param`` the biases of dense and convolution layers are first order. That code also spends a step of
-  each cycle on the last 1-D tensor and updates it as first order: a None in the cycle. Without momentum it breaks; this
-  does not.
+  ``training.is_norm_param`` the biases of dense and convolution layers are first order. That code updates the last 1-D
+  tensor of each cycle as first order (a None in the cycle), and breaks without momentum.
 
   Source: arXiv:2403.02681; numbers of its code: b₁ = μ = 0.9, τ = 1e-3, λ = 1e-4. They were not seen to beat tuned
   SGD with momentum by more than the spread of the seeds.
@@ -140,11 +122,11 @@ def sgd_ph(
     ...   updates, opt_state = tx.update(grads, opt_state, params, hvp=hvp)
     ...   return optax.apply_updates(params, updates), stats, opt_state, value
     >>> params, stats = variables["params"], variables["batch_stats"]
-    >>> opt_state, first = tx.init(params), None
+    >>> opt_state, values = tx.init(params), []
     >>> for _ in range(50):
     ...   params, stats, opt_state, value = train_step(params, stats, opt_state)
-    ...   first = value if first is None else first
-    >>> bool(value < 0.5 * first)
+    ...   values.append(value)
+    >>> bool(values[-1] < 0.5 * values[0])
     True
   """
   check_learning_rate(learning_rate)
@@ -153,21 +135,15 @@ def sgd_ph(
   check_not_negative(tau, "tau", "It multiplies the step of the norm layers. Try 1e-3.")
   check_fraction(hessian_decay, "hessian_decay")
   check_not_negative(weight_decay, "weight_decay", "Try 1e-4, or None.")
-  p = diagonal_newton(
-    decay=b1 if hessian_decay is None else hessian_decay,
-    scale=tau,
-    signed=signed,
-    bias_correction=bias_correction,
-    stacked=_slice_depth,
-  )
-
-  def elsewhere(params):
-    return jax.tree.map(lambda chosen: not chosen, selection(params, where))
-
+  decay = b1 if hessian_decay is None else hessian_decay
+  stacked = lambda path, leaf: max(jnp.ndim(leaf) - 1, 0)  # every axis before the channels is one of a stack of layers
+  p = diagonal_newton(decay=decay, scale=tau, signed=signed, bias_correction=bias_correction, stacked=stacked)
+  selected_only = lambda params: selection(params, where)
+  elsewhere = lambda params: jax.tree.map(lambda chosen: not chosen, selection(params, where))
   momentum, after = _heavy_ball(b1), None
   if weight_decay is not None:
     momentum = optax.chain(optax.add_decayed_weights(weight_decay, elsewhere), momentum)
-    after = optax.add_decayed_weights(weight_decay, lambda params: selection(params, where))
+    after = optax.add_decayed_weights(weight_decay, selected_only)
   tx = scale_by_preconditioner(
     selected(p, where),
     hessian_diagonal(probe, where=where, cycle=cycle),
@@ -177,4 +153,4 @@ def sgd_ph(
     after=after,
     key=key,
   )
-  return optax.with_extra_args_support(optax.chain(tx, keep_dtype(optax.scale_by_learning_rate(learning_rate))))
+  return optax.chain(tx, keep_dtype(optax.scale_by_learning_rate(learning_rate)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Penalties of the gradient's norm, and the sharpness-aware direction."""
+"""Penalties of the gradient's norm, and the sharpness-aware direction. Notation and places: `dpsgd_optax.penalties`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,22 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.paths import is_hole
+from dpsgd_optax._trees.paths import has_holes
 from dpsgd_optax.base import check_automatic
-from dpsgd_optax.curvature.products import hvp as hessian_product
-from dpsgd_optax.penalties.l1_l2 import _add, _at, _check_strength, _counted, _seen
+from dpsgd_optax.curvature.observers import given_product
+from dpsgd_optax.penalties.penalty import add, check_strength, penalty, seen
+from dpsgd_optax.transforms._control import scheduled
 
-
-def _hessian(name: str, params: Any, hvp: Any, value_fn: Any) -> Callable:
-  """v ↦ H v from what ``update`` received."""
-  if hvp is not None:
-    return hvp
-  if value_fn is None or params is None:
-    raise ValueError(
-      f"`{name}` needs products with the Hessian, but `update` received no `hvp`. Pass `hvp=hvp(loss, params)`, or "
-      "`hvp=hvp_finite_difference(loss, params)`, which costs one more gradient and no second derivative."
-    )
-  return hessian_product(value_fn, params)
+_OTHERWISE = ", or `hvp=hvp_finite_difference(loss, params)`, which costs one more gradient and no second derivative"
 
 
 def add_gradient_norm_penalty(
@@ -31,20 +22,16 @@ def add_gradient_norm_penalty(
 ) -> optax.GradientTransformationExtraArgs:
   """updates ← g + λ H g, the gradient of L + λ/2 ‖∇L‖²; or g + λ H P g, that of L + λ/2 gᵀPg = L + λ/2 ‖∇_z L‖².
 
-  Before P the fit sees the penalty too: ``chain(add_gradient_norm_penalty(λ), scale_by_preconditioner(…))``. As
-  ``momentum=chain(add_gradient_norm_penalty(λ), optax.ema(0.9))`` it does not, and the mean is of the regularised
-  gradients. Early in training a second moment of regularised gradients is known to do harm; if the fit sees them,
-  let λ grow from 0 (a schedule).
+  If the fit sees the regularised gradients (see the places in ``dpsgd_optax.penalties``), let λ grow from 0, by a
+  schedule: a second moment of them does harm early in training.
 
-  Reads ``hvp`` (v ↦ Hv), or ``value_fn``, from which it makes it. The product is the caller's choice:
-  ``hvp(loss, params)``, exact, or ``hvp_finite_difference(loss, params)``, (∇L(θ + δv) − ∇L(θ)) / δ. Inside
-  ``optax.masked`` the penalty is on the other leaves' block. P is constant in this derivative.
+  Reads ``hvp`` (v ↦ Hv) or ``value_fn``, as :func:`dpsgd_optax.newton`; ``hvp_finite_difference(loss, params)`` will do
+  too. Inside ``optax.masked`` the penalty is on the block of the other leaves. P is constant in this derivative.
+  Cost: one product.
 
   Args:
     strength: λ ≥ 0, number or schedule.
     preconditioned: penalise ‖∇_z L‖, z = R⁻¹θ, in place of ‖∇L‖. Only as, or in, ``momentum``. Static.
-
-  Cost: one product; with ``hvp`` 1.3 to 1.6 gradients beside the gradient.
 
   Raises:
     ValueError: for a negative strength; at trace time, without ``hvp`` and ``value_fn``, or with ``preconditioned``
@@ -57,23 +44,21 @@ def add_gradient_norm_penalty(
     >>> tx.update(jax.grad(loss)(params), tx.init(params), params, hvp=dpo.hvp(loss, params))[0]
     Array([ 1.1, 20. ], dtype=float32)
   """
-  _check_strength(strength)
   name = "add_gradient_norm_penalty"
 
-  def step(updates, params, count, *, hvp=None, value_fn=None, fitted=None, **extra):
+  def step(updates, params, strength, *, hvp=None, value_fn=None, value=None, fitted=None, **extra):
     del extra
-    vector = _seen(fitted, name, "preconditioned=True").apply(updates) if preconditioned else updates
-    return _add(updates, _at(strength, count), _hessian(name, params, hvp, value_fn)(vector))
+    vector = seen(fitted, f"{name}(preconditioned=True)").apply(updates) if preconditioned else updates
+    return add(updates, strength, given_product(name, params, hvp, value_fn, value, _OTHERWISE)(vector))
 
-  return _counted(step, name)
+  return penalty(name, step, strength=strength)
 
 
 def gradient_norm(strength: optax.ScalarOrSchedule) -> Callable[..., Any]:
   """A ``direction`` of ``scale_by_preconditioner``: P (u + λ H P u), the gradient of L + λ/2 gᵀPg, preconditioned.
 
-  u is what comes out of the momentum. Where the mean is to be one of regularised gradients, type
-  ``momentum=chain(add_gradient_norm_penalty(λ, preconditioned=True), optax.ema(b1))`` instead; without momentum the two
-  are the same.
+  u is what comes out of the momentum. For a mean of regularised gradients type
+  ``momentum=chain(add_gradient_norm_penalty(λ, preconditioned=True), optax.ema(b1))`` instead.
 
   Args:
     strength: λ ≥ 0, number or schedule of the count of steps.
@@ -88,12 +73,12 @@ def gradient_norm(strength: optax.ScalarOrSchedule) -> Callable[..., Any]:
     >>> tx.update(jax.grad(loss)(params), tx.init(params), params, hvp=dpo.hvp(loss, params))[0].round(3)
     Array([1.1, 1.1], dtype=float32)
   """
-  _check_strength(strength)
+  check_strength(strength)
 
-  def direction(apply, updates, params, *, hvp=None, value_fn=None, count=0, **extra):
+  def direction(apply, updates, params, *, hvp=None, value_fn=None, value=None, count=0, **extra):
     del extra
-    product = _hessian("gradient_norm", params, hvp, value_fn)
-    return apply(_add(updates, _at(strength, count), product(apply(updates))))
+    product = given_product("gradient_norm", params, hvp, value_fn, value, _OTHERWISE)
+    return apply(add(updates, scheduled(strength, count), product(apply(updates))))
 
   return direction
 
@@ -103,18 +88,15 @@ def sharpness_aware(
 ) -> optax.GradientTransformationExtraArgs:
   """updates ← ∇L(θ + ρ v / √(gᵀv)), v = g or P g: the gradient where the loss is worst nearby, to first order.
 
-  To first order in ρ this is the gradient of L + ρ‖∇L‖, or of L + ρ√(gᵀPg): the norm, not squared. Without
-  ``normalize``, ∇L(θ + ρ v): a gradient-norm penalty of strength ρ whose difference is taken at the length ρ.
-  It differs from ``optax.contrib.sam`` in that P may be fitted on g alone (as ``momentum``), and in ``preconditioned``.
+  To first order in ρ this is the gradient of L + ρ‖∇L‖, or of L + ρ√(gᵀPg): the norm, not squared. Unlike
+  ``optax.contrib.sam`` it can stand as ``momentum``, so that P is fitted on g alone, and knows ``preconditioned``.
 
-  Reads ``value_fn``, params → loss on the batch of the gradient.
+  Reads ``value_fn``, params → loss on the batch of the gradient. Cost: one gradient beside the gradient.
 
   Args:
     radius: ρ ≥ 0, number or schedule, in units of the params (of z if ``preconditioned``).
     preconditioned: the ball is ‖R⁻¹ Δθ‖ ≤ ρ in place of ‖Δθ‖ ≤ ρ. Only as, or in, ``momentum``. Static.
-    normalize: False: move by ρ v. Static.
-
-  Cost: one gradient beside the gradient.
+    normalize: False: move by ρ v, which is a gradient-norm penalty of strength ρ, by a difference. Static.
 
   Raises:
     ValueError: for a negative radius; at trace time, without ``value_fn``, inside ``optax.masked`` or
@@ -129,25 +111,23 @@ def sharpness_aware(
     >>> tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)[0]
     Array([3.3, 4.4], dtype=float32)
   """
-  _check_strength(radius, "radius")
   name = "sharpness_aware"
 
-  def step(updates, params, count, *, value_fn=None, fitted=None, **extra):
+  def step(updates, params, radius, *, value_fn=None, fitted=None, **extra):
     del extra
     check_automatic(updates)
     if value_fn is None:
       raise ValueError(f"`{name}` takes a second gradient, but `update` received no `value_fn`. Pass `value_fn=loss`.")
-    if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+    if has_holes(params):
       raise ValueError(
         f"`{name}` evaluates the loss at all params, got some of them masked. Put it outside of `optax.masked` and "
         "`optax.partition`, or type `add_gradient_norm_penalty` with `hvp=hvp(loss, params)`."
       )
-    vector = _seen(fitted, name, "preconditioned=True").apply(updates) if preconditioned else updates
-    length = _at(radius, count)
+    vector = seen(fitted, f"{name}(preconditioned=True)").apply(updates) if preconditioned else updates
     if normalize:
       norm = jnp.sqrt(jnp.maximum(jnp.real(optax.tree.vdot(updates, vector)), 0))
-      length = jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1), 0)
-    moved = jax.tree.map(lambda p, v: (p + length * v).astype(jnp.result_type(p)), params, vector)
+      radius = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
+    moved = jax.tree.map(lambda p, v: (p + radius * v).astype(jnp.result_type(p)), params, vector)
     return jax.tree.map(jnp.conj, jax.grad(value_fn)(moved))
 
-  return _counted(step, name)
+  return penalty(name, step, radius=radius)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a gradient may be where it enters, and a step where it leaves.
+"""Bounds: for a gradient where it enters, for a preconditioned gradient, for a step where it leaves.
 
 Notation
   g, ‖g‖   the gradient of one matrix and its norm
@@ -16,17 +16,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype
+from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype, tiny
 from dpsgd_optax._trees.by_shape import map_by_shape, safe_norm
 from dpsgd_optax._trees.mesh import on_mesh
 from dpsgd_optax.base import check, check_fraction, check_learning_rate, check_not_negative
+from dpsgd_optax.transforms._control import scheduled
 
 Matrices = Callable[[Any], tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]]
 """tree -> (an array (count, *shape) for each leaf, the way back): what is clipped together, and what apart."""
 
 
 def _over(function: Callable[..., jax.Array], parts: list[jax.Array], *rest: list[jax.Array]) -> list[jax.Array]:
-  """Equal parts at once; on a mesh one by one, for to put them side by side may be to send them."""
+  """Equal parts at once; on a mesh one by one, since stacking may mean sending them."""
   return (jax.tree.map if on_mesh() else map_by_shape)(function, parts, *rest)
 
 
@@ -45,12 +46,11 @@ def clip_spikes(
 ) -> optax.GradientTransformationExtraArgs:
   """g ← g · min(1, c s / ‖g‖): a gradient that is suddenly much longer than those before it is shortened.
 
-  It stands before momentum and fit. A gradient of 1000 times the usual size would stay in a momentum of 0.9 for 50
-  steps, and one of 1e18 for 380; shortened to c = 4 times the usual size it is forgotten within 10. A lasting change of
-  size is followed: s grows by a factor of 1 + (c − 1)(1 − decay) in a step, 1.3 with the defaults.
+  It stands before momentum and fit, where a single huge gradient would be remembered for many steps. A lasting change
+  of size is followed: s grows by a factor of at most 1 + (c − 1)(1 − decay) in a step, 1.3 with the defaults.
 
   Each matrix has an s of its own, so that a spike in one layer leaves the others as they are. The first gradient is
-  never clipped. A zero gradient leaves s as it is. One whose length overflows becomes zero; one that is not finite
+  never clipped; a zero gradient leaves s as it is; one whose length overflows becomes zero. One that is not finite
   stays so, to be skipped by what comes after.
 
   Args:
@@ -70,8 +70,8 @@ def clip_spikes(
     >>> updates.round(3), int(state.clipped)
     (Array([2.4, 3.2], dtype=float32), 1)
   """
-  more_than_one = "It is the largest ratio of a gradient's norm to the running mean of the norms. Try 4, or None."
-  check(lambda x: x > 1, max_jump, "max_jump", "above 1", more_than_one)
+  hint = "It is the largest ratio of a gradient's norm to the running mean of the norms. Try 4, or None."
+  check(lambda x: x > 1, max_jump, "max_jump", "above 1", hint)
   check_fraction(decay, "decay")
   cut = leaves_apart if matrices is None else matrices
 
@@ -83,11 +83,11 @@ def clip_spikes(
   def update(updates, state, params=None, **extra):
     del params, extra
     parts, join = cut(updates)
-    sizes = state.sizes
-    if sum(map(len, parts)) != len(sizes):
+    sizes, count = state.sizes, sum(map(len, parts))
+    if count != len(sizes):
       raise ValueError(
         "the updates must have the leaves that the params had at `init`. "
-        f"Matrices at `init`: {len(sizes)}; now: {sum(map(len, parts))}. Call `init` again for other params."
+        f"Matrices at `init`: {len(sizes)}; now: {count}. Call `init` again for other params."
       )
     if not parts:
       return updates, state
@@ -96,10 +96,10 @@ def clip_spikes(
     unit = jnp.where(known, 1 / jnp.where(known, sizes, 1), 1)
     ends = list(itertools.accumulate(len(x) for x in parts))
     of_parts = lambda x: jnp.split(x, ends[:-1])
-    wide = lambda x: jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)
 
     def squares(x, unit):
-      scaled = jnp.abs(x).astype(wide(x)) * unit.astype(wide(x)).reshape(-1, *(1,) * (x.ndim - 1))
+      wide = jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)
+      scaled = jnp.abs(x).astype(wide) * unit.astype(wide).reshape(-1, *(1,) * (x.ndim - 1))
       return jnp.sum(scaled * scaled, axis=range(1, x.ndim)).astype(sizes.dtype)
 
     ratio = jnp.sqrt(jnp.concatenate(_over(squares, parts, of_parts(unit))))
@@ -121,12 +121,8 @@ LARGEST_ENTRY = 10  # times the largest root mean square
 def clip_matrices(max_rms: Any, matrices: Matrices | None = None) -> optax.GradientTransformation:
   """Every matrix scaled so that its root mean square is at most ``max_rms``, its entries cut to 10 times that before.
 
-  Of whitened gradients an entry beyond 20 is one whose P had grown on tiny gradients before. Uncut it would be all that
-  is left of its matrix: Adam cannot do so, whose entries stay below 1 / √(1 − b2) = 32.
-
-  Args:
-    max_rms: number.
-    matrices: as in :func:`clip_spikes`.
+  A whitened gradient has a huge entry where P grew on tiny gradients before. Uncut it would be all that is left of its
+  matrix after the scaling. ``matrices`` is as in :func:`clip_spikes`.
   """
 
   def clipped(x):
@@ -158,10 +154,10 @@ class ClippedLearningRateState(NamedTuple):
 def clipped_learning_rate(
   learning_rate: optax.ScalarOrSchedule, max_norm: float | None = None
 ) -> optax.GradientTransformationExtraArgs:
-  """updates ← −a · updates with a = learning_rate · min(max_norm / ‖updates‖, 1): DPSGD's Eq. 48, in one place.
+  """updates ← −a · updates with a = learning_rate · min(max_norm / ‖updates‖, 1): DPSGD's Eq. 48.
 
-  The same step as ``optax.chain(optax.clip_by_global_norm(max_norm), optax.scale_by_learning_rate(…))``; what this
-  adds is ``rate`` = a in the state, which ``newton_model`` needs to predict the reduction of the step really taken.
+  As ``optax.clip_by_global_norm`` and ``optax.scale_by_learning_rate`` in a chain, but a stands in the state, as
+  ``rate``, from which ``newton_model`` predicts the reduction of the step really taken.
 
   Args:
     learning_rate: number or schedule.
@@ -169,7 +165,7 @@ def clipped_learning_rate(
       paper's; ``jnp.inf``: no clipping.
 
   Raises:
-    ValueError: for a negative learning rate or a ``max_norm`` that is not positive.
+    ValueError: for a negative learning rate or ``max_norm``.
 
   Example:
     >>> import jax.numpy as jnp, optax, dpsgd_optax as dpo
@@ -179,21 +175,17 @@ def clipped_learning_rate(
     (Array([-0.3, -0.4], dtype=float32), 0.10000000149011612)
   """
   check_learning_rate(learning_rate)
-  if max_norm is not None:
-    check_not_negative(max_norm, "max_norm", "It bounds ‖updates‖₂. Use `jnp.inf` for no bound.")
+  check_not_negative(max_norm, "max_norm", "It bounds ‖updates‖₂. Use `jnp.inf` for no bound.")
 
   def init(params):
     return ClippedLearningRateState(jnp.zeros((), jnp.int32), jnp.zeros((), scalar_dtype(params)))
 
   def update(updates, state, params=None, **extra):
     del params, extra
-    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-    size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(updates))
-    bound = 0.1 * math.sqrt(size) if max_norm is None else max_norm
+    bound = 0.1 * math.sqrt(optax.tree.size(updates)) if max_norm is None else max_norm
     norm = safe_norm(updates)
-    a = jnp.asarray(rate, norm.dtype) * jnp.where(
-      norm > bound, bound / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny), 1
-    )
+    shortened = jnp.where(norm > bound, bound / jnp.maximum(norm, tiny(norm)), 1)
+    a = jnp.asarray(scheduled(learning_rate, state.count), norm.dtype) * shortened
     scaled = jax.tree.map(lambda x: (-a * x).astype(x.dtype), updates)
     return scaled, ClippedLearningRateState(optax.safe_increment(state.count), a.astype(state.rate.dtype))
 

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""P as it stands in one step: what the transforms around it are shown.
+"""P as it stands in one step: the extra argument `fitted` that `scale_by_preconditioner` hands to its transforms.
 
 Notation
   P    the preconditioner just fitted, symmetric and positive
   R    a root, P = R Rᵀ: symmetric, R = P^½, unless the preconditioner has another
   z    the preconditioned ("intrinsic") variables, θ = R z
-
-`scale_by_preconditioner` hands a :class:`Fitted` to its `momentum` and its `after` as the extra argument `fitted`.
 """
 
 from collections.abc import Callable
@@ -21,24 +19,19 @@ from dpsgd_optax.base import Preconditioner, is_static
 
 
 class Fitted:
-  """P of this step: ``P x``, and P^½ where the preconditioner tells.
+  """P of this step, and its powers and root where the preconditioner knows them.
 
-  Trees with holes (``optax.MaskedNode``, as under ``optax.masked``) are taken as zero there and come back with the
-  same holes: the block of P that belongs to the other leaves.
+  A tree may have holes (``optax.MaskedNode``, as under ``optax.masked``). They count as zeros and come back as holes:
+  what acts is the block of P that belongs to the other leaves.
 
   Args:
     preconditioner: the value.
-    state: its state, already fitted in this step.
+    state: its state, already fitted in this step; an attribute.
     like: any tree with the leaves of the params, for their shapes.
   """
 
   def __init__(self, preconditioner: Preconditioner, state: Any, like: Any):
-    self._preconditioner, self._state, self._like = preconditioner, state, like
-
-  @property
-  def state(self) -> Any:
-    """The state of the preconditioner in this step."""
-    return self._state
+    self._preconditioner, self.state, self._like = preconditioner, state, like
 
   def apply(self, x: Any) -> Any:
     """P x."""
@@ -50,7 +43,7 @@ class Fitted:
     if not self._preconditioner.diagonal:
       return None
     ones = jax.tree.map(lambda x: jnp.ones(jnp.shape(x), working_dtype(jnp.result_type(x))), self._like)
-    return jax.tree.map(jnp.abs, self._preconditioner.apply(self._state, ones))
+    return jax.tree.map(jnp.abs, self._preconditioner.apply(self.state, ones))
 
   def power(self, x: Any, exponent: Any) -> Any:
     """P^exponent x. The exponents 0 and 1, as Python numbers, need nothing of the preconditioner."""
@@ -67,15 +60,16 @@ class Fitted:
 
   def root(self, x: Any, inverse: bool = False) -> Any:
     """R x or R⁻¹ x: from the preconditioned variables to the params, or back."""
-    if self._preconditioner.root is None and not self._preconditioner.diagonal and self._preconditioner.power is None:
+    p = self._preconditioner
+    if p.root is not None:
+      return self._block(p.root, x, inverse)
+    if p.power is None and not p.diagonal:
       raise ValueError(
         "the preconditioned variables z = R⁻¹θ need a root of P = R Rᵀ, but this preconditioner has none of "
         "`diagonal`, `power` and `root`. Give your `Preconditioner` one of them, or type `kron` or `second_moment`."
       )
-    if self._preconditioner.root is None:
-      return self.power(x, -0.5 if inverse else 0.5)
-    return self._block(self._preconditioner.root, x, inverse)
+    return self.power(x, -0.5 if inverse else 0.5)
 
   def _block(self, product: Callable, x: Any, *more: Any) -> Any:
     filled = map_with_holes(x, self._like, lambda a, _: a, lambda like: jax.tree.map(jnp.zeros_like, like))
-    return map_with_holes(x, product(self._state, filled, *more), lambda _, b: b)
+    return map_with_holes(x, product(self.state, filled, *more), lambda _, b: b)

@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of how much a step lowers the loss."""
+"""Models of how much a step lowers the loss: the `model` of `levenberg_marquardt`.
+
+Each is (grads, step, hvp, *, rate) → M, a scalar in the unit of the loss, positive where the loss is to fall.
+
+Notation
+  g, s    gradient, and the step taken (what is added to the params)
+  H, P    Hessian, preconditioner
+  α, a    learning rate; the same after clipping, `rate`
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +18,7 @@ from dpsgd_optax._trees.arithmetic import dot
 
 
 def half_slope(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
-  """M = −½⟨g, s⟩: right for a full Newton step; for s = −α P g with P = H⁻¹ the ratio is then 2 − α.
+  """M = −½⟨g, s⟩: right for a full Newton step; for s = −α P g with P = H⁻¹ the ratio is 2 − α.
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo
@@ -24,8 +32,8 @@ def half_slope(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any 
 def newton_model(grads: Any, step: Any, hvp: Callable | None = None, *, rate: Any = None) -> jax.Array:
   """M = −⟨g, s⟩ (1 − a/2) for s = −a U: the quadratic model whose curvature is the inverse of the preconditioner.
 
-  DPSGD's Eqs. 30 and 31 for the step really taken; a = ``rate`` is the learning rate after clipping, which
-  ``levenberg_marquardt`` reads from the state of :func:`dpsgd_optax.clipped_learning_rate`. No extra Hvp.
+  DPSGD's Eqs. 30 and 31 for the step really taken. ``levenberg_marquardt`` reads a from the state of
+  :func:`dpsgd_optax.clipped_learning_rate`. No product with the Hessian.
 
   Raises:
     ValueError: if no rate is given.
