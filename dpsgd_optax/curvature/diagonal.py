@@ -14,7 +14,7 @@ from dpsgd_optax._trees.paths import names, with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Curvature
 from dpsgd_optax.curvature.observers import given_product
-from dpsgd_optax.probes import Cycle, DiagonalProbe, rademacher
+from dpsgd_optax.curvature.probing import Cycle, DiagonalProbe, rademacher
 
 
 def _counts(leaves: Any) -> list[int]:

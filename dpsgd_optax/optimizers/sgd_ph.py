@@ -18,9 +18,9 @@ from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import check, check_fraction, check_learning_rate, check_not_negative
 from dpsgd_optax.curvature.diagonal import hessian_diagonal
+from dpsgd_optax.curvature.probing import Cycle, DiagonalProbe, rademacher
 from dpsgd_optax.preconditioners._views import selected
 from dpsgd_optax.preconditioners.diagonal_newton import Terms, diagonal_newton, visit_count
-from dpsgd_optax.probes import Cycle, DiagonalProbe, rademacher
 from dpsgd_optax.transforms._control import keep_dtype, static_arguments
 from dpsgd_optax.transforms.precondition import scale_by_preconditioner
 
