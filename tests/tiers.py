@@ -2,8 +2,9 @@
 """Which tests run when: `--tier quick` (the default), `full`, `slow` or `clients`.
 
 quick     everything that a change can break, in minutes. It leaves out what is marked `full`, and thins the tables: of
-          each law, contract or promise (a test function, or a row of `tests.conformance`) six rows of the table of
-          optimizers, so chosen that each row keeps six of them; of other functions of many cases eight, evenly spread.
+          each law, contract and promise (a test function, or a promise of `tests.conformance`) six rows of the table
+          of optimizers, so chosen that each row keeps six of them; of other functions of many cases eight, evenly
+          spread.
 full      every case of everything but the soaks and the clients.
 slow      the soaks, marked `slow`: convergence on real problems, races, eight virtual devices.
 clients   loops of other packages, marked `clients`.
@@ -83,7 +84,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-  from tests.conformance import ROWS as OPTIMIZERS
+  from tests.conformance.rows import ROWS as OPTIMIZERS
   from tests.table import PRECONDITIONERS
 
   tier, rows = config.getoption("tier"), {*PRECONDITIONERS, *OPTIMIZERS}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Promises of optax × our optimizers: every cell of `tests.conformance` asked, printed and counted.
+"""Promises of optax × our optimizers: every cell of `tests.conformance.promises` asked, printed and counted.
 
 `python -m tests.contract [FILE]` writes benchmarks/results/conformance.json, or the file.
 
@@ -15,15 +15,15 @@ from benchmarks.engine.arguments import RESULTS
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment
 from benchmarks.engine.report import Table, publish
-from tests import conformance
+from tests.conformance import promises
 
 
 def measure() -> dict[str, Any]:
   """The document: one entry per cell, and the counts."""
   cells, begin = [], time.monotonic()
-  for promise, name in conformance.cells():
+  for promise, name in promises.cells():
     try:
-      result = conformance.ask(promise, name)
+      result = promises.ask(promise, name)
     except Exception as error:
       result = f"FAILS: {type(error).__name__}: {error}"[:300]
       say(f"  {name}: {promise}: {result}")

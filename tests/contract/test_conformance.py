@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of `tests.conformance`, cell by cell."""
+"""The table of `tests.conformance.promises`, cell by cell."""
 
 import pytest
 
-from tests import conformance
+from tests.conformance import promises
 
 CELLS = [
-  pytest.param(promise, name, id=f"{promise}-{name}", marks=[pytest.mark.slow] if promise in conformance.SLOW else [])
-  for promise, name in conformance.cells()
+  pytest.param(promise, name, id=f"{promise}-{name}", marks=[pytest.mark.slow] if promise in promises.SLOW else [])
+  for promise, name in promises.cells()
 ]
 
 
 @pytest.mark.parametrize(("promise", "name"), CELLS)
 def test_every_optimizer_keeps_every_promise_of_optax_or_the_table_says_why_not(promise, name):
-  conformance.ask(promise, name)
+  promises.ask(promise, name)
 
 
 def test_no_excuse_is_idle():
   """Each one is about a cell; `ask` has asserted that its error comes."""
-  for excuse in conformance.EXCUSES:
-    assert any(excuse.covers(*cell) for cell in conformance.cells()), excuse.reason
+  for excuse in promises.EXCUSES:
+    assert any(excuse.covers(*cell) for cell in promises.cells()), excuse.reason

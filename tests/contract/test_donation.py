@@ -19,7 +19,8 @@ from flax import nnx
 
 import dpsgd_optax as dpo
 from dpsgd_optax import training
-from tests.conformance import ROWS, copied, one_step, shared_buffers, transform
+from tests.conformance.rows import ROWS, one_step, transform
+from tests.conformance.trees import copied, shared_buffers
 from tests.table import OPTIMIZERS, PARAMS, PRECONDITIONERS
 
 

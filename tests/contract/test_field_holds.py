@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
-from tests.conformance import copied, identical, one_step
+from tests.conformance.rows import one_step
+from tests.conformance.trees import copied, identical
 from tests.table import PARAMS, counted, loss
 
 OURS = {

@@ -13,7 +13,8 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
-from tests.conformance import CALM, INJECTED, one_step, raw, same
+from tests.conformance.injected import INJECTED
+from tests.conformance.rows import CALM, one_step, raw, same
 from tests.table import OPTIMIZERS, PARAMS, compiled, counted, loss
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax.diagnostics.checkpoint import STATE_VERSION
-from tests.conformance import CALM, ROWS, TRANSFORMS, same, transform
+from tests.conformance.rows import CALM, ROWS, TRANSFORMS, same, transform
 from tests.table import OPTIMIZERS, PARAMS, compiled
 
 ROOT = Path(__file__).parents[2]

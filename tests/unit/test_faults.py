@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import dpsgd_optax as dpo
-from tests.conformance import keeps, one_step, transform
+from tests.conformance.rows import keeps, one_step, transform
 from tests.table import OPTIMIZERS, PARAMS, SIZE, Fault, compiled, counted
 
 VALUES = (0.0, 1e-38, -1e-38, 1e-20, 1e18, 1e38, -3e38, np.nan, np.inf, -np.inf)
