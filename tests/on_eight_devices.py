@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -330,7 +331,7 @@ def test_b1_replicas_stay_equal_bit_for_bit_and_make_the_step_of_the_whole_batch
   for _ in range(4):
     expected, state = one(expected, state)
   found = jax.tree.map(lambda x: x[0], params) if by == "pmap" else params
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found, expected)
+  chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def whole_step(tx: Any) -> Callable:

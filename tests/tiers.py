@@ -2,9 +2,8 @@
 """Which tests run when: `--tier quick` (the default), `full`, `slow` or `clients`.
 
 quick     everything that a change can break, in minutes. It leaves out what is marked `full`, and thins the tables: of
-          each law, contract and promise (a test function, or a promise of `tests.conformance`) six rows of the table
-          of optimizers, so chosen that each row keeps six of them; of other functions of many cases eight, evenly
-          spread.
+          each promise of `tests.conformance` six rows of the table of optimizers, of each other law or contract (a test
+          function) three, so chosen that each row keeps six; of other functions of many cases five, evenly spread.
 full      every case of everything but the soaks and the clients.
 slow      the soaks, marked `slow`: convergence on real problems, races, eight virtual devices.
 clients   loops of other packages, marked `clients`.
@@ -14,35 +13,36 @@ A law that is broken for one row alone may pass the quick tier; `make test-full`
 
 import collections
 import zlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 
 import pytest
 
-ROWS = 6  # of each law in the quick tier, and laws of each row
-CASES = 8  # of a function with more than MANY cases that are no rows
-MANY = 12
+ROWS = 6  # of each promise in the quick tier, and promises and laws of each row
+LAW = 3  # rows of each other law
+CASES = 5  # of a function with more than MANY cases that are no rows
+MANY = 8
 ELSEWHERE = ("slow", "clients")  # markers that are tiers of their own
 
 
-def thinned(cells: Iterable[tuple[Hashable, Hashable]], least: int = ROWS) -> set[tuple[Hashable, Hashable]]:
-  """Some of the cells (law, row), at least ``least`` for each law and for each row, or all that it has.
+def thinned(cells: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+  """Some of the cells (law, row): ROWS or LAW for each law and ROWS for each row, or all that it has.
 
   Each law takes the rows that were taken least so far, beginning where its own name says, so that a new law or row
   moves few of the others.
   """
-  rows_of: dict[Hashable, list] = collections.defaultdict(list)
+  rows_of: dict[str, list[str]] = collections.defaultdict(list)
   for law, row in dict.fromkeys(cells):
     rows_of[law].append(row)
   taken: collections.Counter = collections.Counter()
-  kept: set[tuple[Hashable, Hashable]] = set()
+  kept: set[tuple[str, str]] = set()
   for law, rows in rows_of.items():
-    start = zlib.crc32(repr(law).encode()) % len(rows)
-    for row in sorted(rows[start:] + rows[:start], key=taken.__getitem__)[:least]:
+    start = zlib.crc32(law.encode()) % len(rows)
+    for row in sorted(rows[start:] + rows[:start], key=taken.__getitem__)[: LAW if law.endswith(" ") else ROWS]:
       kept.add((law, row))
       taken[row] += 1
   for law, rows in rows_of.items():
     for row in rows:
-      if taken[row] < least and (law, row) not in kept:
+      if taken[row] < ROWS and (law, row) not in kept:
         kept.add((law, row))
         taken[row] += 1
   return kept
@@ -57,7 +57,7 @@ def spread(name: str, count: int) -> set[int]:
 
 
 def cell(item: pytest.Item, rows: set[str]) -> tuple[str, str] | None:
-  """(law, row) of a test of the table; the law of a conformance test is its promise."""
+  """(law, row) of a test of the table. A law is a test function, with the promise that it asks for behind a blank."""
   params = getattr(getattr(item, "callspec", None), "params", {})
   row = next((value for value in params.values() if isinstance(value, str) and value in rows), None)
   return None if row is None else (f"{function(item)} {params.get('promise', '')}", row)
@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
   config.hook.pytest_deselected(items=[item for item in items if id(item) not in left])
   items[:] = chosen
   for item in items:
-    if found := cell(item, rows):
+    if (found := cell(item, rows)) and config.pluginmanager.hasplugin("xdist"):
       item.add_marker(pytest.mark.xdist_group(found[1]))  # a worker compiles a row once: `--dist loadgroup`
 
 

@@ -4,6 +4,7 @@
 import json
 
 import jax
+import pytest
 
 from benchmarks.hyperparameters import RESULTS
 from benchmarks.problems.table import build
@@ -19,6 +20,7 @@ def test_the_dense_network_has_no_statistics_without_batch_norm():
   assert shapes[0]["params"]["Affine_0"]["kernel"].shape == (64, 128)
 
 
+@pytest.mark.full
 def test_the_best_rate_of_the_tuning_seed_is_run(monkeypatch):
   monkeypatch.setattr(batch_sizes, "EPOCHS", {128: 1})
   monkeypatch.setattr(batch_sizes, "RATES", (1e-6, 0.1))

@@ -67,6 +67,7 @@ def test_leaf_by_leaf_is_the_same_rule():
     np.testing.assert_allclose(updates["b"], np.ones((4, 3)), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_the_whole_command(tmp_path, monkeypatch):
   monkeypatch.setitem(calls.WORKLOADS, "deep", lambda: calls.deep(2, 8))
   monkeypatch.setattr(calls, "peers_installed", lambda: False)

@@ -31,6 +31,7 @@ def regression() -> Problem:
   return Problem("regression", init, metrics, arrays, batch_size=4, epochs=1, evaluations=1)
 
 
+@pytest.mark.full
 def test_one_call_of_all_runs_equals_the_separate_runs():
   """The separate runs go step by step and are fitted on the steps that their own count says."""
   problem = regression()

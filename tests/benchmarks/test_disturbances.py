@@ -2,6 +2,7 @@
 """The robustness benchmark: what it calls recovered, one short run, and what the committed measurement shows."""
 
 import numpy as np
+import pytest
 
 import dpsgd_optax as dpo
 from benchmarks.studies import robustness
@@ -20,6 +21,7 @@ def test_ratios_count_the_worse_leaf_and_nothing_is_hidden_by_zero_or_nan():
   np.testing.assert_array_equal(robustness.ratios(came, twin), [[4.0, np.inf, np.inf]])
 
 
+@pytest.mark.full
 def test_a_short_run_survives_all_disturbances():
   row = robustness.measure_one(dpo.diagonal, dpo.whitening, disturbed=60, after=60, seeds=1)
   assert row["finite"] and row["nan"]["skipped"] == 1 and row["nan"]["largest_at_nan"] == 0

@@ -202,6 +202,7 @@ def run_steps(problem: Problem, options: dict, name: str = "gls", steps: int = 3
   return variables
 
 
+@pytest.mark.full
 def test_layerwise_optimizers_are_shown_their_layers():
   """In the dual form the step from output gradients is that from the gradient; all make the loss fall."""
   problem = build("single_layer(samples=8, inputs=12)", None, False)

@@ -108,6 +108,7 @@ def test_the_value_of_an_episode_that_ran_out_of_time_is_that_of_one_that_goes_o
   np.testing.assert_allclose(ended.total / ended.count, 4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   ("discrete", "optimizers", "good"),
   [(True, "psgd_newton(every=5)", 0.9), (False, "adam", -1.2)],

@@ -220,6 +220,7 @@ def test_embedded_problems_have_finite_losses(name):
   assert np.isfinite(problem.loss(problem.init(jax.random.key(0)), batch))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   ("text", "optimizer"),
   [

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
-import numpy as np
 import optax
 
 import dpsgd_optax as dpo
@@ -118,4 +118,4 @@ def inject_plainly(name: str) -> None:
       params, state, _ = step(params, state)
     runs.append(params)
   assert set(state.hyperparams) >= {"learning_rate"} & set(inspect.signature(make.func).parameters)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *runs)
+  chex.assert_trees_all_close(*runs, rtol=1e-5, atol=1e-6)

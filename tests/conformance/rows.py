@@ -12,9 +12,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import dpsgd_optax as dpo
@@ -89,7 +89,7 @@ def raw(tree):
 
 
 def same(a, b):
-  jax.tree.map(np.testing.assert_array_equal, raw(a), raw(b))
+  chex.assert_trees_all_equal(raw(a), raw(b))
 
 
 def keeps(tx: Any, extras: Any, params: Any = PARAMS, loss: Callable = squares, **more: Any) -> None:

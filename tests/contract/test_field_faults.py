@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,7 +133,7 @@ def test_a4_every_kind_of_key_gives_the_same_run(key):
   make = lambda key: dpo.psgd(0.1, dpo.kron(), dpo.newton(), key=key)
   expected, _ = run(make(7), PARAMS, 3)
   found, _ = run(make(keys.get(key, key)), PARAMS, 3)
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  chex.assert_trees_all_equal(found, expected)
 
 
 def test_a4_another_generator_is_kept():
@@ -153,7 +154,7 @@ def test_a4_a_state_of_the_old_layout_loads():
   found, expected = update(old), update(state)
   assert jnp.issubdtype(found[1][0].key.dtype, jax.dtypes.prng_key)  # so that it fits a scan that carries it
   raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(raw, found), expected)
+  chex.assert_trees_all_equal(jax.tree.map(raw, found), expected)
 
 
 LABELS = {"b": "theirs", "w": "ours"}

@@ -212,6 +212,7 @@ def test_a_state_from_a_jitted_init_can_be_donated(name):
     params, state = run(params, state)
 
 
+@pytest.mark.full
 @ours
 def test_an_ensemble_under_vmap_is_its_members_one_by_one(name):
   make, extras = OURS[name]
@@ -231,6 +232,7 @@ def test_an_ensemble_under_vmap_is_its_members_one_by_one(name):
     jax.tree.map(lambda a, b: close(a[i], b, rtol=2e-3, atol=1e-4), params, one)
 
 
+@pytest.mark.full
 @ours
 def test_gradients_flow_through_two_updates(name):
   """d loss(θ₂) / d rate, as meta-learning takes it, is the difference quotient."""
@@ -248,6 +250,7 @@ def test_gradients_flow_through_two_updates(name):
   assert slope != 0
 
 
+@pytest.mark.full
 @ours
 def test_a_step_is_exported_and_compiled_ahead_of_time(name):
   """Leaves are the arguments: `jax.export` writes no state of a transform unless its type is registered."""

@@ -6,6 +6,7 @@ What is asked of every row is in `tests.conformance`.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def test_multi_steps_is_one_step_with_the_mean_gradient():
   updates, state = update(grads[1], state, PARAMS)
   mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
   expected, _ = jax.jit(base.update)(mean, base.init(PARAMS), PARAMS)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), updates, expected)
+  chex.assert_trees_all_close(updates, expected, rtol=1e-4)
   assert int(state.inner_opt_state[0].fits) == 1
 
 

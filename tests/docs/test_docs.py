@@ -21,6 +21,11 @@ YOUR_LOOP = README.parent / "notebooks" / "your_loop.md"
 LONG = ("3", "5", "7")  # from one to two minutes each
 
 
+def marks_of(number):
+  """The first notebook in the quick tier, the long ones among the soaks."""
+  return pytest.mark.slow if number in LONG else () if number == "1" else pytest.mark.full
+
+
 def python_blocks(text):
   return re.findall(r"```python\n(.*?)```", text, re.S)
 
@@ -60,6 +65,7 @@ def can_run(block):
   return True
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("quick_to_compile")
 def test_every_python_block_of_your_loop_runs(capsys):
   """And where it trains, the loss falls; the counters are what the comments beside them say."""
@@ -105,7 +111,7 @@ def test_notebooks_are_clean_and_paired(path):
 
 @pytest.mark.parametrize(
   "path",
-  [pytest.param(path, marks=pytest.mark.slow if path.name[0] in LONG else ()) for path in NOTEBOOKS],
+  [pytest.param(path, marks=marks_of(path.name[0])) for path in NOTEBOOKS],
   ids=lambda path: path.stem,
 )
 def test_a_notebook_runs_from_its_first_cell_to_its_last(path):

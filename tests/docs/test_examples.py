@@ -11,6 +11,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "notebooks" / "examples"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["linen_digits", "nnx_digits"])
 def test_an_example_learns_and_goes_on_after_a_stop(name, tmp_path):
   spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")

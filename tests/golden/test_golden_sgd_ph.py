@@ -5,6 +5,7 @@ import functools
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +108,7 @@ def test_twenty_steps_of_the_released_code(x64, run):
   np.testing.assert_allclose(loss, golden()[f"{run}/loss"], rtol=1e-9)
   for came, kind in ((grads, "grad"), (params, "param"), (momentum, "mom")):
     expected = tree(run, kind, meta["names"])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), came, expected)
+    chex.assert_trees_all_close(came, expected, rtol=1e-9, atol=1e-12)
   for name in oned:
     layer, leaf = name.split(".")
     expected = golden()[f"{run}/diag/{name}"]

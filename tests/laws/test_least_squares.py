@@ -287,6 +287,7 @@ def test_the_trust_region_bounds_the_change_of_the_outputs():
     jax.tree.map(close, tx.update(small, tx.init(params), params, layer_inputs=inputs)[0], small)
 
 
+@pytest.mark.full
 def test_a_wide_output_makes_the_step_too_long_and_the_mends_shorten_it():
   """Linear autoencoder d → D → d: one step changes the final output by λ_max(VVᵀ) times what was asked for.
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Theorems about the Hessian of norm layers, of arXiv:2403.02681 and against it."""
 
-import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ def normal(seed, *shape):
 
 def close(came, expected, **tolerances):
   tolerances = {"rtol": 1e-12, "atol": 1e-12} | tolerances
-  jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerances), came, expected)
+  chex.assert_trees_all_close(came, expected, **tolerances)
 
 
 # -- theorems about the Hessian ---------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ def test_blocks_are_small_even_and_can_be_put_together(shape, block_size):
     assert max(lengths) <= block_size and max(lengths) - min(lengths) <= 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("criterion", ["newton", "whitening"])
 @pytest.mark.parametrize("make", [lambda: dpo.kron(max_skew=jnp.inf), dpo.damped_kron, dpo.diagonal])
 def test_blocked_is_the_preconditioner_of_the_blocks(make, criterion):

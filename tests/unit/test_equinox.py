@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,7 +209,7 @@ def test_without_a_fallback_the_model_itself_may_be_the_params():
   _, grads, layers = run(model)
   tx = dpo.gls(0.1, layers=layers, max_output_change=0.01)
   updates = [tx.update(grads, tx.init(arrays(model)), p, layer_inputs=layers)[0] for p in (model, arrays(model))]
-  jax.tree.map(np.testing.assert_array_equal, *updates)
+  chex.assert_trees_all_equal(*updates)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import Any
 
+import chex
 import flax.core
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,7 @@ NNX = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NNX)
 def test_an_nnx_model_with_batch_norm_and_dropout_is_trained_with_donated_buffers(name):
   """By `nnx.jit`; products of the state of `nnx.split` as it is, a mask as a plain dict."""
@@ -237,7 +239,7 @@ def test_records_in_a_plain_dict_serve_an_nnx_model():
     tx = dpo.gls(0.1, layers=spec)
     updates.append(tx.update(grads, tx.init(nnx.as_pure(params)), nnx.as_pure(params), layer_inputs=inputs)[0])
   for other in updates[1:]:
-    jax.tree.map(np.testing.assert_array_equal, updates[0], other)
+    chex.assert_trees_all_equal(updates[0], other)
 
 
 def test_an_embedding_among_the_records_is_no_layer_of_bnp():

@@ -92,6 +92,7 @@ def test_inputs_times_output_gradients_are_the_gradient():
   assert len(seen) == 12 and sum("Conv" in name for name in seen) == 4
 
 
+@pytest.mark.full
 def test_linen_and_capture_record_the_same():
   """The same layers, biases, axes and second moments; of shared layers both calls."""
   params, _, _, inputs, (_, _, layers) = everything()

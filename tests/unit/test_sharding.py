@@ -36,10 +36,9 @@ def virtual_devices(count: int) -> dict[str, str]:
   return os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "XLA_FLAGS": flags}
 
 
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_on_eight_devices(slow, request):
-  """on_eight_devices.py, as much of it as the tier has."""
-  tier = "slow" if slow else request.config.getoption("tier")
+@pytest.mark.parametrize("tier", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("full", "slow")])
+def test_on_eight_devices(tier):
+  """All of on_eight_devices.py."""
   options = ["-q", "--tier", tier, "-p", "no:cacheprovider", "-p", "no:xdist"]
   command = [sys.executable, "-m", "pytest", *options, "tests/on_eight_devices.py"]
   done = subprocess.run(command, cwd=ROOT, env=virtual_devices(8), capture_output=True, text=True)
