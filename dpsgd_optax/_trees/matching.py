@@ -1,82 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leaves of the params that a tree with holes, or with other containers, speaks of."""
+"""Which parameter stands opposite each leaf of a vector, which may have holes or other containers than the params."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import optax
+import jax.numpy as jnp
 
-from dpsgd_optax._trees.paths import names
+from dpsgd_optax._trees.paths import is_absent, names
+
+
+class Match(NamedTuple):
+  """A leaf of the vector and the parameter opposite it."""
+
+  path: Any  # in the vector
+  leaf: Any  # of the vector
+  index: int  # of the parameter among the leaves of the params
+
+
+def match_leaves(what: str, params: Any, vector: Any) -> list[Match]:
+  """The leaves of the vector in their order, without holes, each with its parameter.
+
+  By position if the two trees are alike. A leaf in a box counts as the leaf (of Flax: a tree of one leaf named
+  `value`). If only the containers differ, as a dict and the state of an nnx module do, by the names of the leaves.
+
+  Raises:
+    ValueError: if neither works; the message begins with ``what`` and names the first leaf without a counterpart.
+  """
+  entries = jax.tree_util.tree_leaves_with_path(vector, is_leaf=is_absent)
+  found = _by_position(entries, vector, params)
+  if found is None:
+    found = _by_name(entries, params)
+  if found is None:
+    raise ValueError(_mismatch(what, entries, params, vector))
+  return found
 
 
 def opposite(params: Any, tree: Any) -> list:
   """The leaves of the params that stand opposite the leaves of a tree, which may have holes."""
   leaves = jax.tree.leaves(params)
-  return [leaves[i] for i in match_leaves("the tree of updates", params, tree)[1] if i is not None]
+  return [leaves[match.index] for match in match_leaves("the tree of updates", params, tree)]
 
 
-def match_leaves(what: str, params: Any, vector: Any) -> tuple[list, list[int | None]]:
-  """The slots of the vector, and the index of the parameter opposite each of them; None at a hole.
+def stepped(params: Any, step: Any) -> Any:
+  """params + step in the dtypes of the params; where the step has a hole the params stay as they are.
 
-  By position where the two trees are alike, a leaf in a box (of Flax: a tree of one leaf named `value`) counting as the
-  leaf; by the names of the leaves where only the containers differ, as a dict and the state of an nnx module do.
+  As ``optax.apply_updates``, for params that hold more than the step speaks of: the rest of a partition, or the
+  functions and other static fields of a model that is a pytree.
   """
-  slots, treedef = jax.tree.flatten(vector, is_leaf=_is_hole)
-  places = _by_position(slots, treedef, params)
-  if places is None:
-    places = _by_name(vector, params)
-  if places is None:
-    raise ValueError(_mismatch(what, params, vector))
-  return slots, places
+  leaves, treedef = jax.tree.flatten(params)
+  for _, x, i in match_leaves("the step", params, step):
+    leaves[i] = jnp.asarray(leaves[i] + x, jnp.result_type(leaves[i]))
+  return treedef.unflatten(leaves)
 
 
-def _by_position(slots: list, treedef: Any, params: Any) -> list[int | None] | None:
+def _by_position(entries: list, vector: Any, params: Any) -> list[Match] | None:
   try:
-    parts = treedef.flatten_up_to(params)
+    parts = jax.tree.structure(vector, is_leaf=is_absent).flatten_up_to(params)
   except (ValueError, TypeError, KeyError):
     return None
-  places, start = [], 0
-  for slot, part in zip(slots, parts, strict=True):
+  found, index = [], 0
+  for (path, entry), part in zip(entries, parts, strict=True):
     inside = jax.tree_util.tree_leaves_with_path(part)
-    if not _is_hole(slot) and (len(inside) != 1 or names(inside[0][0])):
-      return None
-    places.append(None if _is_hole(slot) else start)
-    start += len(inside)
-  return places
+    if not is_absent(entry):
+      if len(inside) != 1 or names(inside[0][0]):
+        return None
+      found.append(Match(path, entry, index))
+    index += len(inside)
+  return found
 
 
-def _by_name(vector: Any, params: Any) -> list[int | None] | None:
+def _by_name(entries: list, params: Any) -> list[Match] | None:
   paths = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   left = {path: i for i, path in enumerate(paths)}
   if len(left) < len(paths):
     return None
-  places, holes = [], []
-  for path, slot in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole):
-    if not _is_hole(slot) and names(path) not in left:
-      return None
-    places.append(None if _is_hole(slot) else left.pop(names(path)))
-    holes += [names(path)] if _is_hole(slot) else []
-  missing = [path for path in left if not any(path[: len(hole)] == hole for hole in holes)]
-  return None if missing else places
+  found = []
+  for path, entry in entries:
+    if not is_absent(entry):
+      if names(path) not in left:
+        return None
+      found.append(Match(path, entry, left.pop(names(path))))
+  return None if _uncovered(left, entries) else found
 
 
-def _is_hole(x) -> bool:
-  return x is None or isinstance(x, optax.MaskedNode)
+def _uncovered(paths: Any, entries: list) -> list:
+  """The paths, as names, that lie under no hole."""
+  holes = [names(path) for path, entry in entries if is_absent(entry)]
+  return [path for path in paths if not any(path[: len(hole)] == hole for hole in holes)]
 
 
-def _mismatch(what, params, vector) -> str:
-  """Name the first leaf that only one of the two has, rather than print two trees."""
-  slots = jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)
-  holes = [names(path) for path, x in slots if _is_hole(x)]
-  came = {names(path): jax.tree_util.keystr(path) for path, x in slots if not _is_hole(x)}
-  needed = {names(path): jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-  held = lambda path: any(path[: len(hole)] == hole for hole in holes)
-  unknown = [came[path] for path in sorted(came.keys() - needed.keys())]
-  missing = [needed[path] for path in sorted(needed.keys() - came.keys()) if not held(path)]
-  if unknown:
-    found = f"has a leaf at `{unknown[0]}` where the parameters have none"
-  elif missing:
-    found = f"has nothing at `{missing[0]}`, which is a parameter"
+def _mismatch(what: str, entries: list, params: Any, vector: Any) -> str:
+  came = {names(path): path for path, entry in entries if not is_absent(entry)}
+  needed = {names(path): path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+  if unknown := sorted(came.keys() - needed.keys()):
+    found = f"has a leaf at `{jax.tree_util.keystr(came[unknown[0]])}` where the parameters have none"
+  elif missing := _uncovered(sorted(needed.keys() - came.keys()), entries):
+    found = f"has nothing at `{jax.tree_util.keystr(needed[missing[0]])}`, which is a parameter"
   else:
     found = f"is a {jax.tree.structure(vector)}, the parameters are a {jax.tree.structure(params)}"
   return (
@@ -84,7 +103,3 @@ def _mismatch(what, params, vector) -> str:
     "`optax.tree.random_like(key, params)`; for the block of some parameters put `optax.MaskedNode()` in place of the "
     "others."
   )
-
-
-def place(path) -> str:
-  return f"`{jax.tree_util.keystr(path)}`" if path else "the root"

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of leaves, holes in trees, and what stands opposite what."""
+"""Names of leaves, and trees with holes.
+
+A hole is an ``optax.MaskedNode()`` in place of a leaf or a subtree that belongs to somebody else: inside
+``optax.masked`` and ``optax.partition`` a transform is shown such trees.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +19,24 @@ def names(path: Any) -> tuple[str, ...]:
   return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
+def quoted(path: Any) -> str:
+  """A key path as an error message shows it."""
+  return f"`{jax.tree_util.keystr(path)}`" if path else "the root"
+
+
 def is_hole(x: Any) -> bool:
+  """Whether x is a hole. None is not: in the params it is an empty subtree, such as a layer without a bias."""
   return isinstance(x, optax.MaskedNode)
+
+
+def is_absent(x: Any) -> bool:
+  """Whether x is a hole or None. For vectors that are matched with the params: users may leave a part out by None."""
+  return x is None or is_hole(x)
+
+
+def has_holes(tree: Any) -> bool:
+  """Whether the tree is a part of a larger one."""
+  return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
 
 
 def map_with_holes(x: Any, full: Any, leaf: Callable, hole: Callable | None = None) -> Any:
@@ -38,12 +58,6 @@ def with_holes(tree: Any, mask: Any) -> Any:
 def fill_holes(part: Any, tree: Any) -> Any:
   """``part`` with the leaves of ``tree`` in its holes."""
   return map_with_holes(part, tree, lambda a, _: a, lambda b: b)
-
-
-def has_holes(tree: Any) -> bool:
-  """Whether the tree is a part of a larger one, as ``optax.masked`` and ``optax.partition`` show it."""
-  hole = lambda x: isinstance(x, optax.MaskedNode)
-  return any(map(hole, jax.tree.leaves(tree, is_leaf=hole)))
 
 
 def same_structure(tree: Any, other: Any, what: str, of: str) -> None:

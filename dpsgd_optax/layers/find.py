@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.arithmetic import working_dtype
-from dpsgd_optax._trees.buckets import make_buckets
+from dpsgd_optax._trees.arithmetic import check_floating, working_dtype
 from dpsgd_optax._trees.paths import names
 from dpsgd_optax.layers.record import LayerRecord, extent, is_record
 
@@ -80,7 +79,7 @@ class Leaf(NamedTuple):
 
 def leaves_by_name(tree: Any) -> tuple[dict[tuple[str, ...], Leaf], set[tuple[str, ...]]]:
   """Leaves by name, and the names of the holes that `optax.masked` and `optax.partition` leave."""
-  make_buckets(tree)  # for its message about integer leaves
+  check_floating(tree)
   hole = lambda x: isinstance(x, optax.MaskedNode)
   found, holes = {}, set()
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=hole)[0]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.arithmetic import working_dtype
+from dpsgd_optax._trees.arithmetic import check_floating, working_dtype
 from dpsgd_optax._trees.buckets import Bucket, Stacked, bucket_paths, make_buckets, stack, unstack
 from dpsgd_optax._trees.draws import noise
 from dpsgd_optax._trees.mesh import as_leaves, divided
@@ -218,14 +218,14 @@ def raveled(group: Preconditioner) -> Preconditioner:
 
   def ravel(tree):
     leaves = [x for x in jax.tree.leaves(tree) if math.prod(jnp.shape(x)) > 0]
-    make_buckets(tree)  # for its message about integer leaves
+    check_floating(tree)
     if not leaves:
       return []
     dtype = jnp.result_type(*(working_dtype(jnp.result_type(x)) for x in leaves))
     return [jnp.concatenate([jnp.reshape(x, -1).astype(dtype) for x in leaves])]
 
   def init(params):
-    make_buckets(params)  # for its message about leaves that are no arrays
+    check_floating(params)
     shapes = jax.eval_shape(ravel, params)
     return lifted.init(shapes)
 

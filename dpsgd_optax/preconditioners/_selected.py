@@ -4,7 +4,7 @@
 import functools
 from typing import Any
 
-from dpsgd_optax._trees.buckets import make_buckets
+from dpsgd_optax._trees.arithmetic import check_floating
 from dpsgd_optax._trees.paths import fill_holes, with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Preconditioner
@@ -17,7 +17,7 @@ def selected(preconditioner: Preconditioner, where: Where) -> Preconditioner:
     return with_holes(tree, selection(tree, where))
 
   def init(params):
-    make_buckets(params)  # for its message about integer leaves
+    check_floating(params)
     return preconditioner.init(part(params))
 
   def product(of_part, state, updates, *more):
