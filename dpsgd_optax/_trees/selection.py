@@ -26,11 +26,6 @@ def spread(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None)
 
   Raises:
     ValueError: if a leaf of the tree lies under none, or a leaf of the prefix has none under it.
-
-  Example:
-    >>> from dpsgd_optax._trees.selection import spread
-    >>> spread({"a": 1, "b": 2}, {"a": {"w": 0.0, "v": 0.0}, "b": 0.0})
-    {'a': {'v': 1, 'w': 1}, 'b': 2}
   """
   try:
     return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree, is_leaf=is_leaf)

@@ -17,21 +17,13 @@ from dpsgd_optax._trees.paths import is_absent, quoted
 
 
 class Block(NamedTuple):
-  """The block of the parameters that a vector speaks of.
+  """The block of the parameters that a vector speaks of."""
 
-  Attributes:
-    theta: θ_b.
-    vector: v_b, in the dtypes of θ_b.
-    indices: where θ_b stands among the leaves of θ.
-    join: leaves like θ_b ↦ a tree like θ, with the other parameters as they are.
-    restore: leaves like θ_b ↦ a tree like v, with its holes.
-  """
-
-  theta: list[jax.Array]
-  vector: list[jax.Array]
-  indices: list[int]
-  join: Callable[[list], Any]
-  restore: Callable[[list], Any]
+  theta: list[jax.Array]  # θ_b
+  vector: list[jax.Array]  # v_b, in the dtypes of θ_b
+  indices: list[int]  # where θ_b stands among the leaves of θ
+  join: Callable[[list], Any]  # leaves like θ_b ↦ a tree like θ, the other parameters as they are
+  restore: Callable[[list], Any]  # leaves like θ_b ↦ a tree like v, with its holes
 
   def of(self, function: Callable) -> Callable[[list], Any]:
     """A function of θ as one of θ_b."""
@@ -47,8 +39,8 @@ def block_of(name: str, params: Any, vector: Any) -> Block:
   """Matches the vector with the parameters, for the product ``name``; raises a ValueError if it does not fit."""
   matches = match_leaves(f"`{name}`", params, vector)
   leaves, treedef = jax.tree.flatten(params)
-  indices = [match.index for match in matches]
   check_differentiable(name, [(match.path, leaves[match.index]) for match in matches])
+  indices = [match.index for match in matches]
   theta = [jnp.asarray(leaves[i]) for i in indices]
 
   def join(part):

@@ -150,11 +150,7 @@ def hvp_finite_difference(
 
 
 def ggnvp(
-  loss: Callable[..., Any],
-  params: optax.Params,
-  has_aux: bool = False,
-  *,
-  outputs: Callable[..., Any],
+  loss: Callable[..., Any], params: optax.Params, has_aux: bool = False, *, outputs: Callable[..., Any]
 ) -> Product:
   """The Gauss-Newton-vector product v ↦ G v with G = Jᵀ ∇²ℓ(z) J, z = f(θ).
 

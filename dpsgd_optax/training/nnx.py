@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What enters each layer of an nnx model."""
+"""What enters each linear layer of an nnx model, for `bnp` and `gls`. The model stays as it is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,22 +9,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpsgd_optax.layers.record import LayerRecord, Window, merged
-from dpsgd_optax.training.linen import _spread
+from dpsgd_optax.training.linen import per_axis
 
 
 def call_with_layer_inputs(
   model: nnx.Module, *args: Any, reduce: Callable[..., LayerRecord] | None = None, **kwargs: Any
 ) -> tuple[Any, Any]:
-  """Calls an nnx model and returns also what enters each linear layer. The model stays as it is.
+  """Calls an nnx model and returns also what enters each linear layer.
 
-  Recorded are `nnx.Linear`, `nnx.LinearGeneral` (and so attention) and `nnx.Conv`. For the time of the call their
-  attributes `dot_general` and `conv_general_dilated` are functions that record; nnx has no hooks. Inside `nnx.scan`,
-  `nnx.vmap` and `nnx.remat` use `dpsgd_optax.capture`.
+  Recorded are `nnx.Linear`, `nnx.LinearGeneral` (and so attention) and `nnx.Conv`. nnx has no hooks: during the call
+  their attributes `dot_general` and `conv_general_dilated` are functions that record. Inside `nnx.scan`, `nnx.vmap` and
+  `nnx.remat` use `dpsgd_optax.capture`.
 
   Args:
     model: a live module: the argument of a loss under `nnx.value_and_grad`, or `nnx.merge(graphdef, params, …)`.
     *args, **kwargs: of the call.
-    reduce: as in `with_layer_inputs`.
+    reduce: as for `with_layer_inputs`.
 
   Returns:
     (what the model returns, tree of `LayerRecord`), each record in the place of its kernel in `nnx.state(model)`.
@@ -52,7 +52,7 @@ def call_with_layer_inputs(
   try:
     for path, module in nnx.iter_modules(model):
       where = tuple(map(str, path))
-      for kind, attribute, recording in NNX:
+      for kind, attribute, recording in _RECORDED:
         if isinstance(module, kind):
           changed.append((module, attribute, getattr(module, attribute)))
           calls = sown.setdefault((*where, "kernel"), [])
@@ -89,7 +89,7 @@ def _recording_conv(conv: Callable, module: Any, bias: tuple[str, ...] | None, c
   def recording(x, kernel, strides, padding, *, lhs_dilation, rhs_dilation, feature_group_count, **kwargs):
     if module.mask is None:
       pads = padding if isinstance(padding, str) else tuple(map(tuple, padding))
-      window = Window(_spread(strides, kernel.ndim - 2), pads, lhs_dilation, rhs_dilation, feature_group_count)
+      window = Window(per_axis(strides, kernel.ndim - 2), pads, lhs_dilation, rhs_dilation, feature_group_count)
       seen = (jax.lax.stop_gradient(x),)
       calls.append(
         LayerRecord(seen, kind="conv", kernel_shape=kernel.shape, input_axes=kernel.ndim - 1, bias=bias, window=window)
@@ -100,7 +100,7 @@ def _recording_conv(conv: Callable, module: Any, bias: tuple[str, ...] | None, c
   return recording
 
 
-NNX: list[tuple[type, str, Callable]] = [
+_RECORDED: list[tuple[type, str, Callable]] = [  # class, the attribute that computes, its replacement
   (nnx.Linear, "dot_general", _recording_dot),
   (nnx.LinearGeneral, "dot_general", _recording_dot),
   (nnx.Conv, "conv_general_dilated", _recording_conv),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of norm layers, and lengths for layers without them."""
+"""The 1-D parameters that `sgd_ph` looks for: those of norm layers, and lengths for nnx layers without any."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ class Lengths(nnx.Module):
 class WeightNorm(nnx.Module):
   """Weight normalization of an nnx layer: kernel = g v/‖v‖, the norm over all axes but that of the outputs.
 
-  The layer keeps v as its kernel; the lengths g are a 1-D `nnx.Param` under "length/scale", which `is_norm_param` finds
-  and `nnx.Optimizer` trains. (The scales of `nnx.WeightNorm` of flax 0.12 are no `nnx.Param`, so that they are neither,
-  and its call overwrites v.) In linen `nn.WeightNorm` does all this.
+  The layer keeps v as its kernel. The lengths g are a 1-D `nnx.Param` under "length/scale", which `is_norm_param` finds
+  and `nnx.Optimizer` trains. (Neither is so with `nnx.WeightNorm` of flax 0.12, whose call also overwrites v. In linen
+  `nn.WeightNorm` does all this.)
 
   Args:
     layer: `nnx.Linear`, `nnx.Conv`, or any layer whose `kernel` has its outputs on the last axis.
@@ -59,21 +59,22 @@ class WeightNorm(nnx.Module):
 def is_norm_param(params: Any) -> Any:
   """True for the parameters of norm layers and for the lengths of weight-normalised layers: Flax, Haiku, Equinox.
 
-  Told from the names beside a leaf. Flax and Haiku: it is one of a norm layer iff its parent holds a `scale`, and
-  nothing but `scale`, `bias` and `offset`. This finds BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, the norms
-  within attention, and norm layers under `nn.scan` and `nn.vmap`, whatever they are called, of linen and of nnx; and
-  not the bias of a dense layer or of the classifier. Of weight-normalised layers it finds the lengths: `nn.WeightNorm`
-  of linen keeps them under one key that ends in "/kernel/scale", `training.WeightNorm` of nnx in a module of their own.
-  Equinox: its parent holds a 1-D `weight`, and nothing but that and a `bias` of the same shape.
+  It goes by the names beside a leaf, whatever the layer is called:
 
-  A norm layer with a bias alone (`use_scale=False`) looks like nothing in particular and is not found: give `where` as
-  a tree of bools then.
+  - Flax and Haiku: the parent holds a `scale`, and nothing but `scale`, `bias` and `offset`. So do BatchNorm,
+    LayerNorm, GroupNorm, InstanceNorm, RMSNorm, the norms within attention, and norm layers under `nn.scan` and
+    `nn.vmap`; the bias of a dense layer does not.
+  - Lengths: `nn.WeightNorm` of linen keeps them under a key that ends in "/kernel/scale", `training.WeightNorm` of nnx
+    in a module of their own, as a norm layer.
+  - Equinox: the parent holds a 1-D `weight`, and nothing but that and a `bias` of the same shape.
+
+  A norm layer with a bias alone (`use_scale=False`) is not found: give `where` as a tree of bools then.
 
   Args:
     params: linen or Haiku params, an nnx state of `nnx.Param`, an Equinox model or the arrays of one.
 
   Returns:
-    A tree of bools like `params`: a `where` for `sgd_ph`, a mask for Optax, labels for `optax.partition`.
+    A tree of bools like `params`: `where` for `sgd_ph`, a mask for Optax, labels for `optax.partition`.
 
   Example:
     >>> import jax, jax.numpy as jnp, flax.linen as nn, optax
