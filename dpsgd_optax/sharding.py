@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many devices under ``jit``: where the optimizer state lies, and which device fits and applies which matrices.
 
-JAX partitions a jitted step by the shardings of its arguments, and averages gradients and Hessian-vector products over
-the whole batch by itself. What is added here is the division of the preconditioner: a bucket of B equal matrices is cut
-into n shares of B/n, each fitted and applied where it lies, and the updates are gathered.
+JAX itself partitions a jitted step by the shardings of its arguments, and averages gradients and products over the
+whole batch. Added here is the division of the preconditioner: a bucket of B equal matrices is cut into n shares of B/n,
+each fitted and applied where it lies, and the updates are gathered.
 
 Notation
   B    matrices in a bucket: leaves of equal shape, or layers of a stacked leaf
@@ -33,12 +33,11 @@ def _is_spec(x: Any) -> bool:
 
 
 def _check_axes(names: Iterable[str], mesh: Any, where: str) -> None:
-  for name in names:
-    if name not in mesh.shape:
-      raise ValueError(
-        f"{where} must name axes of the mesh, which are {tuple(mesh.shape)}; got {name!r}. "
-        f"Type `axes={tuple(mesh.shape)[:1]}`, or make the mesh with that axis."
-      )
+  if unknown := [name for name in names if name not in mesh.shape]:
+    raise ValueError(
+      f"{where} must name axes of the mesh, which are {tuple(mesh.shape)}; got {unknown[0]!r}. "
+      f"Type `axes={tuple(mesh.shape)[:1]}`, or make the mesh with that axis."
+    )
 
 
 def _named(axes: str | tuple[str, ...] | None, mesh: Any) -> tuple[str, ...]:
@@ -73,24 +72,20 @@ def _spread(param_specs: Any, params: Any, mesh: Any) -> Any:
 
 
 def partition_specs(
-  tx: optax.GradientTransformation,
-  params: Any,
-  param_specs: Any,
-  mesh: Any,
-  axes: str | tuple[str, ...] | None = None,
+  tx: optax.GradientTransformation, params: Any, param_specs: Any, mesh: Any, axes: str | tuple[str, ...] | None = None
 ) -> Any:
   """How the optimizer state is sharded: a `PartitionSpec` for each of its leaves. Nothing is allocated.
 
   The leading axis of a bucket, over its matrices, is divided over those of ``axes`` whose product n divides B and is
-  the largest. If none divides it, as with B < n on a mesh of one axis, every device holds the whole bucket. What is
-  shaped like the params (momentum, other transforms' averages) lies as they do. All else is on every device, such as
-  the states of preconditioners of one vector (``dense``, ``lra``, ``xmat``).
+  the largest. If none does, as with B < n on a mesh of one axis, every device holds the whole bucket. What is shaped
+  like the params (momentum, averages) lies as they do. All else is on every device, such as the states of
+  preconditioners of one vector (``dense``, ``lra``, ``xmat``).
 
   Args:
     tx: any optax transformation, chains and partitions included.
     params: arrays or ``jax.ShapeDtypeStruct``.
-    param_specs: how the params are sharded: a tree of `PartitionSpec` like them, or a prefix of one; `PartitionSpec()`
-      for plain data parallelism.
+    param_specs: how the params are sharded: a tree of `PartitionSpec` like them, or a prefix of one, such as
+      `PartitionSpec()`: all of them on every device.
     mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``.
     axes: mesh axes that buckets may be divided over; None: all of them.
 
@@ -128,8 +123,8 @@ def partition_specs(
     return PartitionSpec(over[0] if len(over) == 1 else over) if over else REPLICATED
 
   is_lift = lambda x: isinstance(x, LiftState)
-  lifted = lambda x, spec: jax.tree.map(of_bucket, x) if is_lift(x) else spec
-  return jax.tree.map(lifted, state, found, is_leaf=is_lift)
+  divided = lambda x, spec: jax.tree.map(of_bucket, x) if is_lift(x) else spec
+  return jax.tree.map(divided, state, found, is_leaf=is_lift)
 
 
 def sharded(
@@ -141,9 +136,9 @@ def sharded(
   """The same optimizer, with the work and the memory of its preconditioners divided among the devices of a mesh.
 
   Fit and apply of a bucket run under ``jax.shard_map``, each device on its share. One all-gather for each distinct
-  shape hands the updates out, or an all-to-all if the leaves are sharded alike (FSDP). ``init`` and every ``update``
-  lay out the state as :func:`partition_specs` says. The same key gives the same step as on one device, up to rounding.
-  The state does not depend on n: a checkpoint can be restored on another number of devices.
+  shape hands the updates out, or an all-to-all if the leaves are sharded alike (FSDP). ``init`` and ``update`` lay out
+  the state as :func:`partition_specs` says. The same key gives the same step as on one device, up to rounding, and a
+  checkpoint can be restored on another number of devices.
 
   Jit the step as ever, with params on the mesh and the batch divided over one of its axes. On several hosts
   (``jax.distributed.initialize``) nothing changes but the mesh.

@@ -22,17 +22,14 @@ def scalar_dtype(params: Any) -> Any:
 def check_floating(params: Any) -> None:
   """Raises a ValueError for a leaf that is no floating-point or complex array; the message names it."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    needed = f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)}"
     if callable(leaf) or isinstance(leaf, str):
-      raise ValueError(
-        f"{needed} is a {type(leaf).__name__}. Leave out what is no array: "
-        "`tx.init(eqx.filter(model, eqx.is_inexact_array))` for an Equinox model."
-      )
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-      raise ValueError(
-        f"{needed} has dtype {jnp.result_type(leaf)}. Leave it out with `optax.masked` or `optax.partition`, or make "
-        "it a float."
-      )
+      found = f"is a {type(leaf).__name__}. Leave out what is no array: "
+      found += "`tx.init(eqx.filter(model, eqx.is_inexact_array))` for an Equinox model."
+    elif not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
+      found = f"has dtype {dtype}. Leave it out with `optax.masked` or `optax.partition`, or make it a float."
+    else:
+      continue
+    raise ValueError(f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)} {found}")
 
 
 def select(predicate: jax.Array, new: Any, old: Any) -> Any:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many devices under ``jit``: the matrices of a bucket are divided among them, each device fits and applies its share.
 
-The matrices of a bucket do not depend on each other. So its leading axis can be cut, and while they are fitted or
-applied the devices exchange nothing. Preconditioners take no argument for this: `dpsgd_optax.sharded` names the mesh
-in a context variable (:func:`dividing`) while it traces a step, and the functions below read it. Outside of `sharded`
-there is no mesh, and each of them returns what it was given.
+The matrices of a bucket do not depend on each other: its leading axis can be cut, and while they are fitted or applied
+the devices exchange nothing. Preconditioners take no argument for this. While `dpsgd_optax.sharded` traces a step it
+keeps the mesh in a context variable (:func:`dividing`), which the functions below read; without it they do nothing.
 
 Notation
   B    matrices in a bucket
@@ -25,20 +24,14 @@ Path = tuple[Any, ...]
 
 
 class Split(NamedTuple):
-  """Attributes:
-  mesh: of devices.
-  axes: names of the mesh axes that buckets may be divided over.
-  specs: path of a leaf of the params -> how that leaf is sharded; a path that is not there: not at all.
-  """
+  """How buckets are divided."""
 
-  mesh: Any
-  axes: tuple[str, ...]
-  specs: Mapping[Path, PartitionSpec] = {}
+  mesh: Any  # of devices
+  axes: tuple[str, ...]  # the mesh axes that buckets may be divided over
+  specs: Mapping[Path, PartitionSpec] = {}  # path of a leaf of the params -> how it is sharded; if missing: not at all
 
   def over(self, matrices: int) -> tuple[str, ...]:
-    """Those of the axes whose product n is the largest that divides B; () if there is none: then no device has less
-    than all.
-    """
+    """Those of the axes whose product n is the largest that divides B; () if none does: the bucket is not divided."""
     subsets = (s for r in range(len(self.axes) + 1) for s in itertools.combinations(self.axes, r))
     count = lambda names: math.prod(self.mesh.shape[name] for name in names)
     found = max((s for s in subsets if matrices % count(s) == 0), key=count)
@@ -74,11 +67,10 @@ def divided(run: Callable, matrices: int) -> Callable:
 
 
 def as_leaves(x: jax.Array, paths: Sequence[Path | None] = (None,)) -> jax.Array:
-  """A bucket, (B, …), in the sharding of its leaves: to be said before it is divided and after it is gathered.
+  """A bucket, (B, …), in the sharding of its leaves: to be called before it is divided and after it is gathered.
 
-  Without it JAX would move each leaf by itself. With it a bucket moves as one: on the way in each device cuts out its
-  share, on the way out there is one all-gather. If all leaves are whole matrices that are sharded alike, as under FSDP,
-  each way is one all-to-all.
+  So JAX moves a bucket as one: on the way in each device cuts out its share, on the way out there is one all-gather. If
+  all leaves are whole matrices that are sharded alike, as under FSDP, each way is one all-to-all.
   """
   split = _split.get()
   if split is None or not split.over(len(x)):

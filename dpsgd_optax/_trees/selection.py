@@ -2,7 +2,7 @@
 """Which parameters a part of an optimizer is for: the argument `where`.
 
 `where` is a tree of bools with the structure of the params (or a prefix of it), or a function params ↦ such a tree, as
-the masks of Optax are; None stands for all. `jax.tree_util.tree_map_with_path` makes one of a predicate on one leaf.
+the masks of Optax are; None stands for all.
 """
 
 from collections.abc import Callable
@@ -60,16 +60,14 @@ def is_vector(params: Any) -> Any:
   return jax.tree.map(lambda x: len(getattr(x, "shape", ())) == 1, params)
 
 
-_USUAL = {
-  "is_norm_param": "`where=dpsgd_optax.training.is_norm_param` for the norm layers of a Flax, Haiku or Equinox model",
-  "is_vector": "`where=dpsgd_optax.is_vector` for every 1-D parameter",
-}
-
-
 def _usual(where: Where) -> str:
   """What could be typed in place of ``where``."""
-  others = [words for name, words in _USUAL.items() if name != getattr(where, "__name__", None)]
-  return f"Type {', '.join(others)}, or give a tree of bools like the params."
+  usual = {
+    "is_norm_param": "`where=dpsgd_optax.training.is_norm_param` for the norm layers of a Flax, Haiku or Equinox model",
+    "is_vector": "`where=dpsgd_optax.is_vector` for every 1-D parameter",
+  }
+  usual.pop(getattr(where, "__name__", ""), None)
+  return f"Type {', '.join(usual.values())}, or give a tree of bools like the params."
 
 
 def selection(tree: Any, where: Where) -> Any:

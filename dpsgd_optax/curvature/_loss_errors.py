@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of a loss that has not the derivative that is asked of it, in the words of the user."""
+"""What JAX says of a loss without the derivative that is needed, in the words of the user."""
 
 import contextlib
 from collections.abc import Callable, Generator
@@ -14,11 +14,7 @@ DIFFERENCE = "Type `hvp=hvp_finite_difference({}, params)`, which asks for gradi
 
 
 def check_scalar(found: Any, has_aux: bool = False) -> Any:
-  """What a loss returned, if it is one real number (beside the auxiliary data, if ``has_aux``).
-
-  Raises:
-    TypeError: if it is anything else; the message says what to type.
-  """
+  """What a loss returned; a TypeError unless it is one real number (beside the auxiliary data, if ``has_aux``)."""
   if fault := _scalar_fault(found, has_aux):
     raise TypeError(fault)
   return found
@@ -52,16 +48,10 @@ def _described(x: Any) -> str:
 def explaining(
   name: str, loss: Callable, theta: Any, has_aux: bool = False, otherwise: str | None = DIFFERENCE.format("loss")
 ) -> Generator[None]:
-  """Inside the block an error of JAX about the loss becomes one that says what is wrong with it and what to type.
+  """In this block an error of JAX about the loss becomes one that says what is wrong with it and what to type.
 
-  The loss is looked into only after JAX has refused it. Errors of its own pass unchanged.
-
-  Args:
-    name: of the product.
-    loss: θ ↦ scalar, or (scalar, aux) if ``has_aux``.
-    theta: its argument.
-    has_aux: whether there is an aux.
-    otherwise: what to type if the gradient has no forward-mode derivative; None: the product does without.
+  ``theta`` is the argument of the loss, ``name`` that of the product, ``otherwise`` what to type if the gradient has no
+  forward-mode derivative (None: the product needs none). Errors that the loss itself raises pass unchanged.
   """
   try:
     yield
@@ -73,7 +63,7 @@ def explaining(
 
 
 def _diagnosis(name, loss, theta, has_aux, otherwise, error) -> Exception | None:
-  """The better error; None if the loss or its gradient fails by itself, or if nothing is known against them."""
+  """The better error; None if there is none, as when the loss or its gradient fails by itself."""
   seen = []
   try:
     jax.eval_shape(lambda theta: seen.append(loss(theta)), theta)  # what is returned need not be arrays

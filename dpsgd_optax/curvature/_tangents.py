@@ -2,8 +2,7 @@
 """A vector with holes as a tangent: the parameters opposite its arrays are differentiated, the others are constant.
 
 Notation
-  θ, v       the parameters and a vector, which has holes at the parameters that are held constant
-  θ_b, v_b   the block: the leaves of θ opposite an array of v, and these arrays
+  θ_b, v_b   the block: the leaves of the parameters θ opposite an array of the vector v, and these arrays
 """
 
 from collections.abc import Callable
@@ -39,8 +38,8 @@ def block_of(name: str, params: Any, vector: Any) -> Block:
   """Matches the vector with the parameters, for the product ``name``; raises a ValueError if it does not fit."""
   matches = match_leaves(f"`{name}`", params, vector)
   leaves, treedef = jax.tree.flatten(params)
-  check_differentiable(name, [(match.path, leaves[match.index]) for match in matches])
-  indices = [match.index for match in matches]
+  check_differentiable(name, [(path, leaves[i]) for path, _, i in matches])
+  indices = [i for _, _, i in matches]
   theta = [jnp.asarray(leaves[i]) for i in indices]
 
   def join(part):
@@ -53,14 +52,13 @@ def block_of(name: str, params: Any, vector: Any) -> Block:
     found = iter(part)
     return jax.tree.map(lambda x: x if is_absent(x) else next(found), vector, is_leaf=is_absent)
 
-  cast = [_cast(name, match.path, match.leaf, x) for match, x in zip(matches, theta, strict=True)]
+  cast = [_cast(name, path, v, x) for (path, v, _), x in zip(matches, theta, strict=True)]
   return Block(theta, cast, indices, join, restore)
 
 
 def gradient(loss: Callable, has_aux: bool) -> Callable[[list], list]:
   """θ_b ↦ g_b of a loss of θ_b, complex leaves in the direction of ascent."""
-  of_loss = jax.grad(drop_aux(loss, has_aux))
-  return lambda theta: ascent(of_loss(theta))
+  return lambda theta: ascent(jax.grad(drop_aux(loss, has_aux))(theta))
 
 
 def ascent(grads: Any) -> Any:
@@ -91,15 +89,13 @@ def _cast(name: str, path: Any, v: Any, x: jax.Array) -> jax.Array:
 def check_differentiable(name: str, leaves_with_path: Any) -> None:
   """Raises a ValueError for a leaf that has no derivative: no array and no number, or an integer."""
   for path, x in leaves_with_path:
-    needed = f"`{name}` differentiates floating-point or complex parameters, but the leaf at {quoted(path)} is"
     if not hasattr(x, "dtype") and not isinstance(x, bool | int | float | complex):
-      raise ValueError(
-        f"{needed} a {type(x).__name__}. Let the loss be a function of the arrays alone; of an Equinox model: "
-        "`params, static = eqx.partition(model, eqx.is_inexact_array)`, `lambda p: loss(eqx.combine(p, static))`."
-      )
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-      raise ValueError(
-        f"{needed} {dtype}. Keep it out of the parameters that the loss is a function of, or put "
-        "`optax.MaskedNode()` there in the vector."
-      )
+      found = f"a {type(x).__name__}. Let the loss be a function of the arrays alone; of an Equinox model: `params, "
+      found += "static = eqx.partition(model, eqx.is_inexact_array)`, `lambda p: loss(eqx.combine(p, static))`."
+    elif not jnp.issubdtype(dtype := x.dtype if hasattr(x, "dtype") else jnp.result_type(x), jnp.inexact):
+      found = f"{dtype}. Keep it out of the parameters that the loss is a function of, or put `optax.MaskedNode()` "
+      found += "there in the vector."
+    else:
+      continue
+    needed = f"`{name}` differentiates floating-point or complex parameters"
+    raise ValueError(f"{needed}, but the leaf at {quoted(path)} is {found}")

@@ -59,9 +59,8 @@ def _active_mask(tree: Any, cycle: Cycle, fits: Any) -> Any:
 def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, cycle: Cycle = False) -> Curvature:
   """Observe v and Hv whose v ⊙ Hv estimates the diagonal of the Hessian of the selected parameters: SGD-PH.
 
-  The parameters that are not selected are held constant: the product carries tangents of the norm layers alone, which
-  is cheaper than one over all parameters (``python -m benchmarks partial_hessian``). ``value_and_grad_then_hvp`` shares
-  its passes with the gradient. ``diagonal_newton`` averages and inverts what is observed.
+  The parameters that are not selected are held constant, which is cheaper than a product over all of them (``python -m
+  benchmarks partial_hessian``). ``diagonal_newton`` averages and inverts what is observed.
 
   Reads ``hvp`` or ``value_fn``, as :func:`dpsgd_optax.newton`. ``hvp`` is given trees with holes
   (``optax.MaskedNode``), as the products of this package take them; your own must return the same holes.

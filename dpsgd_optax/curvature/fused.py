@@ -18,9 +18,8 @@ from dpsgd_optax.curvature._tangents import Block, ascent, block_of, check_diffe
 def value_and_grad_and_hvp(loss: Callable[..., Any], has_aux: bool = False) -> Callable[[optax.Params, Any], tuple]:
   """L, g and H v in one fused pass: the forward-mode derivative of `jax.value_and_grad`.
 
-  The product shares the passes of the gradient, which is cheaper than `jax.value_and_grad` beside `hvp` wherever the
-  compiler does not merge the two by itself. Use it if the vector is known before the gradient and the product is needed
-  anyway.
+  Cheaper than `jax.value_and_grad` beside `hvp` wherever the compiler does not merge the two by itself. Use it if the
+  vector is known before the gradient and the product is needed anyway.
 
   Args:
     loss, has_aux: as for :func:`dpsgd_optax.hvp`; here the auxiliary data are returned.
@@ -30,19 +29,15 @@ def value_and_grad_and_hvp(loss: Callable[..., Any], has_aux: bool = False) -> C
     is of all parameters, whatever holes the vector and the product have. Complex gradients come conjugated for Optax.
 
   Raises:
-    ValueError: by that function, if the vector has another structure or shape than `params`, or if any leaf of
-      `params` is not floating point or complex.
-    TypeError: by that function, if `loss` is not a real scalar.
+    ValueError, TypeError: by that function, as :func:`dpsgd_optax.hvp`, for a leaf anywhere in `params`.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.curvature.fused import value_and_grad_and_hvp
-    >>> fused = value_and_grad_and_hvp(lambda x: jnp.sum(x**3))
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> fused = dpo.value_and_grad_and_hvp(lambda x: jnp.sum(x**3))
     >>> value, grad, product = fused(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0]))
     >>> float(value), grad.tolist(), product.tolist()
     (9.0, [3.0, 12.0], [6.0, 0.0])
   """
-
   forward = lambda run, block: jax.jvp(run, (block.theta,), (block.vector,), has_aux=True)
 
   def fused(params, vector):
@@ -70,8 +65,8 @@ def value_and_grad_then_hvp(
     parameters. The product takes v with holes wherever `where` is False.
 
   Raises:
-    ValueError: by that function, as `value_and_grad_and_hvp`, and if `where` fits nothing; by the product, if v has an
-      array where `where` is False.
+    ValueError: by that function, if `where` fits nothing; by the product, if v has an array where `where` is False.
+    ValueError, TypeError: by both, as `value_and_grad_and_hvp`.
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo

@@ -25,8 +25,7 @@ def whitening() -> Curvature:
   """Observe the gradient itself: P → (E g gᵀ)^(−½). Costs nothing; a drop-in for Adam.
 
   The probe vector is integrated out (``Probe.vector`` is None): E[vᵀ P⁻¹ v] = tr P⁻¹. A geometry that needs a
-  sample (``eq``) draws one itself. P is biased a little: the fit divides its step by a size of the sample on which it
-  is taken, and the two are correlated.
+  sample (``eq``) draws one itself. P is biased a little, because each fit divides by the size of its own sample.
 
   Source: arXiv:2402.04553, whitening criterion; arXiv:2402.11858.
 
@@ -51,15 +50,10 @@ _TRAIN_STATE = (
 
 
 def _given_product(name: str, params: Any, hvp: Any, value_fn: Any, value: Any, otherwise: str = "") -> Product:
-  """v ↦ Hv, from the extra arguments ``hvp`` or else ``value_fn``. The product checks its structure when it is called.
+  """v ↦ Hv, from the extra arguments ``hvp`` or else ``value_fn``; it checks its structure when it is called.
 
-  Args:
-    name: of the observer, for the messages.
-    params, hvp, value_fn, value: as ``update`` received them; None if it did not. ``value`` is only for the message.
-    otherwise: what else could be typed, for the message.
-
-  Raises:
-    ValueError: if both are missing, or if only ``value_fn`` came and the params are None or have holes.
+  A ValueError if both are missing, or if only ``value_fn`` came and the params are missing or have holes. Only its
+  message reads ``value`` and ``otherwise``, which says what else could be typed.
   """
   if hvp is None and value_fn is None:
     came = "received `value`, but no `hvp`" if value is not None else "received no `hvp`"
@@ -98,8 +92,7 @@ def newton() -> Curvature:
 
   Reads the extra argument ``hvp`` (v ↦ Hv, see :func:`dpsgd_optax.hvp`), or else ``value_fn`` (params ↦ loss), from
   which it makes the product. Inside ``optax.masked`` or ``optax.partition`` only ``hvp`` works. Under ``pmap`` and
-  ``shard_map`` the product is that of the local batch, and the replicas drift apart: wrap the optimizer in
-  :func:`dpsgd_optax.data_parallel`.
+  ``shard_map`` replicas drift apart unless the optimizer is wrapped in :func:`dpsgd_optax.data_parallel`.
 
   Source: arXiv:1512.04202; one fused pass: Pearlmutter (1994).
 

@@ -21,17 +21,15 @@ So a call inside `jax.lax.cond` costs nothing in the steps that do not take it. 
 
 **Holes.** The vector may have `optax.MaskedNode()` or `None` in place of a leaf or a subtree of θ, as transforms inside
 `optax.masked` and `optax.partition` see it. Those parameters are held constant and come back as the same hole. The
-product is that of the diagonal block, H_bb v_b, exactly, and costs no derivative of the others. What is held may be of
-any type: integers, or the functions among the leaves of an Equinox model.
+product is that of the diagonal block, H_bb v_b, and costs no derivative of the others. What is held may be of any type:
+integers, or the functions among the leaves of an Equinox model.
 
-**Containers.** The product has the structure of the vector. That of θ may differ if the leaves have the same names: a
-dict for an nnx state, arrays in `nnx.Param` for pure arrays, and the other way round.
-
-**Dtypes.** The vector is cast to the dtype of the parameters leaf by leaf, and the product has that dtype.
+**Containers and dtypes.** The product has the structure of the vector and the dtypes of θ, to which the vector is cast.
+θ may have other containers, with the same names: a dict for an nnx state, `nnx.Param` for arrays, or the reverse.
 
 **Complex parameters** θ = x + iy of a real loss: `jax.grad` returns ∂L/∂x − i ∂L/∂y, the conjugate of the direction of
-ascent. Gradients and products here are those of ∂L/∂x + i ∂L/∂y, which is what Optax's transforms expect: pass them on
-as they are. The product is the Hessian of L as a function of (x, y), applied to (Re v, Im v).
+ascent. Gradients and products here are those of ∂L/∂x + i ∂L/∂y, as Optax's transforms expect them. The product is the
+Hessian of L as a function of (x, y), applied to (Re v, Im v).
 
 References:
   Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6(1), 1994: H v = ∂g(θ + rv)/∂r at r = 0.
@@ -64,15 +62,13 @@ def hvp(loss: Callable[..., Any], params: optax.Params, has_aux: bool = False) -
     A function v ↦ H v. v has the structure of `params`, possibly with holes (see the module's docstring).
 
   Raises:
-    ValueError: by the product, if v has another structure or shape than `params`, or if a leaf to be
-      differentiated is not floating point or complex, or if the gradient has no forward-mode derivative.
+    ValueError: by the product, if v has another structure or shape than `params`, if a leaf to be differentiated is not
+      floating point or complex, or if the gradient has no forward-mode derivative.
     TypeError: by the product, if `loss` is not a real scalar.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.curvature.products import hvp
-    >>> loss = lambda p: p["x"] ** 2 * p["y"]  # H = [[2y, 2x], [2x, 0]]
-    >>> product = hvp(loss, {"x": 1.0, "y": 3.0})
+    >>> import dpsgd_optax as dpo
+    >>> product = dpo.hvp(lambda p: p["x"] ** 2 * p["y"], {"x": 1.0, "y": 3.0})  # H = [[2y, 2x], [2x, 0]]
     >>> {k: float(x) for k, x in product({"x": 1.0, "y": 10.0}).items()}
     {'x': 26.0, 'y': 2.0}
     >>> float(product({"x": 1.0, "y": None})["x"])  # y held: the block H_xx alone
@@ -92,14 +88,13 @@ def hvp_finite_difference(
 ) -> Product:
   """The Hessian-vector product by a difference of gradients: H v ≈ (g(θ + δv) − g(θ)) / δ.
 
-  For losses that have a gradient but no forward-mode derivative of it (`jax.custom_vjp`, callbacks). The step is
-  relative to both vectors,
+  For losses that have a gradient but no forward-mode derivative of it (`jax.custom_vjp`, callbacks). The step,
 
     δ = epsilon · (1 + ‖θ‖) / ‖v‖,     epsilon = √eps of the dtype,
 
-  so that the result is homogeneous in v, and θ moves by a fraction √eps of its own length, or of 1 if it is near zero.
-  This balances the two errors: the remainder O(δ) of Taylor's series, and the rounding O(eps / δ) of the two gradients.
-  About half of the digits survive. The product of a zero vector is zero.
+  moves θ by a fraction √eps of its own length, or of 1 if it is near zero, whatever the length of v. This balances the
+  remainder O(δ) of Taylor's series and the rounding O(eps / δ) of the two gradients. About half of the digits survive.
+  The product of a zero vector is zero.
 
   Args:
     loss, has_aux: as for :func:`hvp`.
@@ -110,14 +105,12 @@ def hvp_finite_difference(
     A function v ↦ H v (approximately). At holes of v the parameters do not enter the norms.
 
   Raises:
-    ValueError: if `epsilon` is not positive; by the product, as `hvp`, and for parameters below float32, half of whose
-      digits is nothing.
-    TypeError: by the product, as `hvp`.
+    ValueError: if `epsilon` is not positive; by the product, for parameters below float32.
+    ValueError, TypeError: by the product, as :func:`hvp`.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.curvature.products import hvp_finite_difference
-    >>> product = hvp_finite_difference(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))  # H = diag(6x)
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> product = dpo.hvp_finite_difference(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))  # H = diag(6x)
     >>> bool(jnp.allclose(product(jnp.array([1.0, 1.0])), jnp.array([6.0, 12.0]), rtol=1e-2))
     True
   """
@@ -155,8 +148,7 @@ def ggnvp(
   """The Gauss-Newton-vector product v ↦ G v with G = Jᵀ ∇²ℓ(z) J, z = f(θ).
 
   G is the Hessian of ℓ∘f with f replaced by its linearization at θ. It is H if f is linear, positive semidefinite if ℓ
-  is convex, and the Fisher matrix if ℓ is the negative log-likelihood of an exponential family in its natural
-  parameters.
+  is convex, and the Fisher matrix if ℓ is the negative log-likelihood of an exponential family (natural parameters z).
 
   Args:
     loss: ℓ, from the outputs to a real scalar. Beware: not from the parameters, as in `hvp`.
@@ -168,11 +160,9 @@ def ggnvp(
   Returns, Raises: as :func:`hvp`.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.curvature.products import ggnvp, hvp
-    >>> half_square = lambda z: 0.5 * z**2
-    >>> f = lambda w: w**2  # G = (2w)², while H = G + 2 f(w)
-    >>> float(ggnvp(half_square, 3.0, outputs=f)(1.0)), float(hvp(lambda w: half_square(f(w)), 3.0)(1.0))
+    >>> import dpsgd_optax as dpo
+    >>> half_square, f = lambda z: 0.5 * z**2, lambda w: w**2  # G = (2w)², while H = G + 2 f(w)
+    >>> float(dpo.ggnvp(half_square, 3.0, outputs=f)(1.0)), float(dpo.hvp(lambda w: half_square(f(w)), 3.0)(1.0))
     (36.0, 54.0)
   """
   otherwise = f"{DIFFERENCE.format('lambda p: loss(outputs(p))')} (It is H v, not G v.)"

@@ -61,9 +61,8 @@ def is_norm_param(params: Any) -> Any:
 
   It goes by the names beside a leaf, whatever the layer is called:
 
-  - Flax and Haiku: the parent holds a `scale`, and nothing but `scale`, `bias` and `offset`. So do BatchNorm,
-    LayerNorm, GroupNorm, InstanceNorm, RMSNorm, the norms within attention, and norm layers under `nn.scan` and
-    `nn.vmap`; the bias of a dense layer does not.
+  - Flax and Haiku: the parent holds a `scale`, and nothing but `scale`, `bias` and `offset`, as all norm layers do,
+    also within attention, `nn.scan` and `nn.vmap`; the parent of a dense layer's bias holds a kernel.
   - Lengths: `nn.WeightNorm` of linen keeps them under a key that ends in "/kernel/scale", `training.WeightNorm` of nnx
     in a module of their own, as a norm layer.
   - Equinox: the parent holds a 1-D `weight`, and nothing but that and a `bias` of the same shape.

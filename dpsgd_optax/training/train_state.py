@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A train state for linen whose transform may need more than a gradient: `value`, `value_fn`, `hvp` and the like.
+"""A train state for linen that hands extra arguments on to the transform.
 
-Flax NNX needs none: `nnx.Optimizer.update(model, grads, **extra)` forwards what it is given. Its transform sees pure
-arrays; `hvp` and `value_fn` may be functions of the `nnx.State` that `nnx.split` gives, or of `nnx.as_pure` of it.
+Flax NNX needs none: `nnx.Optimizer.update(model, grads, **extra)` hands them on. Its transform sees pure arrays; `hvp`
+and `value_fn` may be functions of the `nnx.State` that `nnx.split` gives, or of `nnx.as_pure` of it.
 """
 
 from typing import Any
@@ -46,9 +46,8 @@ class TrainState(train_state.TrainState):
     Args:
       grads: gradients with the structure of `params`.
       extra_args: keyword arguments of the transform's `update`: `value`, `value_fn`, `hvp`, `refresh`, ... A transform
-        that takes none ignores them. `optax.MultiSteps(tx, k)` hands them on; with it add
-        `accumulating=state.opt_state.mini_step < k - 1`, else the k - 1 calls whose result it throws away compute
-        products and fits too.
+        that takes none ignores them. With `optax.MultiSteps(tx, k)` add `accumulating=state.opt_state.mini_step < k -
+        1`, else the k - 1 calls whose result it throws away compute products and fits too.
       **kwargs: attributes of the state to be replaced, as in Flax.
 
     Returns:
