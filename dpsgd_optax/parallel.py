@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many devices under ``pmap`` and ``shard_map``: equal replicas, where JAX averages nothing by itself.
 
-Each replica sees its share of the batch. Everybody remembers to average the gradient by hand. But replicas also drift
-apart, without an error, if a Hessian-vector product, the loss that judges a step or the statistics of the layers are
-those of one share. So all of them are averaged here. Under ``jit`` with sharded inputs use `dpsgd_optax.sharding`.
+Each replica sees its share of the batch. To average the gradient is not enough: replicas also drift apart, without an
+error, if a Hessian-vector product, the loss that judges a step or the statistics of the layers are those of one share.
+Under ``jit`` with sharded inputs use `dpsgd_optax.sharding`.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from dpsgd_optax._trees.replicas import replicas
+from dpsgd_optax._trees.mesh import replicas
 from dpsgd_optax.base import Product, forward_extra_args
 
 
@@ -61,7 +61,7 @@ def data_parallel(tx: optax.GradientTransformation, axis_name: Any) -> optax.Gra
     The corresponding :class:`optax.GradientTransformationExtraArgs`, with the state of ``tx``.
 
   Raises:
-    ValueError: in ``update``, where the axis is not bound.
+    ValueError: in ``update``, if the axis is not bound.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo

@@ -14,7 +14,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import dpsgd_optax as dpo
-from dpsgd_optax._trees.matching import opposite, stepped
+from dpsgd_optax._trees.paths import opposite, stepped
 from dpsgd_optax.curvature._loss_errors import check_scalar
 from dpsgd_optax.curvature.fused import value_and_grad_and_hvp, value_and_grad_then_hvp
 from dpsgd_optax.curvature.products import ggnvp, hvp, hvp_finite_difference

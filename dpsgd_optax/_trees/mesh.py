@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many devices under ``jit``: the matrices of a bucket are divided among them, each device fits and applies its share.
+"""Many devices: what a preconditioner has to know of them.
 
-The matrices of a bucket do not depend on each other: its leading axis can be cut, and while they are fitted or applied
-the devices exchange nothing. Preconditioners take no argument for this. While `dpsgd_optax.sharded` traces a step it
-keeps the mesh in a context variable (:func:`dividing`), which the functions below read; without it they do nothing.
+It takes no argument for that. Two context variables say it while a step is traced; the functions below read them, and
+do nothing if they are not set.
+
+- `dpsgd_optax.sharded` sets the mesh (:func:`dividing`). The matrices of a bucket do not depend on each other: its
+  leading axis is cut, and each device fits and applies its share.
+- `dpsgd_optax.data_parallel` sets the axis of ``pmap`` or ``shard_map`` over which replicas hold equal params
+  (:func:`replicas`). It averages the gradient, the loss and the products itself; statistics of what enters a layer are
+  formed inside a preconditioner, which averages them over that axis.
 
 Notation
   B    matrices in a bucket
@@ -39,11 +44,11 @@ class Split(NamedTuple):
 
 
 _split: ContextVar[Split | None] = ContextVar("split", default=None)
+_replica_axis: ContextVar[Any] = ContextVar("replica axis", default=None)
 
 
 @contextlib.contextmanager
-def while_tracing(variable: ContextVar, value: Any) -> Generator[None]:
-  """Inside the block the context variable has this value."""
+def _holding(variable: ContextVar, value: Any) -> Generator[None]:
   token = variable.set(value)
   try:
     yield
@@ -53,7 +58,22 @@ def while_tracing(variable: ContextVar, value: Any) -> Generator[None]:
 
 def dividing(split: Split) -> contextlib.AbstractContextManager[None]:
   """Buckets that are traced inside the block are divided."""
-  return while_tracing(_split, split)
+  return _holding(_split, split)
+
+
+def replicas(axis_name: Any) -> contextlib.AbstractContextManager[None]:
+  """What is traced inside the block runs on one of several replicas."""
+  return _holding(_replica_axis, axis_name)
+
+
+def replica_axis(axis_name: Any = None) -> Any:
+  """``axis_name`` if it is given, else that of `data_parallel`; None for a single replica."""
+  return _replica_axis.get() if axis_name is None else axis_name
+
+
+def mean_over_replicas(tree: Any) -> Any:
+  """The mean over all replicas; the tree itself if there is one."""
+  return tree if _replica_axis.get() is None else jax.lax.pmean(tree, _replica_axis.get())
 
 
 def divided(run: Callable, matrices: int) -> Callable:

@@ -56,26 +56,20 @@ def explaining(
   try:
     yield
   except (TypeError, ValueError, NotImplementedError, IndexError) as error:
-    better = _diagnosis(name, loss, theta, has_aux, otherwise, error)
-    if better is None:
+    seen = []
+    try:
+      jax.eval_shape(lambda theta: seen.append(loss(theta)), theta)  # what is returned need not be arrays
+      fault = _scalar_fault(seen[0], has_aux)
+      if fault is None:
+        jax.eval_shape(jax.grad(drop_aux(loss, has_aux)), theta)
+    except Exception:  # the loss or its gradient fails by itself: JAX's error stands
+      fault = otherwise = None
+    if fault is not None:
+      raise TypeError(fault) from error
+    if otherwise is None:
       raise
-    raise better from error
-
-
-def _diagnosis(name, loss, theta, has_aux, otherwise, error) -> Exception | None:
-  """The better error; None if there is none, as when the loss or its gradient fails by itself."""
-  seen = []
-  try:
-    jax.eval_shape(lambda theta: seen.append(loss(theta)), theta)  # what is returned need not be arrays
-    if fault := _scalar_fault(seen[0], has_aux):
-      return TypeError(fault)
-    jax.eval_shape(jax.grad(drop_aux(loss, has_aux)), theta)
-  except Exception:
-    return None
-  if otherwise is None:
-    return None
-  said = str(error).partition("\n")[0]
-  return ValueError(
-    f"`{name}` needs a forward-mode derivative (JVP), which some part of the loss or of its gradient does not have (a "
-    f"callback, a custom derivative, a kernel). {otherwise} It said: {type(error).__name__}: {said}"
-  )
+    said = str(error).partition("\n")[0]
+    raise ValueError(
+      f"`{name}` needs a forward-mode derivative (JVP), which some part of the loss or of its gradient does not have "
+      f"(a callback, a custom derivative, a kernel). {otherwise} It said: {type(error).__name__}: {said}"
+    ) from error

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.matching import match_leaves
-from dpsgd_optax._trees.paths import is_absent, quoted
+from dpsgd_optax._trees.paths import is_absent, match_leaves, quoted
 
 
 class Block(NamedTuple):

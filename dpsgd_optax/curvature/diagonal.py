@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OBSERVE: the diagonal of the Hessian of some parameters, of all tensors in each fit or of one tensor in turn.
-
-Notation as in `dpsgd_optax.probes`; a tensor is there what one probe can ask for alone.
-"""
+"""OBSERVE: the diagonal of the Hessian of some parameters, of all or one tensor in each fit. Notation: `probes`."""
 
 import itertools
 import math

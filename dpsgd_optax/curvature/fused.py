@@ -52,13 +52,13 @@ def value_and_grad_then_hvp(
 ) -> Callable[[optax.Params], tuple]:
   """L, g and the function v ↦ H v that goes on from their passes: the gradient linearized at θ.
 
-  Costs what `value_and_grad_and_hvp` does, and v may come later: it is how an optimizer that draws its own probes gets
-  its product fused with the gradient. A product that is not called costs nothing under `jit`.
+  Costs what `value_and_grad_and_hvp` does, and v may come later, as from an optimizer that draws its own probes. A
+  product that is not called costs nothing under `jit`.
 
   Args:
     loss, has_aux: as for :func:`dpsgd_optax.hvp`; here the auxiliary data are returned.
-    where: the parameters that v will speak of, a tree of bools or a function of the parameters; None: all. The others
-      are held constant in the product, which then carries no tangents for them. Static.
+    where: the parameters of which v has arrays, as for :func:`dpsgd_optax.hessian_diagonal`; the product carries no
+      tangents for the others. Static.
 
   Returns:
     A function params ↦ (value, grads, product), or ((value, aux), grads, product) if `has_aux`. The gradient is of all

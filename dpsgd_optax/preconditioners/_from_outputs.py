@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.mesh import as_leaves
-from dpsgd_optax._trees.replicas import replica_axis
+from dpsgd_optax._trees.mesh import as_leaves, replica_axis
 from dpsgd_optax.layers.find import find_layers, matched
 from dpsgd_optax.layers.matrix import _rows_and_gradients
 from dpsgd_optax.preconditioners._lift import over_matrices

@@ -22,8 +22,8 @@ def host_cadence(
 ) -> Callable[..., Any]:
   """Jits a training step and tells it in Python bools whether to fit (`refresh`) and whether to judge (`judge`).
 
-  Otherwise the transforms choose by `jax.lax.cond`, inside which a convolution is slow on the CPU, and which computes
-  both branches under `vmap`. Here each pair of bools that occurs is a program of its own, four at the most:
+  Without it the transforms choose by `jax.lax.cond`, in which a convolution is slow on the CPU, and which computes both
+  branches under `vmap`. Here each pair of bools that occurs is a program of its own:
 
     refresh  ⇔  count mod refresh_every = 0,            the first step included,
              ⇔  ⌊p(0) + … + p(count)⌋ grows at count,   if it is a schedule p of probabilities,

@@ -8,13 +8,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dpsgd_optax.layers.record import LayerRecord, Window, merged
 
 LAYER_INPUTS = "layer_inputs"
 """The collection of the records: in ``variable_axes`` of ``nn.scan`` and ``nn.vmap`` for the layers inside them."""
-Recorder = Callable[..., LayerRecord | None]
-"""(module, *args, **kwargs) of a call ↦ record, with the name of its bias relative to the module; None: no record."""
+Recorder = Callable[..., LayerRecord | None]  # see `record` of `with_layer_inputs`
 
 
 def per_axis(value: Any, axes: int) -> tuple[int, ...]:
@@ -123,29 +123,20 @@ def with_layer_inputs(
     listed = [mutable] if isinstance(mutable, str) else list(mutable or [])
     with nn.intercept_methods(interceptor):
       out, state = apply(variables, *args, mutable=[*listed, LAYER_INPUTS], **kwargs)
-    inputs = _assembled(state.pop(LAYER_INPUTS, {}))
-    if reduce is not None:
-      inputs = _reduced(inputs, variables["params"], reduce)
+    inputs = _collected(state.pop(LAYER_INPUTS, {}), variables.get("params", {}), reduce)
     return (out if mutable is False else (out, state)), inputs
 
   return forward
 
 
-def _assembled(sown: Any, path: tuple[str, ...] = ()) -> Any:
+def _collected(sown: Any, params: Any, reduce: Callable[..., LayerRecord] | None) -> Any:
   """{…: {kernel: (record of each call)}} → {…: {kernel: record}}, biases named by their whole path."""
   found = {}
-  for name, below in sown.items():
-    if isinstance(below, Mapping):
-      found[name] = _assembled(below, (*path, name))
-    else:
-      one = merged(below)
-      found[name] = dataclasses.replace(one, bias=one.bias and (*path, *one.bias))
-  return found
-
-
-def _reduced(inputs: Any, params: Any, reduce: Callable[..., LayerRecord]) -> Any:
-  """``reduce`` on every record; a kernel with more axes than its record is a stack of layers."""
-  if isinstance(inputs, LayerRecord):
-    depth = jnp.ndim(params) - len(inputs.kernel_shape)
-    return reduce(inputs, jnp.shape(params)[:depth])
-  return {name: _reduced(below, params[name], reduce) for name, below in inputs.items()}
+  for path, calls in flatten_dict(sown).items():
+    one = merged(calls)
+    found[path] = dataclasses.replace(one, bias=one.bias and (*path[:-1], *one.bias))
+  if reduce is not None:
+    shapes = {path: jnp.shape(x) for path, x in flatten_dict(params).items() if path in found}
+    layers = {path: shape[: len(shape) - len(found[path].kernel_shape)] for path, shape in shapes.items()}
+    found = {path: reduce(record, layers[path]) for path, record in found.items()}
+  return unflatten_dict(found)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from dpsgd_optax.layers.record import LayerRecord, Window, merged
 from dpsgd_optax.training.linen import per_axis
@@ -62,14 +63,8 @@ def call_with_layer_inputs(
   finally:
     for module, attribute, original in changed:
       setattr(module, attribute, original)
-  inputs: dict[str, Any] = {}
-  for path, calls in sown.items():
-    if calls:
-      here = inputs
-      for name in path[:-1]:
-        here = here.setdefault(name, {})
-      here[path[-1]] = merged(calls) if reduce is None else reduce(merged(calls))
-  return out, inputs
+  reduce = reduce or (lambda record: record)
+  return out, unflatten_dict({path: reduce(merged(calls)) for path, calls in sown.items() if calls})
 
 
 def _recording_dot(dot_general: Callable, module: Any, bias: tuple[str, ...] | None, calls: list) -> Callable:

@@ -21,8 +21,7 @@ class WeightNorm(nnx.Module):
   """Weight normalization of an nnx layer: kernel = g v/‖v‖, the norm over all axes but that of the outputs.
 
   The layer keeps v as its kernel. The lengths g are a 1-D `nnx.Param` under "length/scale", which `is_norm_param` finds
-  and `nnx.Optimizer` trains. (Neither is so with `nnx.WeightNorm` of flax 0.12, whose call also overwrites v. In linen
-  `nn.WeightNorm` does all this.)
+  and `nnx.Optimizer` trains: neither is so with `nnx.WeightNorm` of flax 0.12. In linen take `nn.WeightNorm`.
 
   Args:
     layer: `nnx.Linear`, `nnx.Conv`, or any layer whose `kernel` has its outputs on the last axis.

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd_optax._trees.arithmetic import scalar_dtype, select, separate
-from dpsgd_optax._trees.matching import stepped
-from dpsgd_optax._trees.paths import has_holes
+from dpsgd_optax._trees.paths import has_holes, stepped
 from dpsgd_optax.base import check, check_not_negative, check_period, forward_extra_args, is_static
 from dpsgd_optax.curvature._loss_errors import check_scalar
 from dpsgd_optax.curvature.products import hvp as hessian_product
