@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import check_floating, working_dtype
-from dpsgd_optax._trees.by_shape import group_indices
+from dpsgd_optax._trees.by_shape import grouped
 from dpsgd_optax._trees.mesh import Path
 from dpsgd_optax._trees.selection import spread
 
@@ -51,21 +51,18 @@ def make_buckets(params: Any, stacked: Stacked = None) -> list[Bucket]:
   """Groups the matrices by (shape, dtype), in the order in which they first appear; empty leaves are in none."""
   depths = _stack_depths(params, stacked)
   check_floating(params)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  shapes = [jnp.shape(leaf) for _, leaf in leaves]
-  for (path, _), shape, depth in zip(leaves, shapes, depths, strict=True):
+  matrices = []
+  for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+    shape, depth = jnp.shape(leaf), depths[i]
     if depth > len(shape):
-      raise ValueError(
-        f"`stacked` gives {depth} leading axes for {jax.tree_util.keystr(path)}, which has shape {shape}."
-      )
-  filled = [i for i, shape in enumerate(shapes) if math.prod(shape) > 0]
-  groups = group_indices((shapes[i][depths[i] :], working_dtype(jnp.result_type(leaves[i][1]))) for i in filled)
-  buckets = []
-  for (shape, dtype), found in groups.items():
-    name = f"{'x'.join(map(str, shape)) or 'scalar'}_{jnp.dtype(dtype).name}"
-    members = tuple((filled[j], math.prod(shapes[filled[j]][: depths[filled[j]]])) for j in found)
-    buckets.append(Bucket(name, shape, dtype, members))
-  return buckets
+      name = jax.tree_util.keystr(path)
+      raise ValueError(f"`stacked` gives {depth} leading axes for {name}, which has shape {shape}.")
+    if math.prod(shape) > 0:
+      matrices.append(((shape[depth:], working_dtype(jnp.result_type(leaf))), (i, math.prod(shape[:depth]))))
+  return [
+    Bucket(f"{'x'.join(map(str, shape)) or 'scalar'}_{jnp.dtype(dtype).name}", shape, dtype, tuple(members))
+    for (shape, dtype), members in grouped(matrices).items()
+  ]
 
 
 def stack(bucket: Bucket, leaves: list[jax.Array]) -> jax.Array:

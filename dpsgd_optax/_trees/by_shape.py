@@ -16,18 +16,18 @@ FEW = 8  # up to so many leaves of equal shape are not stacked: their kernels ar
 LARGE = 2**16  # nor leaves of so many numbers: over a training the copies take longer than the compilation
 
 
-def group_indices(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
-  """Key → the indices at which it stands, keys in the order in which they first appear."""
-  found: dict[Any, list[int]] = {}
-  for i, key in enumerate(keys):
-    found.setdefault(key, []).append(i)
+def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list]:
+  """Key → its members, from pairs of both, in the order in which the keys first appear."""
+  found: dict[Any, list] = {}
+  for key, member in pairs:
+    found.setdefault(key, []).append(member)
   return found
 
 
 def _by_shape(tree: Any) -> list[list[int]]:
   """The indices of the leaves of each shape and dtype; on a mesh also of each sharding, not to send them."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return list(group_indices((jnp.shape(x), jnp.result_type(x), spec_of(path)) for path, x in leaves).values())
+  leaves = enumerate(jax.tree_util.tree_leaves_with_path(tree))
+  return list(grouped(((jnp.shape(x), jnp.result_type(x), spec_of(path)), i) for i, (path, x) in leaves).values())
 
 
 def _stacks(leaves: list[jax.Array]) -> list[jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import working_dtype
-from dpsgd_optax._trees.by_shape import group_indices
+from dpsgd_optax._trees.by_shape import grouped
 from dpsgd_optax._trees.mesh import replicated
 
 
@@ -44,7 +44,7 @@ def noise(key: jax.Array, tree: Any) -> Any:
   they are used later.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  groups = group_indices((jnp.shape(x), working_dtype(jnp.result_type(x))) for x in leaves)
+  groups = grouped(((jnp.shape(x), working_dtype(jnp.result_type(x))), i) for i, x in enumerate(leaves))
   words_of = lambda shape: -(-math.prod(shape) // 32)
   sizes = [len(members) * words_of(shape) for (shape, _), members in groups.items()]
   drawn = pieces(jax.random.bits(key, (sum(sizes),), jnp.uint32), sizes)

@@ -30,10 +30,7 @@ def spread(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None)
   try:
     return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree, is_leaf=is_leaf)
   except (ValueError, TypeError, KeyError):
-    return _spread_by_name(prefix, tree, is_leaf)
-
-
-def _spread_by_name(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
+    pass  # other containers
   given = {names(path): x for path, x in jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_leaf)[0]}
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   found: dict[tuple[str, ...], tuple[str, ...]] = {}  # leaf of the tree -> leaf of the prefix above it

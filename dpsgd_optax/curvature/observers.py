@@ -111,9 +111,9 @@ def newton() -> Curvature:
   def observe(key, updates, params, *, hvp=None, value_fn=None, value=None, **extra):
     del extra
     otherwise = (
-      ", or use `whitening()`, which needs no Hessian: `dpsgd(lr, curvature=whitening())` works in loops that pass "
-      "only `value`, `psgd(lr)` in all"
+      ", or use `whitening()`, which needs no Hessian: `dpsgd(lr, curvature=whitening())` works in loops that "
     )
+    otherwise += "pass only `value`, `psgd(lr)` in all"
     hvp = _given_product("newton()", params, hvp, value_fn, value, otherwise)
     vector = normal_like(key, updates)
     return Probe(vector, hvp(vector))

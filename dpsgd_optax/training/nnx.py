@@ -81,16 +81,14 @@ def _recording_dot(dot_general: Callable, module: Any, bias: tuple[str, ...] | N
 
 
 def _recording_conv(conv: Callable, module: Any, bias: tuple[str, ...] | None, calls: list) -> Callable:
-  def recording(x, kernel, strides, padding, *, lhs_dilation, rhs_dilation, feature_group_count, **kwargs):
+  def recording(x, kernel, strides, padding, **kwargs):
     if module.mask is None:
       pads = padding if isinstance(padding, str) else tuple(map(tuple, padding))
-      window = Window(per_axis(strides, kernel.ndim - 2), pads, lhs_dilation, rhs_dilation, feature_group_count)
-      seen = (jax.lax.stop_gradient(x),)
-      calls.append(
-        LayerRecord(seen, kind="conv", kernel_shape=kernel.shape, input_axes=kernel.ndim - 1, bias=bias, window=window)
-      )
-    more = {"lhs_dilation": lhs_dilation, "rhs_dilation": rhs_dilation, "feature_group_count": feature_group_count}
-    return conv(x, kernel, strides, padding, **more, **kwargs)
+      options = [kwargs[name] for name in ("lhs_dilation", "rhs_dilation", "feature_group_count")]
+      window = Window(per_axis(strides, kernel.ndim - 2), pads, *options)
+      layer = {"kernel_shape": kernel.shape, "input_axes": kernel.ndim - 1, "bias": bias, "window": window}
+      calls.append(LayerRecord((jax.lax.stop_gradient(x),), kind="conv", **layer))
+    return conv(x, kernel, strides, padding, **kwargs)
 
   return recording
 

@@ -23,11 +23,9 @@ class TrainState(train_state.TrainState):
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
     >>> from dpsgd_optax import training
     >>> x, model = jnp.ones((4, 3)), nn.Dense(1)
-    >>> state = training.TrainState.create(
-    ...   apply_fn=model.apply,
-    ...   params=model.init(jax.random.key(0), x)["params"],
-    ...   tx=optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(9)),
-    ... )
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> tx = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(9))
+    >>> state = training.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     >>> @jax.jit
     ... def train_step(state):
     ...   loss = lambda p: jnp.mean((state.apply_fn({"params": p}, x) - 1.0) ** 2)
