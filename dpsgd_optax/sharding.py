@@ -99,8 +99,7 @@ def partition_specs(
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
     >>> from jax.sharding import AbstractMesh, PartitionSpec
     >>> params = [jnp.zeros((4, 4)) for _ in range(8)] + [jnp.zeros((4, 2))]
-    >>> tx = dpo.psgd(1e-3, b1=0.9)
-    >>> specs = dpo.partition_specs(tx, params, PartitionSpec(), AbstractMesh((4,), ("data",)))
+    >>> specs = dpo.partition_specs(dpo.psgd(1e-3), params, PartitionSpec(), AbstractMesh((4,), ("data",)))
     >>> buckets = optax.tree.get(specs, "buckets")
     >>> [[tuple(spec) for spec in buckets[name].p] for name in ("4x4_float32", "4x2_float32")]
     [[('data',), ('data',)], [(), ()]]
@@ -128,10 +127,7 @@ def partition_specs(
 
 
 def sharded(
-  tx: optax.GradientTransformation,
-  mesh: Any,
-  param_specs: Any = REPLICATED,
-  axes: str | tuple[str, ...] | None = None,
+  tx: optax.GradientTransformation, mesh: Any, param_specs: Any = REPLICATED, axes: str | tuple[str, ...] | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """The same optimizer, with the work and the memory of its preconditioners divided among the devices of a mesh.
 
@@ -169,8 +165,7 @@ def sharded(
     >>> params, state = train_step(params, state, batch)
   """
   names = _named(axes, mesh)
-  others = [kind for kind in mesh.axis_types if kind != jax.sharding.AxisType.Auto]
-  if others:
+  if any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
     raise ValueError(
       f"`mesh` must have axes of type Auto, got {mesh.axis_types}. Make it with "
       "`jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))`."

@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many devices: what a preconditioner has to know of them.
+"""Many devices: what a preconditioner has to know of them, though it has no argument for that.
 
-It takes no argument for that. Two context variables say it while a step is traced; the functions below read them, and
-do nothing if they are not set.
+Two context variables say it while a step is traced. The functions below read them, and do nothing if they are not set.
 
 - `dpsgd_optax.sharded` sets the mesh (:func:`dividing`). The matrices of a bucket do not depend on each other: its
-  leading axis is cut, and each device fits and applies its share.
+  leading axis is cut, and each device fits and applies its share. Notation (B, n): `dpsgd_optax.sharding`.
 - `dpsgd_optax.data_parallel` sets the axis of ``pmap`` or ``shard_map`` over which replicas hold equal params
   (:func:`replicas`). It averages the gradient, the loss and the products itself; statistics of what enters a layer are
   formed inside a preconditioner, which averages them over that axis.
-
-Notation
-  B    matrices in a bucket
-  n    devices along the axes that the bucket is divided over
 """
 
 import contextlib

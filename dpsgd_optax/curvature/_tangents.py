@@ -42,10 +42,8 @@ def block_of(name: str, params: Any, vector: Any) -> Block:
   theta = [jnp.asarray(leaves[i]) for i in indices]
 
   def join(part):
-    found = list(leaves)
-    for i, x in zip(indices, part, strict=True):
-      found[i] = x
-    return treedef.unflatten(found)
+    found = dict(zip(indices, part, strict=True))
+    return treedef.unflatten([found.get(i, x) for i, x in enumerate(leaves)])
 
   def restore(part):
     found = iter(part)

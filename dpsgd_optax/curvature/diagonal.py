@@ -28,12 +28,11 @@ def _tensor_of_each_fit(tree: Any, cycle: Cycle) -> np.ndarray:
   paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
   known = {"/".join(names(path)): numbers for path, numbers in zip(paths, _tensor_numbers(leaves), strict=True)}
   order = list(known) if isinstance(cycle, bool) else list(cycle)
-  unknown = [name for name in order if name is not None and name not in known]
-  missing = [name for name in known if name not in order]
-  if unknown or missing:
-    wrong = f"has {unknown[0]!r}, which is none of them" if unknown else f"lacks {missing[0]!r}"
+  wrong = [f"has {name!r}, which is none of them" for name in order if name is not None and name not in known]
+  wrong += [f"lacks {name!r}" for name in known if name not in order]
+  if wrong:
     raise ValueError(
-      f"`cycle` must name the selected parameters, each at least once: {', '.join(known)}; it {wrong}. Type "
+      f"`cycle` must name the selected parameters, each at least once: {', '.join(known)}; it {wrong[0]}. Type "
       "`cycle=True` for the order of the tree, `cycle=False` to probe all of them in each step."
     )
   return np.array([i for name in order for i in ([-1] if name is None else known[name])], np.int32)

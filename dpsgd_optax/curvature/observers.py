@@ -50,10 +50,9 @@ _TRAIN_STATE = (
 
 
 def _given_product(name: str, params: Any, hvp: Any, value_fn: Any, value: Any, otherwise: str = "") -> Product:
-  """v ↦ Hv, from the extra arguments ``hvp`` or else ``value_fn``; it checks its structure when it is called.
+  """v ↦ Hv, from the extra arguments ``hvp`` or else ``value_fn``; what it returns is checked when it is called.
 
-  A ValueError if both are missing, or if only ``value_fn`` came and the params are missing or have holes. Only its
-  message reads ``value`` and ``otherwise``, which says what else could be typed.
+  Raises a ValueError if both are missing; ``value`` and ``otherwise``, what else could be typed, are for its message.
   """
   if hvp is None and value_fn is None:
     came = "received `value`, but no `hvp`" if value is not None else "received no `hvp`"
@@ -111,9 +110,9 @@ def newton() -> Curvature:
   def observe(key, updates, params, *, hvp=None, value_fn=None, value=None, **extra):
     del extra
     otherwise = (
-      ", or use `whitening()`, which needs no Hessian: `dpsgd(lr, curvature=whitening())` works in loops that "
+      ", or use `whitening()`, which needs no Hessian: `dpsgd(lr, curvature=whitening())` works in loops that pass "
+      "only `value`, `psgd(lr)` in all"
     )
-    otherwise += "pass only `value`, `psgd(lr)` in all"
     hvp = _given_product("newton()", params, hvp, value_fn, value, otherwise)
     vector = normal_like(key, updates)
     return Probe(vector, hvp(vector))
@@ -124,7 +123,7 @@ def newton() -> Curvature:
 def layer_inputs() -> Curvature:
   """Observe what entered each layer: P → (E x xᵀ + λI)⁻¹ (``least_squares``), or its diagonal (``batch_norm``).
 
-  Takes no second derivative and no further pass: the inputs are values of the forward pass that gave the gradient.
+  Costs no derivative and no further pass: the inputs are values of the forward pass that gave the gradient.
 
   Reads the extra argument ``layer_inputs``: a tree of :class:`dpsgd_optax.LayerRecord`, one for each layer, where its
   kernel stands in the params. It comes from ``training.with_layer_inputs`` (linen), ``training.call_with_layer_inputs``

@@ -80,7 +80,7 @@ def _periodic(every: int, name: str) -> Callable[[int], bool]:
 def _scheduled(probability: Schedule, chunk: int = 256) -> Callable[[int], bool]:
   """count ↦ whether ⌊Σ p⌋ grows at count. Evaluates ``chunk`` counts at once and keeps the answers."""
   due: list[bool] = []
-  fraction = Fraction(0)  # the sum so far, less its whole part
+  fraction = Fraction(0)  # of the sum so far
 
   def at(count: int) -> bool:
     nonlocal fraction

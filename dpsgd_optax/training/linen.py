@@ -26,14 +26,10 @@ def _bias(module: Any) -> tuple[str, ...] | None:
   return ("bias",) if module.use_bias else None
 
 
-def _dense(module: Any, x: jax.Array) -> LayerRecord:
-  return LayerRecord((x,), kernel_shape=(x.shape[-1], module.features), bias=_bias(module))
-
-
-def _dense_general(module: Any, x: jax.Array) -> LayerRecord | None:
-  if per_axis(module.batch_dims, 1):
+def _dense(module: Any, x: jax.Array) -> LayerRecord | None:
+  if per_axis(getattr(module, "batch_dims", ()), 1):
     return None
-  axes = tuple(a % x.ndim for a in per_axis(module.axis, 1))
+  axes = tuple(a % x.ndim for a in per_axis(getattr(module, "axis", -1), 1))
   x = jnp.moveaxis(x, axes, range(-len(axes), 0))
   shape = (*x.shape[x.ndim - len(axes) :], *per_axis(module.features, 1))
   return LayerRecord((x,), kernel_shape=shape, input_axes=len(axes), bias=_bias(module))
@@ -66,7 +62,7 @@ def _embed(module: Any, ids: jax.Array) -> LayerRecord:
 
 _RECORDERS: dict[type, tuple[str, Recorder]] = {  # class ↦ (name of its kernel, recorder)
   nn.Dense: ("kernel", _dense),
-  nn.DenseGeneral: ("kernel", _dense_general),
+  nn.DenseGeneral: ("kernel", _dense),
   nn.Conv: ("kernel", _conv),
   nn.Embed: ("embedding", _embed),
 }
@@ -97,12 +93,11 @@ def with_layer_inputs(
     each in the place of its kernel in the params.
 
   Example:
-    >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from dpsgd_optax import training
     >>> x, model = jnp.ones((4, 3)), nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(1)])
     >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> forward = training.with_layer_inputs(model.apply)
-    >>> pred, inputs = forward({"params": params}, x)
+    >>> pred, inputs = training.with_layer_inputs(model.apply)({"params": params}, x)
     >>> [record.inputs[0].shape for record in (inputs["layers_0"]["kernel"], inputs["layers_2"]["kernel"])]
     [(4, 3), (4, 5)]
   """

@@ -31,22 +31,18 @@ def call_with_layer_inputs(
     (what the model returns, tree of `LayerRecord`), each record in the place of its kernel in `nnx.state(model)`.
 
   Example:
-    >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
     >>> from flax import nnx
     >>> from dpsgd_optax import training
     >>> model, x = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
+    >>> def loss(model):
+    ...   pred, inputs = training.call_with_layer_inputs(model, x)
+    ...   return jnp.mean((pred - 1.0) ** 2), inputs
     >>> optimizer = nnx.Optimizer(model, dpo.bnp(0.1), wrt=nnx.Param)
-    >>> @nnx.jit
-    ... def train_step(model, optimizer):
-    ...   def loss(model):
-    ...     pred, inputs = training.call_with_layer_inputs(model, x)
-    ...     return jnp.mean((pred - 1.0) ** 2), inputs
-    ...   (value, inputs), grads = nnx.value_and_grad(loss, has_aux=True)(model)
-    ...   optimizer.update(model, grads, layer_inputs=inputs)
-    ...   return value
-    >>> first = train_step(model, optimizer)
-    >>> bool(train_step(model, optimizer) < first)
-    True
+    >>> (value, inputs), grads = nnx.value_and_grad(loss, has_aux=True)(model)
+    >>> _ = optimizer.update(model, grads, layer_inputs=inputs)
+    >>> inputs["kernel"].inputs[0].shape, bool(loss(model)[0] < value)
+    ((4, 3), True)
   """
   sown: dict[tuple[str, ...], list[LayerRecord]] = {}
   changed = []

@@ -84,7 +84,7 @@ def is_norm_param(params: Any) -> Any:
     >>> tx = optax.partition({True: optax.sgd(0.1), False: optax.adam(1e-3)}, training.is_norm_param)
   """
   leaves = [(names(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
-  children: dict[tuple[str, ...], dict[str, tuple[int, ...] | None]] = {}  # None: a subtree
+  children: dict[tuple[str, ...], dict[str, tuple[int, ...] | None]] = {}  # parent → name → shape; None: a subtree
   for path, x in leaves:
     if hasattr(x, "shape"):  # the functions and names in a model are no parameters
       for depth in range(len(path)):
