@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equal replicas under ``pmap`` and ``shard_map``, where JAX averages nothing by itself.
+"""Many devices under ``pmap`` and ``shard_map``: equal replicas, where JAX averages nothing by itself.
 
-Each replica sees its share of the batch. A gradient is averaged by hand there, and that is what everybody remembers; a
-Hessian-vector product, the loss that judges a step and the statistics of the layers are forgotten, and the replicas
-drift apart without a word. So all of them are averaged in one place.
-
-Under ``jit`` with sharded inputs there is nothing to do: see `dpsgd_optax.sharding`.
+Each replica sees its share of the batch. To average the gradient is not enough: replicas also drift apart, without an
+error, if a Hessian-vector product, the loss that judges a step or the statistics of the layers are those of one share.
+Under ``jit`` with sharded inputs use `dpsgd_optax.sharding`.
 """
 
 import functools
@@ -15,17 +13,12 @@ from typing import Any
 import jax
 import optax
 
-from dpsgd_optax._trees.replicas import replicas
+from dpsgd_optax._trees.mesh import replicas
 from dpsgd_optax.base import Product, forward_extra_args
 
 
-def _averaged_product(product: Callable, axis_name: Any) -> Product:
-  """v ↦ mean of H v."""
-  return Product(lambda vector: jax.lax.pmean(product(vector), axis_name), getattr(product, "params", None))
-
-
 def _averaged_loss(loss: Callable, axis_name: Any) -> Callable:
-  """The mean loss, whose gradient is the mean gradient: that of ``pmean(loss)`` alone is the local one."""
+  """The mean loss, whose gradient is the mean gradient; ``pmean(loss)`` alone has the local gradient."""
 
   @jax.custom_vjp
   def shared(params):
@@ -53,12 +46,12 @@ def _check_bound(axis_name: Any) -> None:
 def data_parallel(tx: optax.GradientTransformation, axis_name: Any) -> optax.GradientTransformationExtraArgs:
   """The same optimizer on the replicas of ``pmap`` or ``shard_map``, which stay equal bit for bit.
 
-  Averaged over the axis: the gradients that enter, ``value``, ``value_fn`` and its derivatives, ``hvp``, and what
-  ``bnp`` and ``gls`` see of ``layer_inputs``. A gradient or loss that was averaged before stays what it is; a ``pmean``
-  inside the loss alone would not average its gradient, nor its Hessian-vector product.
+  Averages over the axis: the gradients that enter, ``value``, ``value_fn`` and its derivatives, ``hvp``, and what
+  ``bnp`` and ``gls`` see of ``layer_inputs``. What you averaged before stays what it is. (A ``pmean`` inside the loss
+  averages neither its gradient nor its Hessian-vector product.)
 
-  ``shard_map`` with its default, ``check_vma=True``, *sums* the derivatives of replicated params by itself. There the
-  loss has to be ``jax.lax.pmean(local_loss, axis_name)``, with which everything is averaged already.
+  ``shard_map`` with its default, ``check_vma=True``, *sums* the derivatives of replicated params by itself. There let
+  the loss be ``jax.lax.pmean(local_loss, axis_name)``; then everything is averaged already.
 
   Args:
     tx: any optax transformation.
@@ -68,7 +61,7 @@ def data_parallel(tx: optax.GradientTransformation, axis_name: Any) -> optax.Gra
     The corresponding :class:`optax.GradientTransformationExtraArgs`, with the state of ``tx``.
 
   Raises:
-    ValueError: in ``update``, where the axis is not bound.
+    ValueError: in ``update``, if the axis is not bound.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
@@ -86,18 +79,18 @@ def data_parallel(tx: optax.GradientTransformation, axis_name: Any) -> optax.Gra
   inner = forward_extra_args(tx)
 
   def init(params):
-    with replicas(axis_name):  # what is shaped by whether there is one replica or more
+    with replicas(axis_name):  # the shapes of a state may depend on whether there are several
       return inner.init(params)
 
   def update(updates, state, params=None, *, value=None, value_fn=None, hvp=None, grad=None, **extra):
     _check_bound(axis_name)
-    given = {"value": value, "grad": grad}
-    means = {name: jax.lax.pmean(x, axis_name) for name, x in given.items() if x is not None}
+    mean = lambda tree: jax.lax.pmean(tree, axis_name)
+    means: dict[str, Any] = {name: mean(x) for name, x in (("value", value), ("grad", grad)) if x is not None}
     if value_fn is not None:
       means["value_fn"] = _averaged_loss(value_fn, axis_name)
     if hvp is not None:
-      means["hvp"] = _averaged_product(hvp, axis_name)
+      means["hvp"] = Product(lambda vector: mean(hvp(vector)), getattr(hvp, "params", None))
     with replicas(axis_name):
-      return inner.update(jax.lax.pmean(updates, axis_name), state, params, **means, **extra)
+      return inner.update(mean(updates), state, params, **means, **extra)
 
   return optax.GradientTransformationExtraArgs(init, update)

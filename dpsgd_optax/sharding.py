@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many devices: where the optimizer state lies, and who fits and applies which matrices.
+"""Many devices under ``jit``: where the optimizer state lies, and which device fits and applies which matrices.
 
-JAX partitions a jitted step by the shardings of its arguments, and averages gradients and Hessian-vector products
-over the whole batch by itself, so that whitening and Newton fits see the global ones. What is added here is the
-division of the preconditioner: a bucket of B equal matrices is cut into n shares of B/n, each fitted and applied where
-it lies, and the updates are gathered.
+JAX itself partitions a jitted step by the shardings of its arguments, and averages gradients and products over the
+whole batch. Added here is the division of the preconditioner: a bucket of B equal matrices is cut into n shares of B/n,
+each fitted and applied where it lies, and the updates are gathered.
 
 Notation
   B    matrices in a bucket: leaves of equal shape, or layers of a stacked leaf
@@ -21,6 +20,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpsgd_optax._trees.mesh import Path, Split, dividing
+from dpsgd_optax._trees.paths import is_hole
 from dpsgd_optax._trees.selection import spread
 from dpsgd_optax.base import forward_extra_args
 from dpsgd_optax.preconditioners._lift import LiftState
@@ -32,23 +32,12 @@ def _is_spec(x: Any) -> bool:
   return isinstance(x, PartitionSpec)
 
 
-def _is_hole(x: Any) -> bool:
-  return isinstance(x, optax.MaskedNode)
-
-
-def _axes_of(spec: PartitionSpec) -> Iterable[str]:
-  for entry in spec:
-    if entry is not None:
-      yield from entry if isinstance(entry, tuple) else (entry,)
-
-
 def _check_axes(names: Iterable[str], mesh: Any, where: str) -> None:
-  for name in names:
-    if name not in mesh.shape:
-      raise ValueError(
-        f"{where} must name axes of the mesh, which are {tuple(mesh.shape)}; got {name!r}. "
-        f"Type `axes={tuple(mesh.shape)[:1]}`, or make the mesh with that axis."
-      )
+  if unknown := [name for name in names if name not in mesh.shape]:
+    raise ValueError(
+      f"{where} must name axes of the mesh, which are {tuple(mesh.shape)}; got {unknown[0]!r}. "
+      f"Type `axes={tuple(mesh.shape)[:1]}`, or make the mesh with that axis."
+    )
 
 
 def _named(axes: str | tuple[str, ...] | None, mesh: Any) -> tuple[str, ...]:
@@ -73,7 +62,8 @@ def _spread(param_specs: Any, params: Any, mesh: Any) -> Any:
     name = jax.tree_util.keystr(path) or "the params"
     if not _is_spec(spec):
       raise ValueError(f"`param_specs` must hold a PartitionSpec for {name}, got {spec!r}. Type `PartitionSpec()`.")
-    _check_axes(_axes_of(spec), mesh, f"the spec of {name}, {spec},")
+    axes = (axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,)))
+    _check_axes(axes, mesh, f"the spec of {name}, {spec},")
     if len(spec) > len(leaf.shape):
       raise ValueError(f"the spec of {name} must have at most {len(leaf.shape)} entries, one per axis; got {spec}.")
     return spec
@@ -82,24 +72,20 @@ def _spread(param_specs: Any, params: Any, mesh: Any) -> Any:
 
 
 def partition_specs(
-  tx: optax.GradientTransformation,
-  params: Any,
-  param_specs: Any,
-  mesh: Any,
-  axes: str | tuple[str, ...] | None = None,
+  tx: optax.GradientTransformation, params: Any, param_specs: Any, mesh: Any, axes: str | tuple[str, ...] | None = None
 ) -> Any:
   """How the optimizer state is sharded: a `PartitionSpec` for each of its leaves. Nothing is allocated.
 
-  Buckets: the leading axis, over matrices, is divided over those of ``axes`` whose product n divides B and is the
-  largest; if none divides it, as where B < n on a mesh of one axis, every device holds the whole bucket. What is
-  shaped like the params (momentum, other transforms' averages) lies as they do. All else is on every device, among it
-  the states of the lifts to one vector (``dense``, ``lra``, ``xmat``).
+  The leading axis of a bucket, over its matrices, is divided over those of ``axes`` whose product n divides B and is
+  the largest. If none does, as with B < n on a mesh of one axis, every device holds the whole bucket. What is shaped
+  like the params (momentum, averages) lies as they do. All else is on every device, such as the states of
+  preconditioners of one vector (``dense``, ``lra``, ``xmat``).
 
   Args:
-    tx: any optax transformation, those of this project, chains and partitions of them included.
+    tx: any optax transformation, chains and partitions included.
     params: arrays or ``jax.ShapeDtypeStruct``.
-    param_specs: how the params are sharded: a tree of `PartitionSpec` like them, or a prefix of one; `PartitionSpec()`
-      for plain data parallelism.
+    param_specs: how the params are sharded: a tree of `PartitionSpec` like them, or a prefix of one, such as
+      `PartitionSpec()`: all of them on every device.
     mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``.
     axes: mesh axes that buckets may be divided over; None: all of them.
 
@@ -113,8 +99,7 @@ def partition_specs(
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
     >>> from jax.sharding import AbstractMesh, PartitionSpec
     >>> params = [jnp.zeros((4, 4)) for _ in range(8)] + [jnp.zeros((4, 2))]
-    >>> tx = dpo.psgd(1e-3, b1=0.9)
-    >>> specs = dpo.partition_specs(tx, params, PartitionSpec(), AbstractMesh((4,), ("data",)))
+    >>> specs = dpo.partition_specs(dpo.psgd(1e-3), params, PartitionSpec(), AbstractMesh((4,), ("data",)))
     >>> buckets = optax.tree.get(specs, "buckets")
     >>> [[tuple(spec) for spec in buckets[name].p] for name in ("4x4_float32", "4x2_float32")]
     [[('data',), ('data',)], [(), ()]]
@@ -125,51 +110,44 @@ def partition_specs(
   state = jax.eval_shape(tx.init, params)
 
   def like_param(x: Any, param: Any, spec: PartitionSpec) -> Any:
-    if _is_hole(x):
+    if is_hole(x):
       return x
     return spec if x.shape == param.shape else REPLICATED
 
   replicated = lambda tree: jax.tree.map(lambda _: REPLICATED, tree)
-  found = optax.tree.map_params(tx, like_param, state, shapes, specs, transform_non_params=replicated, is_leaf=_is_hole)
+  found = optax.tree.map_params(tx, like_param, state, shapes, specs, transform_non_params=replicated, is_leaf=is_hole)
 
   def of_bucket(x: Any) -> PartitionSpec:
     over = split.over(x.shape[0]) if x.shape else ()
     return PartitionSpec(over[0] if len(over) == 1 else over) if over else REPLICATED
 
   is_lift = lambda x: isinstance(x, LiftState)
-  lifted = lambda x, spec: jax.tree.map(of_bucket, x) if is_lift(x) else spec
-  return jax.tree.map(lifted, state, found, is_leaf=is_lift)
+  divided = lambda x, spec: jax.tree.map(of_bucket, x) if is_lift(x) else spec
+  return jax.tree.map(divided, state, found, is_leaf=is_lift)
 
 
 def sharded(
-  tx: optax.GradientTransformation,
-  mesh: Any,
-  param_specs: Any = REPLICATED,
-  axes: str | tuple[str, ...] | None = None,
+  tx: optax.GradientTransformation, mesh: Any, param_specs: Any = REPLICATED, axes: str | tuple[str, ...] | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """The same optimizer, with the work and the memory of its preconditioners divided among the devices of a mesh.
 
-  Fit and apply of a bucket run under ``jax.shard_map``, each device on its share; one all-gather for each distinct
-  shape hands the updates out, or an all-to-all where the leaves are sharded alike (FSDP). The state is laid out by
-  :func:`partition_specs`, by ``init`` and by every ``update``. Same key, same step as on one device, up to rounding:
-  the bits that are drawn do not depend on the sharding, and the state has no trace of n, so that a checkpoint can be
-  restored on another number of devices.
+  Fit and apply of a bucket run under ``jax.shard_map``, each device on its share. One all-gather for each distinct
+  shape hands the updates out, or an all-to-all if the leaves are sharded alike (FSDP). ``init`` and ``update`` lay out
+  the state as :func:`partition_specs` says. The same key gives the same step as on one device, up to rounding, and a
+  checkpoint can be restored on another number of devices.
 
-  A step is jitted as ever, with params on the mesh and the batch divided over one of its axes. On several hosts
+  Jit the step as ever, with params on the mesh and the batch divided over one of its axes. On several hosts
   (``jax.distributed.initialize``) nothing changes but the mesh.
 
   Args:
-    tx: any optax transformation.
+    tx, param_specs, axes: as for :func:`partition_specs`.
     mesh: ``jax.sharding.Mesh`` with axes of type ``Auto``.
-    param_specs: as for :func:`partition_specs`.
-    axes: mesh axes that buckets may be divided over; None: all of them.
 
   Returns:
     The corresponding :class:`optax.GradientTransformationExtraArgs`, with the state of ``tx``.
 
   Raises:
-    ValueError: for an axis that the mesh does not have, axes of another type than ``Auto``, or, in ``init`` and
-      ``update``, specs of another structure than the params.
+    ValueError: for axes of another type than ``Auto`` and, as :func:`partition_specs`, in ``init`` and ``update``.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
@@ -187,8 +165,7 @@ def sharded(
     >>> params, state = train_step(params, state, batch)
   """
   names = _named(axes, mesh)
-  others = [kind for kind in mesh.axis_types if kind != jax.sharding.AxisType.Auto]
-  if others:
+  if any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
     raise ValueError(
       f"`mesh` must have axes of type Auto, got {mesh.axis_types}. Make it with "
       "`jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))`."

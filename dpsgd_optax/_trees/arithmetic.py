@@ -19,13 +19,26 @@ def scalar_dtype(params: Any) -> Any:
   return jnp.result_type(jnp.float32, *(jnp.finfo(d).dtype for d in dtypes if jnp.issubdtype(d, jnp.inexact)))
 
 
+def check_floating(params: Any) -> None:
+  """Raises a ValueError for a leaf that is no floating-point or complex array; the message names it."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if callable(leaf) or isinstance(leaf, str):
+      found = f"is a {type(leaf).__name__}. Leave out what is no array: "
+      found += "`tx.init(eqx.filter(model, eqx.is_inexact_array))` for an Equinox model."
+    elif not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
+      found = f"has dtype {dtype}. Leave it out with `optax.masked` or `optax.partition`, or make it a float."
+    else:
+      continue
+    raise ValueError(f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)} {found}")
+
+
 def select(predicate: jax.Array, new: Any, old: Any) -> Any:
   """The tree ``new`` where the scalar ``predicate`` holds, otherwise ``old``."""
   return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), new, old)
 
 
 def separate(tree: Any, *others: Any) -> Any:
-  """``tree``, no two of whose leaves share a buffer, nor any with ``others``: a buffer can be donated only once."""
+  """``tree`` with copies of the arrays that occur twice in it or also in ``others``: a buffer is donated only once."""
   seen = {id(x) for x in jax.tree.leaves(others)}
 
   def own(x):
@@ -38,16 +51,15 @@ def separate(tree: Any, *others: Any) -> Any:
 
 
 def leaves_apart(tree: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
-  """Every leaf as one matrix."""
+  """The leaves as (1, *shape), and the way back: the default of ``Preconditioner.matrices``, each leaf a matrix."""
   leaves, treedef = jax.tree.flatten(tree)
   return [x[None] for x in leaves], lambda parts: treedef.unflatten([x[0] for x in parts])
 
 
 def dot(a: Any, b: Any) -> jax.Array:
   """Re⟨a, b⟩ over all leaves, in float32 at least."""
-  products = jax.tree.map(
-    lambda x, y: jnp.sum(jnp.real(jnp.conj(x) * y).astype(jnp.promote_types(jnp.real(x).dtype, jnp.float32))), a, b
-  )
+  real = lambda x, y: jnp.real(jnp.conj(x) * y)
+  products = jax.tree.map(lambda x, y: jnp.sum(real(x, y).astype(working_dtype(jnp.real(x).dtype))), a, b)
   return sum(jax.tree.leaves(products), jnp.zeros(()))
 
 

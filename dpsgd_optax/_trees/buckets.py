@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves of one shape stacked on a leading axis, and cut again."""
+"""Buckets: matrices of one shape, whatever leaves they come from, stacked on a leading axis and cut again."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.arithmetic import working_dtype
+from dpsgd_optax._trees.arithmetic import check_floating, working_dtype
+from dpsgd_optax._trees.by_shape import grouped
 from dpsgd_optax._trees.mesh import Path
 from dpsgd_optax._trees.selection import spread
 
+Stacked = Any | Callable[[Any, jax.Array], int] | None
+"""How many leading axes of each leaf count layers: a (prefix) tree of ints, or (path, leaf) ↦ int; None: no axis."""
+
 
 class Bucket(NamedTuple):
-  """Leaves of one shape: static, made anew from shapes at every trace."""
+  """Matrices of one shape: static, made anew from shapes at every trace."""
 
   name: str  # "64x10_float32", the key in the state
   shape: tuple[int, ...]  # of one matrix
@@ -26,15 +30,13 @@ class Bucket(NamedTuple):
     return sum(count for _, count in self.members)
 
 
-Stacked = Any | Callable[[Any, jax.Array], int] | None
-
-
 def _stack_depths(params: Any, stacked: Stacked) -> list[int]:
-  paths, _ = jax.tree_util.tree_flatten_with_path(params)
+  """The number of leading axes of each leaf that count layers."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
   if stacked is None:
-    return [0] * len(paths)
+    return [0] * len(leaves)
   if callable(stacked):
-    return [int(stacked(path, leaf)) for path, leaf in paths]
+    return [int(stacked(path, leaf)) for path, leaf in leaves]
   try:
     return [int(depth) for depth in jax.tree.leaves(spread(stacked, params))]
   except (ValueError, TypeError) as error:
@@ -46,32 +48,20 @@ def _stack_depths(params: Any, stacked: Stacked) -> list[int]:
 
 
 def make_buckets(params: Any, stacked: Stacked = None) -> list[Bucket]:
-  """Groups the leaves by (shape, dtype), in the order in which they first appear; empty leaves in none."""
-  found: dict[tuple, list[tuple[int, int]]] = {}
-  paths, _ = jax.tree_util.tree_flatten_with_path(params)
-  for index, ((path, leaf), depth) in enumerate(zip(paths, _stack_depths(params, stacked), strict=True)):
-    if callable(leaf) or isinstance(leaf, str):
-      raise ValueError(
-        f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)} is a "
-        f"{type(leaf).__name__}. Leave out what is no array: `tx.init(eqx.filter(model, eqx.is_inexact_array))` for an "
-        "Equinox model."
-      )
-    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-      raise ValueError(
-        f"a preconditioner needs floating-point parameters, but {jax.tree_util.keystr(path)} has dtype {dtype}. "
-        "Leave it out with `optax.masked` or `optax.partition`, or make it a float."
-      )
+  """Groups the matrices by (shape, dtype), in the order in which they first appear; empty leaves are in none."""
+  depths = _stack_depths(params, stacked)
+  check_floating(params)
+  matrices = []
+  for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+    shape, depth = jnp.shape(leaf), depths[i]
     if depth > len(shape):
-      raise ValueError(
-        f"`stacked` gives {depth} leading axes for {jax.tree_util.keystr(path)}, which has shape {shape}."
-      )
+      name = jax.tree_util.keystr(path)
+      raise ValueError(f"`stacked` gives {depth} leading axes for {name}, which has shape {shape}.")
     if math.prod(shape) > 0:
-      matrix = shape[depth:]
-      found.setdefault((matrix, working_dtype(dtype)), []).append((index, math.prod(shape[:depth])))
+      matrices.append(((shape[depth:], working_dtype(jnp.result_type(leaf))), (i, math.prod(shape[:depth]))))
   return [
     Bucket(f"{'x'.join(map(str, shape)) or 'scalar'}_{jnp.dtype(dtype).name}", shape, dtype, tuple(members))
-    for (shape, dtype), members in found.items()
+    for (shape, dtype), members in grouped(matrices).items()
   ]
 
 
@@ -83,7 +73,7 @@ def stack(bucket: Bucket, leaves: list[jax.Array]) -> jax.Array:
 
 def bucket_paths(bucket: Bucket, tree: Any) -> list[Path | None]:
   """Where the matrices of a bucket are leaves of the tree; None for a leaf that is a stack of them."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
   return [leaves[i][0] if jnp.shape(leaves[i][1]) == bucket.shape else None for i, _ in bucket.members]
 
 

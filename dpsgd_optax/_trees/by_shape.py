@@ -2,31 +2,38 @@
 """Leaves of equal shape side by side: one kernel to compile in place of many."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax._trees.mesh import on_mesh, spec_of
 
 MIN_LIBRARY_SUM = 4096  # XLA on a CPU calls a library for longer sums; each shorter one is a kernel to compile
-FEW = 8  # so many kernels of equal shape compile sooner than the copy into one stack is worth
-LARGE = 2**16  # numbers in a leaf whose copy takes longer, over a training, than its kernels take to compile
+FEW = 8  # up to so many leaves of equal shape are not stacked: their kernels are not worth the copy
+LARGE = 2**16  # nor leaves of so many numbers: over a training the copies take longer than the compilation
 
 
-def by_shape(tree: Any) -> list[list[int]]:
+def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list]:
+  """Key → its members, from pairs of both, in the order in which the keys first appear."""
+  found: dict[Any, list] = {}
+  for key, member in pairs:
+    found.setdefault(key, []).append(member)
+  return found
+
+
+def _by_shape(tree: Any) -> list[list[int]]:
   """The indices of the leaves of each shape and dtype; on a mesh also of each sharding, not to send them."""
-  found: dict[Any, list[int]] = {}
-  for i, (path, x) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
-    found.setdefault((jnp.shape(x), jnp.result_type(x), spec_of(path)), []).append(i)
-  return list(found.values())
+  leaves = enumerate(jax.tree_util.tree_leaves_with_path(tree))
+  return list(grouped(((jnp.shape(x), jnp.result_type(x), spec_of(path)), i) for i, (path, x) in leaves).values())
 
 
-def stacks(leaves: list[jax.Array]) -> list[jax.Array]:
-  """The leaves, on one device many of equal shape, not LARGE, stacked: then they are one kernel to compile."""
+def _stacks(leaves: list[jax.Array]) -> list[jax.Array]:
+  """The leaves; on one device those of a shape that many have are stacked, to be one kernel to compile."""
   found = []
-  for group in by_shape(leaves):
+  for group in _by_shape(leaves):
     members = [leaves[i] for i in group]
     together = len(members) > FEW and math.prod(jnp.shape(members[0])) < LARGE and not on_mesh()
     found += [jnp.stack(members)] if together else members
@@ -36,13 +43,13 @@ def stacks(leaves: list[jax.Array]) -> list[jax.Array]:
 def map_by_shape(of_leaf: Callable[..., jax.Array], tree: Any, *rest: Any) -> Any:
   """``jax.tree.map(of_leaf, tree, *rest)``, leaves of equal shape at once under ``vmap``.
 
-  For what a preconditioner returns: its leaves are slices of one stack, which no copy is needed to put together again;
-  one by one each slice would be a kernel of its own to compile, once in every such map.
+  For what a preconditioner returns: its leaves are slices of one stack, which XLA puts together again without a copy.
+  Mapped one by one, each slice would be a kernel to compile.
   """
   leaves, treedef = jax.tree.flatten(tree)
   columns = [leaves, *(treedef.flatten_up_to(other) for other in rest)]
   found = list(leaves)
-  for group in by_shape(tree):
+  for group in _by_shape(tree):
     if len(group) == 1:
       found[group[0]] = of_leaf(*(column[group[0]] for column in columns))
       continue
@@ -55,12 +62,12 @@ def map_by_shape(of_leaf: Callable[..., jax.Array], tree: Any, *rest: Any) -> An
 def all_finite(tree: Any) -> jax.Array:
   """True if no leaf holds a NaN or an infinity. Scalar bool.
 
-  By the sum of x − x, which is 0 or NaN, and on a CPU faster than ``jnp.all(jnp.isfinite(x))`` to compile and to run.
-  A maximum will not do: XLA's on a CPU loses a NaN in large arrays; for 0 · x it may write the zeros down.
+  By the sum of x − x, which is 0 or NaN: on a CPU it compiles and runs faster than ``jnp.all(jnp.isfinite(x))``. A
+  maximum will not do, because XLA's on a CPU loses a NaN in large arrays; nor 0 · x, for which it may store the zeros.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x)]
   little = lambda x: jnp.size(x) < MIN_LIBRARY_SUM and not on_mesh()
-  parts = stacks([x for x in leaves if not little(x)])
+  parts = _stacks([x for x in leaves if not little(x)])
   if side_by_side := [jnp.reshape(x, -1) for x in leaves if little(x)]:
     parts.append(jnp.concatenate(side_by_side))
   sums = [jnp.sum(x - x) for x in parts]
@@ -68,13 +75,11 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def safe_norm(tree: Any) -> jax.Array:
-  """‖tree‖₂ in float32 at least, scaled so that it neither overflows nor vanishes before its time."""
+  """‖tree‖₂ in float32 at least, scaled by the largest entry so that no square overflows or vanishes."""
   leaves = [x for x in jax.tree.leaves(tree) if math.prod(jnp.shape(x)) > 0]
   if not leaves:
     return jnp.zeros(())
-  leaves = stacks(leaves)
-  top = jnp.max(
-    jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.promote_types(jnp.abs(x).dtype, jnp.float32)) for x in leaves])
-  )
+  leaves = _stacks(leaves)
+  top = jnp.max(jnp.stack([jnp.max(jnp.abs(x)).astype(working_dtype(jnp.abs(x).dtype)) for x in leaves]))
   safe = jnp.where(top > 0, top, 1)
   return safe * jnp.sqrt(sum(jnp.sum(jnp.abs(x / safe) ** 2) for x in leaves))

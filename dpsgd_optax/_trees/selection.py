@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters a part of an optimizer speaks of: `where`, and the two usual answers.
+"""Which parameters a part of an optimizer is for: the argument `where`.
 
 `where` is a tree of bools with the structure of the params (or a prefix of it), or a function params ↦ such a tree, as
-the masks of Optax are; None stands for all. A predicate on one leaf becomes one by `jax.tree_util.tree_map_with_path`.
-What is not selected is `optax.MaskedNode()` in the trees that are made here.
+the masks of Optax are; None stands for all.
 """
 
 from collections.abc import Callable
@@ -21,36 +20,28 @@ Where = Any | Callable[[Any], Any] | None
 def spread(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
   """The leaf of ``prefix`` that each leaf of ``tree`` lies under, as a tree like ``tree``.
 
-  By position where the two trees have the same containers, else by the names of the leaves: a plain dict may stand for
-  an nnx state, a ``FrozenDict`` or an Equinox module. In a part of a tree (``optax.partition``) what speaks of the
-  other parts is passed over.
+  By position if the two trees have the same containers, else by the names of the leaves: a plain dict may stand for
+  an nnx state, a ``FrozenDict`` or an Equinox module. If the tree has holes, leaves of the prefix at the holes are
+  passed over.
 
   Raises:
     ValueError: if a leaf of the tree lies under none, or a leaf of the prefix has none under it.
-
-  Example:
-    >>> from dpsgd_optax._trees.selection import spread
-    >>> spread({"a": 1, "b": 2}, {"a": {"w": 0.0, "v": 0.0}, "b": 0.0})
-    {'a': {'v': 1, 'w': 1}, 'b': 2}
   """
   try:
     return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), prefix, tree, is_leaf=is_leaf)
   except (ValueError, TypeError, KeyError):
-    return _spread_by_name(prefix, tree, is_leaf)
-
-
-def _spread_by_name(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
+    pass  # other containers
   given = {names(path): x for path, x in jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_leaf)[0]}
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  found: dict[tuple[str, ...], tuple[str, ...]] = {}  # of each leaf: what it lies under
+  found: dict[tuple[str, ...], tuple[str, ...]] = {}  # leaf of the tree -> leaf of the prefix above it
   for path in (names(path) for path, _ in leaves):
     above = [path[:i] for i in range(len(path), -1, -1) if path[:i] in given]
     if not above:
       raise ValueError(f"it has nothing for {'/'.join(path) or 'the params'}")
     found[path] = above[0]
-  elsewhere = [names(path) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole) if is_hole(x)]
-  apart = lambda path: any(path[: len(h)] == h[: len(path)] for h in elsewhere)
-  if unused := [path for path in given if path not in found.values() and not apart(path)]:
+  holes = [names(path) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole) if is_hole(x)]
+  at_a_hole = lambda path: any(path[: len(h)] == h[: len(path)] for h in holes)
+  if unused := [path for path in given if path not in found.values() and not at_a_hole(path)]:
     raise ValueError(f"it names {'/'.join(unused[0])}, but there are only {', '.join(map('/'.join, found))}")
   return jax.tree.unflatten(jax.tree.structure(tree), [given[found[names(path)]] for path, _ in leaves])
 
@@ -66,16 +57,14 @@ def is_vector(params: Any) -> Any:
   return jax.tree.map(lambda x: len(getattr(x, "shape", ())) == 1, params)
 
 
-_USUAL = {
-  "is_norm_param": "`where=dpsgd_optax.training.is_norm_param` for the norm layers of a Flax, Haiku or Equinox model",
-  "is_vector": "`where=dpsgd_optax.is_vector` for every 1-D parameter",
-}
-
-
 def _usual(where: Where) -> str:
-  """What else could be typed."""
-  others = [words for name, words in _USUAL.items() if name != getattr(where, "__name__", None)]
-  return f"Type {', '.join(others)}, or give a tree of bools like the params."
+  """What could be typed in place of ``where``."""
+  usual = {
+    "is_norm_param": "`where=dpsgd_optax.training.is_norm_param` for the norm layers of a Flax, Haiku or Equinox model",
+    "is_vector": "`where=dpsgd_optax.is_vector` for every 1-D parameter",
+  }
+  usual.pop(getattr(where, "__name__", ""), None)
+  return f"Type {', '.join(usual.values())}, or give a tree of bools like the params."
 
 
 def selection(tree: Any, where: Where) -> Any:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vector with holes as a tangent of the loss at the whole parameters."""
+"""A vector with holes as a tangent: the parameters opposite its arrays are differentiated, the others are constant.
+
+Notation
+  θ_b, v_b   the block: the leaves of the parameters θ opposite an array of the vector v, and these arrays
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,90 +11,88 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.matching import _is_hole, match_leaves, place
+from dpsgd_optax._trees.paths import is_absent, match_leaves, quoted
 
 
-class _Block(NamedTuple):
-  """The part of the parameters that a vector with holes speaks of; the rest is constant."""
+class Block(NamedTuple):
+  """The block of the parameters that a vector speaks of."""
 
-  theta: list[jax.Array]  # the leaves of θ opposite an array of the vector
-  vector: list[jax.Array]  # those arrays, in the dtypes of theta
-  join: Callable[[list], Any]  # leaves like theta -> parameters, the held ones as they are
-  take: Callable[[Any], list]  # a tree like the parameters -> its leaves opposite theta
-  restore: Callable[[list], Any]  # leaves like theta -> a tree like the vector, holes included
+  theta: list[jax.Array]  # θ_b
+  vector: list[jax.Array]  # v_b, in the dtypes of θ_b
+  indices: list[int]  # where θ_b stands among the leaves of θ
+  join: Callable[[list], Any]  # leaves like θ_b ↦ a tree like θ, the other parameters as they are
+  restore: Callable[[list], Any]  # leaves like θ_b ↦ a tree like v, with its holes
+
+  def of(self, function: Callable) -> Callable[[list], Any]:
+    """A function of θ as one of θ_b."""
+    return lambda theta: function(self.join(theta))
+
+  def take(self, tree: Any) -> list:
+    """The leaves of a tree like θ that stand opposite θ_b."""
+    leaves = jax.tree.leaves(tree)
+    return [leaves[i] for i in self.indices]
 
 
-def _block(name: str, params, vector) -> _Block:
-  """Match the vector with the parameters, or say where they part."""
-  slots, places = match_leaves(f"`{name}`", params, vector)
+def block_of(name: str, params: Any, vector: Any) -> Block:
+  """Matches the vector with the parameters, for the product ``name``; raises a ValueError if it does not fit."""
+  matches = match_leaves(f"`{name}`", params, vector)
   leaves, treedef = jax.tree.flatten(params)
-  active = [i for i in places if i is not None]
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(vector, is_leaf=_is_hole)]
-  pairs = [(path, leaves[i], v) for path, i, v in zip(paths, places, slots, strict=True) if i is not None]
-  _check_differentiable(name, [(path, x) for path, x, _ in pairs])
-  theta = [jnp.asarray(x) for _, x, _ in pairs]
+  check_differentiable(name, [(path, leaves[i]) for path, _, i in matches])
+  indices = [i for _, _, i in matches]
+  theta = [jnp.asarray(leaves[i]) for i in indices]
 
   def join(part):
-    return treedef.unflatten(put(leaves, active, part))
+    found = dict(zip(indices, part, strict=True))
+    return treedef.unflatten([found.get(i, x) for i, x in enumerate(leaves)])
 
   def restore(part):
-    held = [j for j, i in enumerate(places) if i is not None]
-    return jax.tree.structure(vector, is_leaf=_is_hole).unflatten(put(slots, held, part))
+    found = iter(part)
+    return jax.tree.map(lambda x: x if is_absent(x) else next(found), vector, is_leaf=is_absent)
 
-  def put(whole, where, part):
-    found = dict(zip(where, part, strict=True))
-    return [found.get(i, x) for i, x in enumerate(whole)]
-
-  return _Block(
-    theta=theta,
-    vector=[_cast(name, path, v, x) for (path, _, v), x in zip(pairs, theta, strict=True)],
-    join=join,
-    take=lambda tree: [found[i] for found in [jax.tree.leaves(tree)] for i in active],
-    restore=restore,
-  )
+  cast = [_cast(name, path, v, x) for (path, v, _), x in zip(matches, theta, strict=True)]
+  return Block(theta, cast, indices, join, restore)
 
 
-def _gradient(loss, join, has_aux) -> Callable[[list], list]:
-  """θ_b ↦ g_b, complex leaves in the direction of ascent."""
-  gradient = jax.grad(_drop_aux(lambda leaves: loss(join(leaves)), has_aux))
-  return lambda leaves: _ascent(gradient(leaves))
+def gradient(loss: Callable, has_aux: bool) -> Callable[[list], list]:
+  """θ_b ↦ g_b of a loss of θ_b, complex leaves in the direction of ascent."""
+  return lambda theta: ascent(jax.grad(drop_aux(loss, has_aux))(theta))
 
 
-def _ascent(grads):
-  """∂L/∂x + i ∂L/∂y, where JAX has its conjugate."""
+def ascent(grads: Any) -> Any:
+  """∂L/∂x + i ∂L/∂y, of which JAX returns the conjugate."""
   return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
 
 
-def _drop_aux(f, has_aux):
+def drop_aux(f: Callable, has_aux: bool) -> Callable:
   return (lambda x: f(x)[0]) if has_aux else f
 
 
-def _cast(name, path, v, x):
+def _cast(name: str, path: Any, v: Any, x: jax.Array) -> jax.Array:
+  """v in the dtype of its parameter x, if it has the shape and is real where x is."""
   v = jnp.asarray(v)
   if v.shape != x.shape:
     raise ValueError(
-      f"`{name}` needs a vector with the shapes of the parameters; at {place(path)} the parameter has shape "
+      f"`{name}` needs a vector with the shapes of the parameters; at {quoted(path)} the parameter has shape "
       f"{x.shape} and the vector {v.shape}. Draw it as `optax.tree.random_like(key, params)`."
     )
   if jnp.iscomplexobj(v) and not jnp.iscomplexobj(x):
     raise ValueError(
-      f"`{name}` cannot move a real parameter in a complex direction: at {place(path)} the parameter is {x.dtype} "
+      f"`{name}` cannot move a real parameter in a complex direction: at {quoted(path)} the parameter is {x.dtype} "
       f"and the vector {v.dtype}. Pass the real part."
     )
   return v.astype(x.dtype)
 
 
-def _check_differentiable(name, leaves_with_path):
+def check_differentiable(name: str, leaves_with_path: Any) -> None:
+  """Raises a ValueError for a leaf that has no derivative: no array and no number, or an integer."""
   for path, x in leaves_with_path:
     if not hasattr(x, "dtype") and not isinstance(x, bool | int | float | complex):
-      raise ValueError(
-        f"`{name}` differentiates floating-point or complex parameters, but the leaf at {place(path)} is a "
-        f"{type(x).__name__}. Let the loss be a function of the arrays alone; of an Equinox model: "
-        "`params, static = eqx.partition(model, eqx.is_inexact_array)`, `lambda p: loss(eqx.combine(p, static))`."
-      )
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-      raise ValueError(
-        f"`{name}` differentiates floating-point or complex parameters, but the leaf at {place(path)} is {dtype}. "
-        "Keep it out of the parameters that the loss is a function of, or put `optax.MaskedNode()` there in the vector."
-      )
+      found = f"a {type(x).__name__}. Let the loss be a function of the arrays alone; of an Equinox model: `params, "
+      found += "static = eqx.partition(model, eqx.is_inexact_array)`, `lambda p: loss(eqx.combine(p, static))`."
+    elif not jnp.issubdtype(dtype := x.dtype if hasattr(x, "dtype") else jnp.result_type(x), jnp.inexact):
+      found = f"{dtype}. Keep it out of the parameters that the loss is a function of, or put `optax.MaskedNode()` "
+      found += "there in the vector."
+    else:
+      continue
+    needed = f"`{name}` differentiates floating-point or complex parameters"
+    raise ValueError(f"{needed}, but the leaf at {quoted(path)} is {found}")

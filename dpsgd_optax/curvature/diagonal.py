@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OBSERVE: the diagonal of the Hessian of some parameters, all at once or one tensor in turn."""
+"""OBSERVE: the diagonal of the Hessian of some parameters, of all or one tensor in each fit. Notation: `probes`."""
 
 import itertools
 import math
@@ -17,63 +17,59 @@ from dpsgd_optax.curvature.observers import given_product
 from dpsgd_optax.curvature.probing import Cycle, DiagonalProbe, rademacher
 
 
-def _counts(leaves: Any) -> list[int]:
-  """How many tensors each leaf is: one for each index into its leading axes."""
-  return [math.prod(jnp.shape(x)[:-1]) for x in leaves]
+def _tensor_numbers(leaves: list) -> list[range]:
+  """The tensors that each leaf holds, numbered through all leaves: one for each index into its leading axes."""
+  ends = itertools.accumulate((math.prod(jnp.shape(x)[:-1]) for x in leaves), initial=0)
+  return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def slots(tree: Any, cycle: Cycle) -> np.ndarray:
-  """The tensor of each step of the cycle, counted through the leaves in the order of the tree; −1: none."""
-  paths = jax.tree_util.tree_leaves_with_path(tree)
-  ends = itertools.accumulate(_counts(x for _, x in paths), initial=0)
-  known = {"/".join(names(path)): range(*ends) for (path, _), ends in zip(paths, itertools.pairwise(ends), strict=True)}
+def _tensor_of_each_fit(tree: Any, cycle: Cycle) -> np.ndarray:
+  """The number of the tensor that is probed in each fit of one round; −1: none."""
+  paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
+  known = {"/".join(names(path)): numbers for path, numbers in zip(paths, _tensor_numbers(leaves), strict=True)}
   order = list(known) if isinstance(cycle, bool) else list(cycle)
-  unknown = [name for name in order if name is not None and name not in known]
-  missing = [name for name in known if name not in order]
-  if unknown or missing:
-    wrong = f"has {unknown[0]!r}, which is none of them" if unknown else f"lacks {missing[0]!r}"
+  wrong = [f"has {name!r}, which is none of them" for name in order if name is not None and name not in known]
+  wrong += [f"lacks {name!r}" for name in known if name not in order]
+  if wrong:
     raise ValueError(
-      f"`cycle` must name the selected parameters, each at least once: {', '.join(known)}; it {wrong}. Type "
+      f"`cycle` must name the selected parameters, each at least once: {', '.join(known)}; it {wrong[0]}. Type "
       "`cycle=True` for the order of the tree, `cycle=False` to probe all of them in each step."
     )
   return np.array([i for name in order for i in ([-1] if name is None else known[name])], np.int32)
 
 
-def active_tensors(tree: Any, cycle: Cycle, fits: Any) -> Any:
-  """1 on the tensors that are probed in the fit number ``fits``, 0 on the others, like ``tree``."""
+def _active_mask(tree: Any, cycle: Cycle, fits: Any) -> Any:
+  """1.0 on the tensors that are probed in the fit number ``fits``, 0.0 on the others, like ``tree``."""
   leaves, treedef = jax.tree.flatten(tree)
   active = [jnp.ones(jnp.shape(x), jnp.finfo(working_dtype(jnp.result_type(x))).dtype) for x in leaves]
   if cycle is not False and leaves:
-    order = slots(tree, cycle)
+    order = _tensor_of_each_fit(tree, cycle)
     current = jnp.asarray(order)[jnp.asarray(fits) % len(order)]
-    ends = itertools.accumulate(_counts(leaves), initial=0)
-    for i, numbers in enumerate(itertools.starmap(np.arange, itertools.pairwise(ends))):
+    for i, numbers in enumerate(_tensor_numbers(leaves)):
       shape = active[i].shape[:-1] + (1,) * (active[i].ndim > 0)
-      active[i] = active[i] * (numbers.reshape(shape) == current).astype(active[i].dtype)
+      is_current = np.arange(numbers.start, numbers.stop).reshape(shape) == current
+      active[i] = active[i] * is_current.astype(active[i].dtype)
   return treedef.unflatten(active)
 
 
 def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, cycle: Cycle = False) -> Curvature:
   """Observe v and Hv whose v ⊙ Hv estimates the diagonal of the Hessian of the selected parameters: SGD-PH.
 
-  The parameters that are not selected are held constant: the tangents of the product are those of the norm layers
-  alone, which is cheaper than a product over all parameters (``value_and_grad_then_hvp`` shares its passes with the
-  gradient; ``python -m benchmarks partial_hessian``). ``diagonal_newton`` averages and inverts what is observed.
+  The parameters that are not selected are held constant, which is cheaper than a product over all of them (``python -m
+  benchmarks partial_hessian``). ``diagonal_newton`` averages and inverts what is observed.
 
-  Reads ``hvp`` or ``value_fn``, as ``newton()``. ``hvp`` is given trees with holes (``optax.MaskedNode``), as the
-  products of this package take them; your own must return the same holes. Under ``pmap`` and ``shard_map`` the product
-  is that of the local batch: wrap the optimizer in :func:`dpsgd_optax.data_parallel`.
+  Reads ``hvp`` or ``value_fn``, as :func:`dpsgd_optax.newton`. ``hvp`` is given trees with holes
+  (``optax.MaskedNode``), as the products of this package take them; your own must return the same holes.
 
   Args:
     probe: ``rademacher`` (unbiased), ``ones`` (row sums, as the released code) or ``exact`` (a product for each entry).
     where: what is probed: a tree of bools, or a function of the params; None: all. Static.
-    cycle: False: everything in each fit. True: one tensor in each fit, in turn, in the order of the tree. A list of
+    cycle: False: all tensors in each fit. True: one tensor in each fit, in turn, in the order of the tree. A list of
       paths such as "BatchNorm_0/scale": in this order, with None for a fit that probes nothing. A leaf with leading
       axes, as of a norm layer under ``nn.scan``, is one tensor for each index into them. Static.
 
   Raises:
-    ValueError: at trace time, if the product is missing or of another structure, if ``where`` fits nothing, or if
-      ``cycle`` does not name what it selects.
+    ValueError: at trace time, as ``newton()``; if ``where`` fits nothing; if ``cycle`` does not name what it selects.
 
   Source: arXiv:2403.02681 and its released code (``ones``, in turn); random signs: Bekas, Kokiopoulou, Saad, Appl.
   Numer. Math. 57 (2007).
@@ -94,6 +90,6 @@ def hessian_diagonal(probe: DiagonalProbe = rademacher, *, where: Where = None, 
     del extra
     product = given_product("hessian_diagonal()", params, hvp, value_fn, value)
     chosen = with_holes(updates, selection(updates, where))
-    return probe(key, product, active_tensors(chosen, cycle, fits), cycle is not False)
+    return probe(key, product, _active_mask(chosen, cycle, fits), cycle is not False)
 
   return observe

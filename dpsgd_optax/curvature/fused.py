@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss, its gradient and a Hessian-vector product that share their passes."""
+"""The loss, its gradient and a Hessian-vector product that share their passes. Notation, holes, complex: `products`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,57 +8,41 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.matching import place
-from dpsgd_optax._trees.paths import with_holes
+from dpsgd_optax._trees.paths import quoted, with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Product
-from dpsgd_optax.curvature._tangents import _ascent, _block, _check_differentiable
-from dpsgd_optax.curvature.products import _DIFFERENCE, _explaining
+from dpsgd_optax.curvature._loss_errors import explaining
+from dpsgd_optax.curvature._tangents import Block, ascent, block_of, check_differentiable
 
 
 def value_and_grad_and_hvp(loss: Callable[..., Any], has_aux: bool = False) -> Callable[[optax.Params, Any], tuple]:
   """L, g and H v in one fused pass: the forward-mode derivative of `jax.value_and_grad`.
 
-  The product shares the passes of the gradient, which is cheaper than `jax.value_and_grad` beside `hvp` wherever the
-  compiler does not merge the two by itself. Use it where the vector is known before the gradient and the product is
-  needed anyway.
+  Cheaper than `jax.value_and_grad` beside `hvp` wherever the compiler does not merge the two by itself. Use it if the
+  vector is known before the gradient and the product is needed anyway.
 
   Args:
-    loss: L, from the parameters to a real scalar, or to (scalar, aux) if `has_aux`.
-    has_aux: whether `loss` returns auxiliary data beside the scalar.
+    loss, has_aux: as for :func:`dpsgd_optax.hvp`; here the auxiliary data are returned.
 
   Returns:
     A function (params, vector) ↦ (value, grads, product), or ((value, aux), grads, product) if `has_aux`. The gradient
     is of all parameters, whatever holes the vector and the product have. Complex gradients come conjugated for Optax.
 
   Raises:
-    ValueError: by that function, if the vector has another structure or shape than `params`, or if any leaf of
-      `params` is not floating point or complex.
-    TypeError: by that function, if `loss` is not a real scalar.
+    ValueError, TypeError: by that function, as :func:`dpsgd_optax.hvp`, for a leaf anywhere in `params`.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from dpsgd_optax.curvature.fused import value_and_grad_and_hvp
-    >>> fused = value_and_grad_and_hvp(lambda x: jnp.sum(x**3))
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> fused = dpo.value_and_grad_and_hvp(lambda x: jnp.sum(x**3))
     >>> value, grad, product = fused(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0]))
     >>> float(value), grad.tolist(), product.tolist()
     (9.0, [3.0, 12.0], [6.0, 0.0])
   """
+  forward = lambda run, block: jax.jvp(run, (block.theta,), (block.vector,), has_aux=True)
 
   def fused(params, vector):
-    _check_differentiable("value_and_grad_and_hvp", jax.tree_util.tree_leaves_with_path(params))
-    block = _block("value_and_grad_and_hvp", params, vector)
-
-    def run(theta):
-      result, grads = jax.value_and_grad(loss, has_aux=has_aux)(block.join(theta))
-      value, aux = result if has_aux else (result, None)
-      return (value, _ascent(grads)), aux
-
-    with _explaining(
-      "value_and_grad_and_hvp", lambda theta: loss(block.join(theta)), block.theta, has_aux, _DIFFERENCE
-    ):
-      (value, grads), (_, hv), aux = jax.jvp(run, (block.theta,), (block.vector,), has_aux=True)
-    return ((value, aux) if has_aux else value), grads, block.restore(block.take(hv))
+    value, grads, (_, hv), block = _differentiated("value_and_grad_and_hvp", loss, has_aux, params, vector, forward)
+    return value, grads, block.restore(block.take(hv))
 
   return fused
 
@@ -68,22 +52,21 @@ def value_and_grad_then_hvp(
 ) -> Callable[[optax.Params], tuple]:
   """L, g and the function v ↦ H v that goes on from their passes: the gradient linearized at θ.
 
-  Costs what `value_and_grad_and_hvp` does, and v may come later: it is how an optimizer that draws its own probes gets
-  its product fused with the gradient. A product that is not called costs nothing under `jit`.
+  Costs what `value_and_grad_and_hvp` does, and v may come later, as from an optimizer that draws its own probes. A
+  product that is not called costs nothing under `jit`.
 
   Args:
-    loss: L, from the parameters to a real scalar, or to (scalar, aux) if `has_aux`.
-    has_aux: whether `loss` returns auxiliary data beside the scalar.
-    where: the parameters that v will speak of, a tree of bools or a function of the parameters; None: all. The others
-      are held constant in the product, which then carries no tangents for them. Static.
+    loss, has_aux: as for :func:`dpsgd_optax.hvp`; here the auxiliary data are returned.
+    where: the parameters of which v has arrays, as for :func:`dpsgd_optax.hessian_diagonal`; the product carries no
+      tangents for the others. Static.
 
   Returns:
     A function params ↦ (value, grads, product), or ((value, aux), grads, product) if `has_aux`. The gradient is of all
-    parameters. The product takes v with holes (see the module's docstring) wherever `where` is False.
+    parameters. The product takes v with holes wherever `where` is False.
 
   Raises:
-    ValueError: by that function, as `value_and_grad_and_hvp`, and if `where` fits nothing; by the product, if v has an
-      array where `where` is False.
+    ValueError: by that function, if `where` fits nothing; by the product, if v has an array where `where` is False.
+    ValueError, TypeError: by both, as `value_and_grad_and_hvp`.
 
   Example:
     >>> import jax.numpy as jnp, dpsgd_optax as dpo
@@ -96,33 +79,42 @@ def value_and_grad_then_hvp(
   name = "value_and_grad_then_hvp"
 
   def linearized(params):
-    _check_differentiable(name, jax.tree_util.tree_leaves_with_path(params))
-    block = _block(name, params, with_holes(params, selection(params, where)))
-    count = len(jax.tree.leaves(params))
-    places = jax.tree.unflatten(jax.tree.structure(params), range(count))
-
-    def run(theta):
-      result, grads = jax.value_and_grad(loss, has_aux=has_aux)(block.join(theta))
-      value, aux = result if has_aux else (result, None)
-      return (value, _ascent(grads)), aux
-
-    with _explaining(name, lambda theta: loss(block.join(theta)), block.theta, has_aux, _DIFFERENCE):
-      (value, grads), push, aux = jax.linearize(run, block.theta, has_aux=True)
+    chosen = with_holes(params, selection(params, where))
+    forward = lambda run, block: jax.linearize(run, block.theta, has_aux=True)
+    value, grads, push, block = _differentiated(name, loss, has_aux, params, chosen, forward)
 
     def product(vector):
-      part = _block(name, params, vector)
-      given = dict(zip(part.take(places), part.vector, strict=True))
-      free = block.take(places)
-      if held := sorted(given.keys() - set(free)):
+      part = block_of(name, params, vector)
+      given = dict(zip(part.indices, part.vector, strict=True))
+      if held := sorted(given.keys() - set(block.indices)):
         path, _ = jax.tree_util.tree_leaves_with_path(params)[held[0]]
         raise ValueError(
-          f"`{name}` holds the parameter at {place(path)} constant, but the vector has an array there. Give the same "
+          f"`{name}` holds the parameter at {quoted(path)} constant, but the vector has an array there. Give the same "
           "`where` to the optimizer, or leave `where` out."
         )
-      tangents = [given[i] if i in given else jnp.zeros_like(x) for i, x in zip(free, block.theta, strict=True)]
+      tangents = [
+        given[i] if i in given else jnp.zeros_like(x) for i, x in zip(block.indices, block.theta, strict=True)
+      ]
       _, hv = push(tangents)
       return part.restore(part.take(hv))
 
-    return ((value, aux) if has_aux else value), grads, Product(product, params)
+    return value, grads, Product(product, params)
 
   return linearized
+
+
+def _differentiated(
+  name: str, loss: Callable, has_aux: bool, params: Any, vector: Any, forward: Callable
+) -> tuple[Any, Any, Any, Block]:
+  """(L or (L, aux), g of all parameters, what ``forward`` makes of θ_b ↦ (L, g) for its derivative, the block)."""
+  check_differentiable(name, jax.tree_util.tree_leaves_with_path(params))
+  block = block_of(name, params, vector)
+
+  def run(theta):
+    result, grads = jax.value_and_grad(loss, has_aux=has_aux)(block.join(theta))
+    value, aux = result if has_aux else (result, None)
+    return (value, ascent(grads)), aux
+
+  with explaining(name, block.of(loss), block.theta, has_aux):
+    (value, grads), derivative, aux = forward(run, block)
+  return ((value, aux) if has_aux else value), grads, derivative, block

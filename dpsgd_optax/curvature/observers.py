@@ -25,8 +25,7 @@ def whitening() -> Curvature:
   """Observe the gradient itself: P → (E g gᵀ)^(−½). Costs nothing; a drop-in for Adam.
 
   The probe vector is integrated out (``Probe.vector`` is None): E[vᵀ P⁻¹ v] = tr P⁻¹. A geometry that needs a
-  sample (``eq``) draws one itself. Fitted on single gradients, the step normaliser correlates with the sample and
-  biases the fixed point: on one number, where P should be 1, by 8 to 11 % with the running maximum that ``kron`` uses.
+  sample (``eq``) draws one itself. P is biased a little, because each fit divides by the size of its own sample.
 
   Source: arXiv:2402.04553, whitening criterion; arXiv:2402.11858.
 
@@ -51,7 +50,10 @@ _TRAIN_STATE = (
 
 
 def given_product(name: str, params: Any, hvp: Any, value_fn: Any, value: Any, otherwise: str = "") -> Product:
-  """v ↦ Hv from the extra arguments, its structure checked where it is used."""
+  """v ↦ Hv, from the extra arguments ``hvp`` or else ``value_fn``; what it returns is checked when it is called.
+
+  Raises a ValueError if both are missing; ``value`` and ``otherwise``, what else could be typed, are for its message.
+  """
   if hvp is None and value_fn is None:
     came = "received `value`, but no `hvp`" if value is not None else "received no `hvp`"
     raise ValueError(
@@ -83,21 +85,19 @@ def given_product(name: str, params: Any, hvp: Any, value_fn: Any, value: Any, o
 def newton() -> Curvature:
   """Observe (v, Hv) with v ~ N(0, I): P → |H|⁻¹, also where H is indefinite.
 
-  One probe over all parameters jointly, so that the product carries the terms between layers.
-  Cost: about 1.3 to 2 gradients beside the gradient itself, on the steps on which a fit is due and on no other.
-  For the Gauss-Newton matrix in place of H pass ``hvp=ggnvp(...)``, for a product without second derivatives
-  ``hvp=hvp_finite_difference(...)``.
+  One probe over all parameters jointly, so that the product carries the terms between layers. Costs one product, on
+  the steps on which a fit is due and on no other (``python -m benchmarks cost``). For the Gauss-Newton matrix in place
+  of H pass ``hvp=ggnvp(...)``, for a product without second derivatives ``hvp=hvp_finite_difference(...)``.
 
-  Reads the extra argument ``hvp`` (v ↦ Hv, see :func:`dpsgd_optax.hvp`), or else ``value_fn`` (params ↦ loss),
-  from which it makes the product itself. Inside ``optax.masked`` or ``optax.partition`` only ``hvp`` works. Under
-  ``pmap`` and ``shard_map`` the product is that of the local batch, and replicas drift apart: wrap the optimizer in
-  :func:`dpsgd_optax.data_parallel`.
+  Reads the extra argument ``hvp`` (v ↦ Hv, see :func:`dpsgd_optax.hvp`), or else ``value_fn`` (params ↦ loss), from
+  which it makes the product. Inside ``optax.masked`` or ``optax.partition`` only ``hvp`` works. Under ``pmap`` and
+  ``shard_map`` replicas drift apart unless the optimizer is wrapped in :func:`dpsgd_optax.data_parallel`.
 
   Source: arXiv:1512.04202; one fused pass: Pearlmutter (1994).
 
   Raises:
-    ValueError: at trace time, if neither argument is there, if ``params`` has holes and only ``value_fn`` came, or if
-      the product has another structure than the params.
+    ValueError: at trace time, if neither argument is there, if ``params`` is missing or has holes and only ``value_fn``
+      came, or if the product has another structure than the updates.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo
@@ -123,16 +123,16 @@ def newton() -> Curvature:
 def layer_inputs() -> Curvature:
   """Observe what entered each layer: P → (E x xᵀ + λI)⁻¹ (``least_squares``), or its diagonal (``batch_norm``).
 
-  No second derivative and no further pass: the inputs are values of the forward pass that gave the gradient.
+  Costs no derivative and no further pass: the inputs are values of the forward pass that gave the gradient.
 
   Reads the extra argument ``layer_inputs``: a tree of :class:`dpsgd_optax.LayerRecord`, one for each layer, where its
   kernel stands in the params. It comes from ``training.with_layer_inputs`` (linen), ``training.call_with_layer_inputs``
-  (nnx) or ``capture`` (any JAX loss). Of a dense layer an array (*rows, inputs) will do, at the place of the layer.
+  (nnx) or ``capture`` (any JAX loss). For a dense layer an array (*rows, inputs) in place of the layer will do.
 
   Source: arXiv:2201.12250; arXiv:2108.01110.
 
   Raises:
-    ValueError: at trace time, if it is not there.
+    ValueError: at trace time, if the argument is missing.
 
   Example:
     >>> import jax, jax.numpy as jnp, dpsgd_optax as dpo

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.arithmetic import working_dtype
-from dpsgd_optax._trees.buckets import make_buckets
+from dpsgd_optax._trees.arithmetic import check_floating, working_dtype
 from dpsgd_optax._trees.paths import is_hole, names
 from dpsgd_optax.layers.record import LayerRecord, extent, is_record
 
@@ -73,7 +72,7 @@ class Leaf(NamedTuple):
 
 def leaves_by_name(tree: Any) -> tuple[dict[Path, Leaf], set[Path]]:
   """Leaves by name, and the names of the holes that `optax.masked` and `optax.partition` leave."""
-  make_buckets(tree)  # for its message about integer leaves
+  check_floating(tree)
   named = [(names(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)]
   leaves = enumerate((path, x) for path, x in named if not is_hole(x))
   found = {path: Leaf(i, jnp.shape(x), jnp.result_type(x)) for i, (path, x) in leaves}

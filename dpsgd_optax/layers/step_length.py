@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd_optax._trees.by_shape import safe_norm
-from dpsgd_optax._trees.matching import opposite
-from dpsgd_optax._trees.replicas import mean_over_replicas
+from dpsgd_optax._trees.mesh import mean_over_replicas
+from dpsgd_optax._trees.paths import opposite
 from dpsgd_optax.base import check_automatic, check_not_negative
 from dpsgd_optax.layers.find import Layer, find_layers, records_of
 from dpsgd_optax.layers.matrix import as_matrix, input_moment, input_rows, write_layer

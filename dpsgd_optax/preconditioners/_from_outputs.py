@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpsgd_optax._trees.replicas import replica_axis
+from dpsgd_optax._trees.mesh import replica_axis
 from dpsgd_optax.layers.find import Layer, find_layers, records_of
 from dpsgd_optax.layers.matrix import input_rows, output_gradients
 from dpsgd_optax.layers.record import LayerRecord

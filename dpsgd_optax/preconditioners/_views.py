@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.arithmetic import leaves_apart, working_dtype
-from dpsgd_optax._trees.buckets import make_buckets
+from dpsgd_optax._trees.arithmetic import check_floating, leaves_apart, working_dtype
 from dpsgd_optax._trees.paths import fill_holes, with_holes
 from dpsgd_optax._trees.selection import Where, selection
 from dpsgd_optax.base import Preconditioner, Probe
@@ -27,7 +26,7 @@ def seen_as(inner: Preconditioner, cut: Callable[[Any], Any], join: Callable[[An
   """
 
   def init(params):
-    make_buckets(params)  # raises for leaves that are no floating-point arrays
+    check_floating(params)
     return inner.init(jax.eval_shape(cut, params))
 
   def fit(state, probe, **options):
@@ -61,7 +60,7 @@ def raveled(group: Preconditioner) -> Preconditioner:
 
 def _ravel(tree: Any) -> list[jax.Array]:
   """All leaves as one vector, in their common dtype; none for a tree without numbers."""
-  make_buckets(tree)  # raises for integer leaves
+  check_floating(tree)
   leaves = [x for x in jax.tree.leaves(tree) if math.prod(jnp.shape(x)) > 0]
   if not leaves:
     return []

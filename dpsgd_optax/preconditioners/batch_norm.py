@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.replicas import mean_over_replicas, replica_axis
+from dpsgd_optax._trees.mesh import mean_over_replicas, replica_axis
 from dpsgd_optax.base import Preconditioner, check_fraction, check_not_negative
 from dpsgd_optax.layers.find import Layer, without_embeddings
 from dpsgd_optax.layers.moments import feature_moments

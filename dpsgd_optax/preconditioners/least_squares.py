@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax._trees.replicas import mean_over_replicas, replica_axis
+from dpsgd_optax._trees.mesh import mean_over_replicas, replica_axis
 from dpsgd_optax.base import Preconditioner, check, check_fraction, check_not_negative
 from dpsgd_optax.geometry.triangular import lower_gram, triangular_inverse
 from dpsgd_optax.layers.find import Layer

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flax: train states, what enters each layer, norm layers. The only room that imports Flax; import it by name.
+"""Flax: train states and loops, what enters each layer, norm layers.
 
-The package itself does not import this room.
+The only room that imports Flax. The package does not import it: type ``from dpsgd_optax import training``.
 """
 
 from dpsgd_optax.training.cadence import host_cadence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which steps fit and which judge, chosen on the host."""
+"""A training loop that chooses on the host which steps fit the preconditioner and which are judged."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -20,28 +20,27 @@ def host_cadence(
   judge_every: int = 1,
   donate_argnums: int | Sequence[int] = (),
 ) -> Callable[..., Any]:
-  """A training loop's step that knows on the host whether to fit (`refresh`) and whether to judge (`judge`).
+  """Jits a training step and tells it in Python bools whether to fit (`refresh`) and whether to judge (`judge`).
 
-  On the CPU a convolution inside `jax.lax.cond` is many times slower than outside; and under `vmap` a cond computes
-  both of its branches. Here the two choices are Python bools, constant in each of the at most four programs that are
-  compiled, one for every pair that occurs:
+  Without it the transforms choose by `jax.lax.cond`, in which a convolution is slow on the CPU, and which computes both
+  branches under `vmap`. Here each pair of bools that occurs is a program of its own:
 
     refresh  ⇔  count mod refresh_every = 0,            the first step included,
              ⇔  ⌊p(0) + … + p(count)⌋ grows at count,   if it is a schedule p of probabilities,
     judge    ⇔  (count + 1) mod judge_every = 0,        the first step not, unless all are.
 
-  The sums are exact (rational numbers), so that the long-run rate is that of the schedule without a coin, and the same
-  count gives the same choice wherever a run is resumed.
+  The sums are exact (rational numbers): in the long run as many steps fit as the schedule says, and a run that is
+  resumed makes the same choices.
 
   Args:
-    step: `step(*args, refresh: bool, judge: bool)`, to be passed on to `tx.update`; it is jitted here.
+    step: `step(*args, refresh: bool, judge: bool)`, which passes both on to `tx.update`.
     refresh_every: fit every so many steps (DPSGD's T1), or a schedule count ↦ probability in [0, 1], of JAX operations.
     judge_every: judge every so many steps (DPSGD's T2).
-    donate_argnums: arguments of `step` whose buffers may be reused, as in `jax.jit`; the old ones are then gone.
+    donate_argnums: arguments of `step` whose buffers may be reused, as in `jax.jit`.
 
   Returns:
-    `run(count, *args)`, which returns what `step` returns. The count is that of the steps done so far, an int on the
-    host: the Python variable of the loop, not `state.step`, for which every step would have to wait.
+    `run(count, *args)`, which returns what `step` returns. `count` is the number of steps done so far, an int on the
+    host: the variable of the loop, not `state.step`, for which each step would wait until the last is computed.
 
   Raises:
     ValueError: if a period is below 1; by `run`, if the count is negative or a probability is outside [0, 1].
@@ -79,9 +78,9 @@ def _periodic(every: int, name: str) -> Callable[[int], bool]:
 
 
 def _scheduled(probability: Schedule, chunk: int = 256) -> Callable[[int], bool]:
-  """count ↦ whether ⌊Σ p⌋ grows at count. Evaluates the schedule for many counts at once and remembers the answers."""
+  """count ↦ whether ⌊Σ p⌋ grows at count. Evaluates ``chunk`` counts at once and keeps the answers."""
   due: list[bool] = []
-  fraction = Fraction(0)  # the sum so far, less its whole part
+  fraction = Fraction(0)  # of the sum so far
 
   def at(count: int) -> bool:
     nonlocal fraction

@@ -1,19 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flax and the training loop. The only module that imports Flax, and not imported by the package itself.
-
-`TrainState` hands extra arguments (`value`, `value_fn`, `hvp`, ...) to transforms that need more than a gradient. Flax
-NNX needs no such help: `nnx.Optimizer.update(model, grads, **extra)` forwards what it is given. Its transform sees pure
-arrays; `hvp` and `value_fn` may be functions of the `nnx.State` that `nnx.split` gives, or of `nnx.as_pure` of it.
-
-`host_cadence` chooses on the host which steps fit the preconditioner and which are judged, so that each kind of step is
-a program of its own without `jax.lax.cond`.
-
-`is_norm_param` tells the scales and shifts of norm layers from the other parameters, for `sgd_ph`; `WeightNorm` gives
-nnx layers without normalization 1-D lengths (linen has `nn.WeightNorm`).
-
-`with_layer_inputs` (linen) and `call_with_layer_inputs` (nnx) return what enters each linear layer beside the
-prediction, for `bnp` and `gls`, and leave the model as it is.
-"""
+"""What enters each linear layer of a linen model, for `bnp` and `gls`. The model stays as it is."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,42 +8,42 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dpsgd_optax.layers.record import LayerRecord, Window, merged
 
 LAYER_INPUTS = "layer_inputs"
 """The collection of the records: in ``variable_axes`` of ``nn.scan`` and ``nn.vmap`` for the layers inside them."""
-Recorder = Callable[..., LayerRecord | None]  # (module, *args, **kwargs) of a call ↦ record; its bias one name
+Recorder = Callable[..., LayerRecord | None]  # see `record` of `with_layer_inputs`
 
 
-def _spread(value: Any, axes: int) -> tuple[int, ...]:
+def per_axis(value: Any, axes: int) -> tuple[int, ...]:
+  """An option of a layer as one number for each axis: Flax also takes one int for all, and None for 1."""
   return (value,) * axes if isinstance(value, int) else (1,) * axes if value is None else tuple(value)
 
 
-def _dense(module: Any, x: jax.Array) -> LayerRecord:
-  features = module.features
-  return LayerRecord((x,), kernel_shape=(x.shape[-1], features), bias=("bias",) if module.use_bias else None)
+def _bias(module: Any) -> tuple[str, ...] | None:
+  return ("bias",) if module.use_bias else None
 
 
-def _dense_general(module: Any, x: jax.Array) -> LayerRecord | None:
-  if _spread(module.batch_dims, 1):
+def _dense(module: Any, x: jax.Array) -> LayerRecord | None:
+  if per_axis(getattr(module, "batch_dims", ()), 1):
     return None
-  axes = tuple(a % x.ndim for a in _spread(module.axis, 1))
+  axes = tuple(a % x.ndim for a in per_axis(getattr(module, "axis", -1), 1))
   x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-  shape = (*x.shape[x.ndim - len(axes) :], *_spread(module.features, 1))
-  bias = ("bias",) if module.use_bias else None
-  return LayerRecord((x,), kernel_shape=shape, input_axes=len(axes), bias=bias)
+  shape = (*x.shape[x.ndim - len(axes) :], *per_axis(module.features, 1))
+  return LayerRecord((x,), kernel_shape=shape, input_axes=len(axes), bias=_bias(module))
 
 
 def _conv(module: Any, x: jax.Array) -> LayerRecord | None:
   if module.mask is not None:
     return None
-  size = _spread(module.kernel_size, 1)
+  size = per_axis(module.kernel_size, 1)
   axes = len(size)
-  dilation = _spread(module.kernel_dilation, axes)
+  dilation = per_axis(module.kernel_dilation, axes)
   padding = module.padding
   if not isinstance(padding, str):
-    padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in _spread(padding, axes))
+    padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in per_axis(padding, axes))
   elif padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
     reach = [(k - 1) * d for k, d in zip(size, dilation, strict=True)]
     pads = [(reach[0], 0)] if padding == "CAUSAL" else [(r // 2, (r + 1) // 2) for r in reach]
@@ -65,19 +51,18 @@ def _conv(module: Any, x: jax.Array) -> LayerRecord | None:
     x = jnp.pad(x, [(0, 0)] * (x.ndim - axes - 1) + pads + [(0, 0)], mode=mode)
     padding = "VALID"
   groups = module.feature_group_count
-  window = Window(_spread(module.strides, axes), padding, _spread(module.input_dilation, axes), dilation, groups)
+  window = Window(per_axis(module.strides, axes), padding, per_axis(module.input_dilation, axes), dilation, groups)
   shape = (*size, x.shape[-1] // groups, module.features)
-  bias = ("bias",) if module.use_bias else None
-  return LayerRecord((x,), kind="conv", kernel_shape=shape, input_axes=axes + 1, bias=bias, window=window)
+  return LayerRecord((x,), kind="conv", kernel_shape=shape, input_axes=axes + 1, bias=_bias(module), window=window)
 
 
 def _embed(module: Any, ids: jax.Array) -> LayerRecord:
   return LayerRecord((ids,), kind="embed", kernel_shape=(module.num_embeddings, module.features))
 
 
-LINEN: dict[type, tuple[str, Recorder]] = {
+_RECORDERS: dict[type, tuple[str, Recorder]] = {  # class ↦ (name of its kernel, recorder)
   nn.Dense: ("kernel", _dense),
-  nn.DenseGeneral: ("kernel", _dense_general),
+  nn.DenseGeneral: ("kernel", _dense),
   nn.Conv: ("kernel", _conv),
   nn.Embed: ("embedding", _embed),
 }
@@ -89,35 +74,34 @@ def with_layer_inputs(
   record: Mapping[type, tuple[str, Recorder]] | None = None,
   reduce: Callable[..., LayerRecord] | None = None,
 ) -> Callable[..., Any]:
-  """A linen model's `apply` that also returns what enters each linear layer. The model stays as it is.
+  """A linen model's `apply` that also returns what enters each linear layer.
 
   Recorded are `nn.Dense`, `nn.DenseGeneral` (and so attention), `nn.Conv` and `nn.Embed`, by `nn.intercept_methods`
-  and `sow`. That works inside `nn.remat` (the inputs are then kept, and not recomputed). Inside `nn.scan`, `nn.vmap`
-  and `nn.RNN` the collection must be listed, `variable_axes={"params": 0, "layer_inputs": 0}`, else the layers there
-  are missing. A layer that is called several times has one record with the inputs of all calls.
+  and `sow`. Inside `nn.remat` the inputs are kept and not recomputed. Inside `nn.scan`, `nn.vmap` and `nn.RNN` list
+  the collection, `variable_axes={"params": 0, "layer_inputs": 0}`, else the layers there are missing. A layer that is
+  called several times has one record with the inputs of all calls.
 
   Args:
     apply: `model.apply`.
     record: layers of your own: class ↦ (name of its kernel, recorder), where recorder(module, *args, **kwargs) of its
       `__call__` returns a `LayerRecord` whose `bias` is a tuple with the name of the bias, or None.
     reduce: what leaves the forward pass in place of the inputs: `dpsgd_optax.layers.second_moments` for `gls`,
-      `channel_moments` for `bnp`; saves memory where the activations are not kept anyway (remat, accumulation).
+      `channel_moments` for `bnp`. Saves memory if the activations are not kept anyway (remat, accumulation).
 
   Returns:
     `forward(variables, *args, **kwargs) -> (what apply returns, inputs)`, where `inputs` is a tree of `LayerRecord`,
     each in the place of its kernel in the params.
 
   Example:
-    >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> from dpsgd_optax import training
     >>> x, model = jnp.ones((4, 3)), nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(1)])
     >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> forward = training.with_layer_inputs(model.apply)
-    >>> pred, inputs = forward({"params": params}, x)
+    >>> pred, inputs = training.with_layer_inputs(model.apply)({"params": params}, x)
     >>> [record.inputs[0].shape for record in (inputs["layers_0"]["kernel"], inputs["layers_2"]["kernel"])]
     [(4, 3), (4, 5)]
   """
-  recorders = {**LINEN, **(record or {})}
+  recorders = {**_RECORDERS, **(record or {})}
 
   def interceptor(next_fun, args, kwargs, context):
     out = next_fun(*args, **kwargs)
@@ -134,28 +118,20 @@ def with_layer_inputs(
     listed = [mutable] if isinstance(mutable, str) else list(mutable or [])
     with nn.intercept_methods(interceptor):
       out, state = apply(variables, *args, mutable=[*listed, LAYER_INPUTS], **kwargs)
-    inputs = _assembled(state.pop(LAYER_INPUTS, {}))
-    if reduce is not None:
-      inputs = _reduced(inputs, variables["params"], reduce)
+    inputs = _collected(state.pop(LAYER_INPUTS, {}), variables.get("params", {}), reduce)
     return (out if mutable is False else (out, state)), inputs
 
   return forward
 
 
-def _assembled(sown: Any, path: tuple[str, ...] = ()) -> Any:
+def _collected(sown: Any, params: Any, reduce: Callable[..., LayerRecord] | None) -> Any:
   """{…: {kernel: (record of each call)}} → {…: {kernel: record}}, biases named by their whole path."""
   found = {}
-  for name, below in sown.items():
-    if isinstance(below, Mapping):
-      found[name] = _assembled(below, (*path, name))
-    else:
-      one = merged(below)
-      found[name] = dataclasses.replace(one, bias=one.bias and (*path, *one.bias))
-  return found
-
-
-def _reduced(inputs: Any, params: Any, reduce: Callable[..., LayerRecord]) -> Any:
-  if isinstance(inputs, LayerRecord):
-    depth = jnp.ndim(params) - len(inputs.kernel_shape)
-    return reduce(inputs, jnp.shape(params)[:depth])
-  return {name: _reduced(below, params[name], reduce) for name, below in inputs.items()}
+  for path, calls in flatten_dict(sown).items():
+    one = merged(calls)
+    found[path] = dataclasses.replace(one, bias=one.bias and (*path[:-1], *one.bias))
+  if reduce is not None:
+    shapes = {path: jnp.shape(x) for path, x in flatten_dict(params).items() if path in found}
+    layers = {path: shape[: len(shape) - len(found[path].kernel_shape)] for path, shape in shapes.items()}
+    found = {path: reduce(record, layers[path]) for path, record in found.items()}
+  return unflatten_dict(found)

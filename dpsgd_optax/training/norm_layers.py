@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of norm layers, and lengths for layers without them."""
+"""The 1-D parameters that `sgd_ph` looks for: those of norm layers, and lengths for nnx layers without any."""
 
 from typing import Any
 
@@ -20,9 +20,8 @@ class Lengths(nnx.Module):
 class WeightNorm(nnx.Module):
   """Weight normalization of an nnx layer: kernel = g v/‖v‖, the norm over all axes but that of the outputs.
 
-  The layer keeps v as its kernel; the lengths g are a 1-D `nnx.Param` under "length/scale", which `is_norm_param` finds
-  and `nnx.Optimizer` trains. (The scales of `nnx.WeightNorm` of flax 0.12 are no `nnx.Param`, so that they are neither,
-  and its call overwrites v.) In linen `nn.WeightNorm` does all this.
+  The layer keeps v as its kernel. The lengths g are a 1-D `nnx.Param` under "length/scale", which `is_norm_param` finds
+  and `nnx.Optimizer` trains: neither is so with `nnx.WeightNorm` of flax 0.12. In linen take `nn.WeightNorm`.
 
   Args:
     layer: `nnx.Linear`, `nnx.Conv`, or any layer whose `kernel` has its outputs on the last axis.
@@ -59,21 +58,21 @@ class WeightNorm(nnx.Module):
 def is_norm_param(params: Any) -> Any:
   """True for the parameters of norm layers and for the lengths of weight-normalised layers: Flax, Haiku, Equinox.
 
-  Told from the names beside a leaf. Flax and Haiku: it is one of a norm layer iff its parent holds a `scale`, and
-  nothing but `scale`, `bias` and `offset`. This finds BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm, the norms
-  within attention, and norm layers under `nn.scan` and `nn.vmap`, whatever they are called, of linen and of nnx; and
-  not the bias of a dense layer or of the classifier. Of weight-normalised layers it finds the lengths: `nn.WeightNorm`
-  of linen keeps them under one key that ends in "/kernel/scale", `training.WeightNorm` of nnx in a module of their own.
-  Equinox: its parent holds a 1-D `weight`, and nothing but that and a `bias` of the same shape.
+  It goes by the names beside a leaf, whatever the layer is called:
 
-  A norm layer with a bias alone (`use_scale=False`) looks like nothing in particular and is not found: give `where` as
-  a tree of bools then.
+  - Flax and Haiku: the parent holds a `scale`, and nothing but `scale`, `bias` and `offset`, as all norm layers do,
+    also within attention, `nn.scan` and `nn.vmap`; the parent of a dense layer's bias holds a kernel.
+  - Lengths: `nn.WeightNorm` of linen keeps them under a key that ends in "/kernel/scale", `training.WeightNorm` of nnx
+    in a module of their own, as a norm layer.
+  - Equinox: the parent holds a 1-D `weight`, and nothing but that and a `bias` of the same shape.
+
+  A norm layer with a bias alone (`use_scale=False`) is not found: give `where` as a tree of bools then.
 
   Args:
     params: linen or Haiku params, an nnx state of `nnx.Param`, an Equinox model or the arrays of one.
 
   Returns:
-    A tree of bools like `params`: a `where` for `sgd_ph`, a mask for Optax, labels for `optax.partition`.
+    A tree of bools like `params`: `where` for `sgd_ph`, a mask for Optax, labels for `optax.partition`.
 
   Example:
     >>> import jax, jax.numpy as jnp, flax.linen as nn, optax
@@ -85,7 +84,7 @@ def is_norm_param(params: Any) -> Any:
     >>> tx = optax.partition({True: optax.sgd(0.1), False: optax.adam(1e-3)}, training.is_norm_param)
   """
   leaves = [(names(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
-  children: dict[tuple[str, ...], dict[str, tuple[int, ...] | None]] = {}  # None: a subtree
+  children: dict[tuple[str, ...], dict[str, tuple[int, ...] | None]] = {}  # parent → name → shape; None: a subtree
   for path, x in leaves:
     if hasattr(x, "shape"):  # the functions and names in a model are no parameters
       for depth in range(len(path)):

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A train state that hands extra arguments on."""
+"""A train state for linen that hands extra arguments on to the transform.
+
+Flax NNX needs none: `nnx.Optimizer.update(model, grads, **extra)` hands them on. Its transform sees pure arrays; `hvp`
+and `value_fn` may be functions of the `nnx.State` that `nnx.split` gives, or of `nnx.as_pure` of it.
+"""
 
 from typing import Any
 
@@ -12,19 +16,16 @@ from dpsgd_optax.base import forward_extra_args
 class TrainState(train_state.TrainState):
   """Flax's `TrainState`, whose `apply_gradients` forwards extra arguments to the transform.
 
-  A drop-in for it: without `extra_args` it is the same. Flax's overwrite-with-gradient collection (fp8) is handled by
-  Flax's own code; the transform then sees only the collection `params`, so that `hvp` and `value_fn` have to be
-  functions of that collection.
+  Without `extra_args` the two are the same. With Flax's overwrite-with-gradient collection (fp8) the transform sees
+  only the collection `params`, so `hvp` and `value_fn` have to be functions of that collection.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
     >>> from dpsgd_optax import training
     >>> x, model = jnp.ones((4, 3)), nn.Dense(1)
-    >>> state = training.TrainState.create(
-    ...   apply_fn=model.apply,
-    ...   params=model.init(jax.random.key(0), x)["params"],
-    ...   tx=optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(9)),
-    ... )
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> tx = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(9))
+    >>> state = training.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     >>> @jax.jit
     ... def train_step(state):
     ...   loss = lambda p: jnp.mean((state.apply_fn({"params": p}, x) - 1.0) ** 2)
@@ -43,9 +44,8 @@ class TrainState(train_state.TrainState):
     Args:
       grads: gradients with the structure of `params`.
       extra_args: keyword arguments of the transform's `update`: `value`, `value_fn`, `hvp`, `refresh`, ... A transform
-        that takes none ignores them. `optax.MultiSteps(tx, k)` hands them on; add
-        `accumulating=state.opt_state.mini_step < k - 1`, so that the k - 1 calls whose result it throws away compute no
-        product and no fit.
+        that takes none ignores them. With `optax.MultiSteps(tx, k)` add `accumulating=state.opt_state.mini_step < k -
+        1`, else the k - 1 calls whose result it throws away compute products and fits too.
       **kwargs: attributes of the state to be replaced, as in Flax.
 
     Returns:

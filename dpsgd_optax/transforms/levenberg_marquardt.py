@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd_optax._trees.arithmetic import scalar_dtype, select, separate
-from dpsgd_optax._trees.paths import has_holes
+from dpsgd_optax._trees.paths import has_holes, stepped
 from dpsgd_optax.base import forward_extra_args, is_static
+from dpsgd_optax.curvature._loss_errors import check_scalar
 from dpsgd_optax.curvature.observers import given_product
-from dpsgd_optax.curvature.products import check_scalar, stepped
 from dpsgd_optax.transforms._control import check_state, choose, injected, is_due, static_arguments
 from dpsgd_optax.transforms.damping_rule import Record, Rule, check_rule, look_ahead, look_back, no_loss
 from dpsgd_optax.transforms.reduction_models import half_slope

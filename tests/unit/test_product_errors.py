@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import dpsgd_optax as dpo
+from dpsgd_optax.curvature._loss_errors import check_scalar
 from dpsgd_optax.curvature.fused import value_and_grad_and_hvp, value_and_grad_then_hvp
-from dpsgd_optax.curvature.products import check_scalar, ggnvp, hvp, hvp_finite_difference
+from dpsgd_optax.curvature.products import ggnvp, hvp, hvp_finite_difference
 
 pytestmark = pytest.mark.usefixtures("x64")
 

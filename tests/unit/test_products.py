@@ -13,9 +13,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from dpsgd_optax._trees.matching import opposite
+from dpsgd_optax._trees.paths import opposite, stepped
 from dpsgd_optax.curvature.fused import value_and_grad_and_hvp, value_and_grad_then_hvp
-from dpsgd_optax.curvature.products import ggnvp, hvp, hvp_finite_difference, stepped
+from dpsgd_optax.curvature.products import ggnvp, hvp, hvp_finite_difference
 
 pytestmark = pytest.mark.usefixtures("x64")
 
