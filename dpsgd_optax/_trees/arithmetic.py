@@ -23,8 +23,8 @@ def check_floating(params: Any) -> None:
   """Raises a ValueError for a leaf that is no floating-point or complex array; the message names it."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if callable(leaf) or isinstance(leaf, str):
-      found = f"is a {type(leaf).__name__}. Leave out what is no array: "
-      found += "`tx.init(eqx.filter(model, eqx.is_inexact_array))` for an Equinox model."
+      cure = "Leave out what is no array: `tx.init(eqx.filter(model, eqx.is_inexact_array))` for an Equinox model."
+      found = f"is a {type(leaf).__name__}. {cure}"
     elif not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
       found = f"has dtype {dtype}. Leave it out with `optax.masked` or `optax.partition`, or make it a float."
     else:
@@ -38,7 +38,7 @@ def select(predicate: jax.Array, new: Any, old: Any) -> Any:
 
 
 def separate(tree: Any, *others: Any) -> Any:
-  """``tree`` with copies of the arrays that occur twice in it or also in ``others``: a buffer is donated only once."""
+  """``tree`` with copies of the arrays that it has twice, or that ``others`` have: no buffer can be donated twice."""
   seen = {id(x) for x in jax.tree.leaves(others)}
 
   def own(x):

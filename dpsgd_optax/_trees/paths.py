@@ -87,6 +87,8 @@ def match_leaves(what: str, params: Any, vector: Any) -> list[tuple[Any, Any, in
     wrong = f"has a leaf at `{jax.tree_util.keystr(vectors[unknown[0]][0])}` where the parameters have none"
   elif missing := [name for name in sorted(indices.keys() - vectors.keys()) if not held(name)]:
     wrong = f"has nothing at `{jax.tree_util.keystr(leaves[indices[missing[0]]][0])}`, which is a parameter"
+  elif len(indices) < len(leaves):
+    wrong = "cannot be matched, for two parameters have the same name"
   else:
     return [(path, x, indices[name]) for name, (path, x) in vectors.items()]
   raise ValueError(

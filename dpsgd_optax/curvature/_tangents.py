@@ -87,11 +87,14 @@ def check_differentiable(name: str, leaves_with_path: Any) -> None:
   """Raises a ValueError for a leaf that has no derivative: no array and no number, or an integer."""
   for path, x in leaves_with_path:
     if not hasattr(x, "dtype") and not isinstance(x, bool | int | float | complex):
-      found = f"a {type(x).__name__}. Let the loss be a function of the arrays alone; of an Equinox model: `params, "
-      found += "static = eqx.partition(model, eqx.is_inexact_array)`, `lambda p: loss(eqx.combine(p, static))`."
+      cure = (
+        "Let the loss be a function of the arrays alone; of an Equinox model: `params, static = eqx.partition(model, "
+        "eqx.is_inexact_array)`, `lambda p: loss(eqx.combine(p, static))`."
+      )
+      found = f"a {type(x).__name__}. {cure}"
     elif not jnp.issubdtype(dtype := x.dtype if hasattr(x, "dtype") else jnp.result_type(x), jnp.inexact):
-      found = f"{dtype}. Keep it out of the parameters that the loss is a function of, or put `optax.MaskedNode()` "
-      found += "there in the vector."
+      held = "put `optax.MaskedNode()` there in the vector"
+      found = f"{dtype}. Keep it out of the parameters that the loss is a function of, or {held}."
     else:
       continue
     needed = f"`{name}` differentiates floating-point or complex parameters"

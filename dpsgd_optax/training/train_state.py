@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A train state for linen that hands extra arguments on to the transform.
+"""A train state for linen that hands extra arguments on to the transform, as `nnx.Optimizer.update` does in NNX.
 
-Flax NNX needs none: `nnx.Optimizer.update(model, grads, **extra)` hands them on. Its transform sees pure arrays; `hvp`
-and `value_fn` may be functions of the `nnx.State` that `nnx.split` gives, or of `nnx.as_pure` of it.
+In NNX the transform sees pure arrays; `hvp` and `value_fn` may be functions of an `nnx.State`, or of its `nnx.as_pure`.
 """
 
 from typing import Any
