@@ -55,13 +55,11 @@ def exchanges(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def train(problem: Problem, mesh: Mesh, layout: str, steps: int = STEPS, seed: int = 1) -> dict[str, Any]:
   """Losses of a run of whitening PSGD on all devices of the mesh, and what each device holds and sends."""
-  tx = dpo.psgd(3e-3, b1=0.9, every=1)
   shapes = jax.eval_shape(problem.init, jax.random.key(seed))
-  specs = specs_of(layout, shapes, mesh.size)
-  tx = dpo.sharded(tx, mesh, specs)
+  specs = specs_of(layout, shapes, mesh)
+  tx = dpo.sharded(dpo.psgd(3e-3, b1=0.9, every=1), mesh, specs)
   on = lambda spec: NamedSharding(mesh, spec)
-  lie = jax.tree.map(lambda _, s: on(s), shapes, specs) if layout != LAYOUTS[0] else on(P())
-  params = jax.jit(problem.init, out_shardings=lie)(jax.random.key(seed))
+  params = jax.jit(problem.init, out_shardings=jax.tree.map(on, specs))(jax.random.key(seed))
   state = jax.jit(tx.init)(params)
 
   def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
@@ -170,7 +168,7 @@ def add_arguments(parser: ArgumentParser) -> None:
   add("problem", nargs="?", default=PROBLEM, type=name, metavar="PROBLEM", help="(default: %(default)s)")
   add("--devices", type=count, default=8, help="virtual ones on a CPU (default: %(default)d)")
   add("--processes", type=count, default=1, help="over which the devices are divided (default: %(default)d)")
-  arguments.add_data_dir(parser)
+  arguments.add(parser, "data_dir")
 
 
 def run(args: Namespace) -> None:

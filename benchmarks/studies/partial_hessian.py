@@ -10,7 +10,6 @@ python -m benchmarks partial_hessian
   momentum    a whole step of SGD with momentum
 """
 
-from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import optax
 
 import dpsgd_optax as dpo
 from benchmarks.engine.records import environment, load_average
-from benchmarks.engine.report import Table, publish
+from benchmarks.engine.report import Table, study
 from benchmarks.engine.timing import Step, first_batch, interleaved, of_gradient, quartiles_of, ratio_text, whole_step
 from benchmarks.problems.table import build
 from dpsgd_optax import training
@@ -76,10 +75,4 @@ def table(document: dict[str, Any]) -> Table:
   )
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
-
-
-def run(args: Namespace) -> None:
-  document = measure()
-  publish(document, args.out / "partial_hessian.json", table(document))
+run = study("partial_hessian", lambda args: measure(), table)

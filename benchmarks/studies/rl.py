@@ -136,7 +136,7 @@ def add_arguments(parser: ArgumentParser) -> None:
   names = ", ".join(ENVIRONMENTS)
   parser.add_argument("environments", nargs="*", metavar="ENVIRONMENT", help=f"of gymnax (default: {names})")
   parser.add_argument("--optimizers", default=OPTIMIZERS, help="comma-separated (default: %(default)s)")
-  arguments.add_seeds(parser, 5)
+  arguments.add(parser, seeds=5)
 
 
 def run(args: Namespace, make: Callable[[str], World] = world, recipe: Recipe = USUAL) -> None:

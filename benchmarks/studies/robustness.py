@@ -15,7 +15,6 @@ An update is measured by its root mean square, and compared with the twin's of t
 bias counts, and the worst of the seeds. A run has recovered when the ratio stays within BAND to the end.
 """
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,7 +27,7 @@ import optax
 import dpsgd_optax as dpo
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment
-from benchmarks.engine.report import Table, number, publish
+from benchmarks.engine.report import Table, number, study
 from benchmarks.optimizers import PRECONDITIONERS
 
 SHAPES = {"bias": (6,), "kernel": (8, 6)}
@@ -166,10 +165,4 @@ def table(document: dict[str, Any]) -> Table:
   return Table("Bad gradients: what they do to the next steps", header, [cells(row) for row in document["rows"]], notes)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
-
-
-def run(args: Namespace) -> None:
-  document = measure()
-  publish(document, args.out / "robustness.json", table(document))
+run = study("robustness", lambda args: measure(), table)

@@ -9,7 +9,7 @@ select that computes every fit.
 
 import itertools
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -130,7 +130,7 @@ def measure(problem: Problem) -> dict[str, Any]:
 
 def tables(document: dict[str, Any]) -> tuple[Table, Table]:
   """What the runs led to, and what deciding on the fit once for all of them saves."""
-  middle = lambda values: spread([np.inf if value is None else value for value in values]).median
+  middle = lambda values: spread(values).median
   rows = [
     (f"{run['learning_rate']:.2g}", number(middle(run["last_epoch_loss"])), f"{middle(run['test_accuracy']):.1%}")
     for run in document["runs"]
@@ -141,10 +141,6 @@ def tables(document: dict[str, Any]) -> tuple[Table, Table]:
   rows = [(name, ratio_text(ratio["cpu"]), ratio_text(ratio["wall"])) for name, ratio in timing["ratios"].items()]
   note = f"{timing['steps']} steps of all runs, {timing['rounds']} interleaved rounds; ratios to the first line."
   return runs, Table("The fit, decided once for all runs", ("P is fitted", "CPU ratio", "wall ratio"), rows, (note,))
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
 
 
 def run(args: Namespace) -> None:

@@ -25,8 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
   parser.add_argument("problems", nargs="+", type=arguments.known("problem", PROBLEMS), metavar="PROBLEM")
   parser.add_argument("--optimizers", default="all", help=f"comma-separated: {', '.join(GRIDS)} (default: all)")
   parser.add_argument("--name", help="name of the file of all trials (default: trials-PROBLEM)")
-  arguments.add_plan(parser)
-  arguments.add_resume(parser)
+  arguments.add(parser, *arguments.PLAN, "resume")
 
 
 def run(args: Namespace) -> None:

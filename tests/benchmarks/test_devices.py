@@ -91,8 +91,9 @@ def test_devices_that_the_processes_cannot_share_are_refused():
 
 def test_fully_sharded_params_are_cut_along_the_first_axis_that_can_be():
   shapes = {"a": jnp.zeros((8, 3)), "b": jnp.zeros((3, 16)), "c": jnp.zeros(3)}
-  assert layouts.specs_of("fully sharded", shapes, 8) == {"a": P("data"), "b": P(None, "data"), "c": P()}
-  assert layouts.specs_of("data parallel", shapes, 8) == P()
+  mesh = AbstractMesh((8,), ("data",))
+  assert layouts.specs_of("fully sharded", shapes, mesh) == {"a": P("data"), "b": P(None, "data"), "c": P()}
+  assert layouts.specs_of("data parallel", shapes, mesh) == {"a": P(), "b": P(), "c": P()}
 
 
 # --- the model of scale -------------------------------------------------------------------------------------------
