@@ -37,7 +37,6 @@ class Problem:
   or params and running statistics (Flax's collection "batch_stats"): then `training` gives the loss in training mode.
   """
 
-  name: str
   init: Callable[[jax.Array], Any]  # key -> variables
   metrics: Callable[[Any, Mapping[str, jax.Array]], Metrics]
   arrays: Arrays
@@ -45,6 +44,7 @@ class Problem:
   epochs: int  # default length of a run
   evaluations: int  # how often the loss curve is sampled in a run
   default_seeds: int = 5
+  name: str = ""  # as it is typed on the command line: `build` knows it
   training: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, Any]] | None = None  # -> loss, new statistics
   outputs: Callable[[Any, jax.Array], jax.Array] | None = None  # of a classifier: (variables, x) -> logits
   deficit: int = 0  # epochs of the beginning in which `spoiled` takes the place of "x"

@@ -41,6 +41,16 @@ class RemoteFile(NamedTuple):
   def checksum(self) -> str:
     return f"{'MD5' if self.algorithm == 'md5' else 'SHA-256'} {self.sha256}"
 
+  def check(self, path: Path, raw: bytes) -> bytes:
+    """The bytes that were read from there; a DataError unless they have the published length and checksum."""
+    if (found := hashlib.new(self.algorithm, raw).hexdigest()) == self.sha256:
+      return raw
+    what = f"is truncated ({len(raw)} of {self.size} bytes)" if len(raw) < self.size else "was altered"
+    raise DataError(
+      f"{path} {what}: expected {self.checksum}, found {found}. "
+      f"Delete it and fetch it again from {self.url} (without `--data-dir` this is done for you)."
+    )
+
 
 TRAIN_X, TRAIN_Y = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 TEST_X, TEST_Y = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
@@ -78,19 +88,6 @@ def download(key: str, path: Path, file: RemoteFile) -> None:
   partial.replace(path)
 
 
-def verify(key: str, path: Path, file: RemoteFile) -> None:
-  """Raise a DataError unless the file has the published length and checksum."""
-  size = path.stat().st_size
-  found = hashlib.new(file.algorithm, path.read_bytes()).hexdigest()
-  if found == file.sha256:
-    return
-  what = f"is truncated ({size} of {file.size} bytes)" if size < file.size else "was altered"
-  raise DataError(
-    f"{path} {what}: expected {file.checksum}, found {found}. "
-    f"Delete it and fetch it again from {file.url} (without `--data-dir` this is done for you)."
-  )
-
-
 def obtain(key: str, folder: Path | None) -> Path:
   """The path of a verified file: `folder/key` if a folder is given, else from the cache, downloaded if need be."""
   file, path = FILES[key], (folder or cache_folder()) / key
@@ -101,7 +98,7 @@ def obtain(key: str, folder: Path | None) -> Path:
       f"{path} is missing: expected {file.size} bytes with {file.checksum}, found nothing. "
       f"Put {file.url} there, or leave out `--data-dir` to have it downloaded."
     )
-  verify(key, path, file)
+  file.check(path, path.read_bytes())
   return path
 
 

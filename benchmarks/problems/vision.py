@@ -20,8 +20,7 @@ def lenet(
 ) -> Problem:
   """LeNet-5 on `mnist` or `fashion_mnist`; options: wrong labels, few samples of some classes, blurred beginnings."""
   arrays = spoiled(data.images(dataset, data_dir), noise, imbalance, blur)
-  options = dict(name=dataset, batch_size=64, epochs=20, evaluations=40, default_seeds=3, deficit=blur)
-  return classifier(LeNet5(folded), arrays, **options)
+  return classifier(LeNet5(folded), arrays, batch_size=64, epochs=20, evaluations=40, default_seeds=3, deficit=blur)
 
 
 def cifar10(
@@ -42,5 +41,5 @@ def cifar10(
   widths, blocks = choice(model, "model", SIZES)
   choice(norm, "norm", NORMS)
   arrays = spoiled(cifar.cifar10(data_dir, batches), noise, imbalance, blur)
-  options = dict(name="cifar10", batch_size=128, epochs=20, evaluations=40, default_seeds=3, deficit=blur)
+  options = dict(batch_size=128, epochs=20, evaluations=40, default_seeds=3, deficit=blur)
   return classifier(ResNet(widths, blocks, norm, shortcuts), arrays, statistics=norm == "batch", **options)

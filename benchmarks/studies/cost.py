@@ -26,14 +26,11 @@ from benchmarks.engine.arguments import known, positive
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment, load_average
 from benchmarks.engine.report import Table, number, publish
-from benchmarks.engine.timing import Step, compile_anew, interleaved, ratio_text
+from benchmarks.engine.timing import Step, Weights, compile_anew, interleaved, quartiles_of, ratio_text
 from benchmarks.studies._calls import USUAL, WORKLOADS, steps, updates
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 THREADS = {"one": ONE_THREAD, "all": ""}
-
-
-Weights = dict[str, float]  # contestant -> its share of the steps
 
 
 def every(period: int, name: str, fit: str = "fit") -> Weights:
@@ -104,10 +101,6 @@ def rows_of(workload: str, names: Any) -> list[Row]:
   return list(found.values())
 
 
-def _mean(times: Mapping[str, list], weights: Weights) -> np.ndarray:
-  return np.sum([weight * np.asarray(times[name]) for name, weight in weights.items()], axis=0)
-
-
 def measure(name: str, rounds: int, calls: int, seed: int = 0) -> dict[str, Any]:
   """One workload in this process: its ratios, and what is known of each contestant."""
   before, work = load_average(), WORKLOADS[name]()
@@ -118,17 +111,10 @@ def measure(name: str, rounds: int, calls: int, seed: int = 0) -> dict[str, Any]
     say(f"  {label}: compiled in {made[label].compile_seconds:.1f} CPU s")
   compiling = compilation(entered, made)
   times = interleaved(made, rounds, calls, seed)
-  ratios = {
-    row.label: {
-      kind: np.percentile(_mean(of, row.of) / _mean(of, row.against), [25, 50, 75]).tolist()
-      for kind, of in times.items()
-    }
-    for row in rows_of(name, made)
-  }
   return {
     "environment": environment(),
     "load_average": [before, load_average()],
-    "ratios": ratios,
+    "ratios": {row.label: quartiles_of(times, row.of, row.against) for row in rows_of(name, made)},
     "compilation": compiling,
     "recompiled": sum(step.recompiled for step in made.values()),
     "contestants": {

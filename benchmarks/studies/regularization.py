@@ -79,7 +79,7 @@ def optimizer(preconditioner: dpo.Preconditioner, parts: Parts, rate: Any) -> op
 
 def sweep(make: Callable, build: Callable[[Any, Any], Parts], strengths: Any, rates: Any, seeds: Any) -> np.ndarray:
   """Test accuracies and shares of exactly zero kernel entries, (2, lanes): one lane per strength, rate and seed."""
-  problem = classifier(MLP((32, 10)), data.digits(), name="digits", batch_size=BATCH, epochs=1, evaluations=1)
+  problem = classifier(MLP((32, 10)), data.digits(), batch_size=BATCH, epochs=1, evaluations=1)
   train, test = (jax.tree.map(jnp.asarray, part) for part in (problem.arrays.train, problem.arrays.test))
 
   def lane(strength: jax.Array, rate: jax.Array, seed: jax.Array) -> jax.Array:

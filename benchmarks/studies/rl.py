@@ -94,10 +94,7 @@ def compare(
     found[contestant.label] = {
       "learning_rate": raced.learning_rate,
       "trials": {rate: -loss for rate, loss in raced.trials.items()},
-      "whole": [run.whole for run in raced.runs],
-      "final": [run.final for run in raced.runs],
-      "returns": [run.returns for run in raced.runs],
-      "seconds": [run.seconds for run in raced.runs],
+      **{name: [getattr(run, name) for run in raced.runs] for name in ("whole", "final", "returns", "seconds")},
     }
     finals = ", ".join(number(run.final) for run in raced.runs)
     say(f"{name}, {contestant.label}: rate {raced.learning_rate:g}, final returns {finals}")

@@ -28,7 +28,7 @@ def regression() -> Problem:
   arrays = Arrays({"x": x, "y": y}, {"x": x, "y": y}, "made up")
   metrics = lambda params, batch: {"loss": jnp.mean((jnp.tanh(batch["x"] @ params["w"]) - batch["y"]) ** 2)}
   init = lambda key: {"w": jax.random.normal(key, (3, 2))}
-  return Problem("regression", init, metrics, arrays, batch_size=4, epochs=1, evaluations=1)
+  return Problem(init, metrics, arrays, batch_size=4, epochs=1, evaluations=1)
 
 
 def test_one_call_of_all_runs_equals_the_separate_runs():
