@@ -10,10 +10,9 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks.engine.calls import choice
-from benchmarks.engine.problem import Arrays, Metrics, Problem
+from benchmarks.engine.problem import Arrays, Metrics, Problem, classifier, supervised
 from benchmarks.problems import cifar, data, tabular
 from benchmarks.problems.models import MLP
-from benchmarks.problems.supervised import classifier, supervised
 
 HIDDEN = (512, 256)  # the two hidden layers; the note does not give their widths
 

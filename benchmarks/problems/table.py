@@ -18,10 +18,9 @@ from flax import linen as nn
 
 from benchmarks.engine import calls
 from benchmarks.engine.calls import SpecError, choice
-from benchmarks.engine.problem import Metrics, Problem
+from benchmarks.engine.problem import Metrics, Problem, classifier, regression, supervised
 from benchmarks.problems import data, layered, vision
 from benchmarks.problems.models import MLP, Elman, LanguageLSTM, LastOfLSTM, NormNet, Transformer
-from benchmarks.problems.supervised import classifier, regression, supervised
 
 
 def digits(data_dir: str | None, folded: bool) -> Problem:

@@ -17,13 +17,13 @@ import numpy as np
 import optax
 
 import dpsgd_optax as dpo
+from benchmarks.engine.problem import classifier
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment, load_average, write
 from benchmarks.engine.report import Table, number, publish
 from benchmarks.engine.timing import Step, first_batch, interleaved, of_gradient, quartiles_of, whole_step
 from benchmarks.problems import data
 from benchmarks.problems.models import MLP
-from benchmarks.problems.supervised import classifier
 from benchmarks.problems.table import build
 
 STEPS, BATCH, SAMPLES, SEEDS = 300, 50, 200, 5

@@ -60,8 +60,10 @@ def trial_table(problem: str, found: Trials) -> Table:
     rows.append((name, *(f"{rate:g}: {number(loss)}{' *' * (rate == chosen)}" for rate, loss in losses.items())))
   edges = [name for name, losses in found.items() if at_edge(losses)]
   notes = (f"At the edge of the grid: {', '.join(edges)}.",) if edges else ()
-  header = ("optimizer", *(f"trial {i}" for i in range(1, len(rows[0]))))
-  return Table(f"{problem}: final training loss by learning rate, seed {TUNING_SEED}", header, rows, notes)
+  width = max(map(len, rows))  # an earlier run, resumed, may have had another grid
+  padded = [row + ("",) * (width - len(row)) for row in rows]
+  header = ("optimizer", *(f"trial {i}" for i in range(1, width)))
+  return Table(f"{problem}: final training loss by learning rate, seed {TUNING_SEED}", header, padded, notes)
 
 
 def save_trials(results: Results, path: Path) -> dict[str, float]:

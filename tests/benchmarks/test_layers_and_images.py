@@ -15,15 +15,14 @@ from flax import linen as nn
 
 from benchmarks.__main__ import main
 from benchmarks.engine.calls import SpecError
-from benchmarks.engine.problem import Arrays, Problem, batches
+from benchmarks.engine.problem import Arrays, Problem, batches, classifier
 from benchmarks.engine.runner import fresh, layers_of, make_step
 from benchmarks.optimizers import contestant as entered_as
 from benchmarks.optimizers import gls_curvature
-from benchmarks.problems import cifar, data, spoilers, tabular
+from benchmarks.problems import cifar, data, tabular, vision
 from benchmarks.problems.layered import PixelMLP
 from benchmarks.problems.models import MLP
 from benchmarks.problems.resnet import NORMS, SIZES, ResNet
-from benchmarks.problems.supervised import classifier
 from benchmarks.problems.table import PROBLEMS, build
 from benchmarks.studies import gls
 
@@ -119,7 +118,7 @@ def test_tables_are_standardised_by_their_training_part(tmp_path, monkeypatch):
 
 def test_noise_replaces_the_share_of_labels_it_says_by_other_classes():
   y = np.arange(5000, dtype=np.int32) % 10
-  found = spoilers.noisy_labels(Arrays({"x": y, "y": y}, {}, "toy"), share=0.4)
+  found = vision.noisy_labels(Arrays({"x": y, "y": y}, {}, "toy"), share=0.4)
   changed = found.train["y"] != y
   assert abs(changed.mean() - 0.4) < 5 * math.sqrt(0.24 / 5000) and np.array_equal(found.train["clean"], y)
   assert np.all(np.bincount((found.train["y"][changed] - y[changed]) % 10, minlength=10)[1:] > 150)
@@ -128,19 +127,19 @@ def test_noise_replaces_the_share_of_labels_it_says_by_other_classes():
 
 def test_imbalance_thins_every_second_class():
   y = np.arange(5000, dtype=np.int32) % 10
-  counts = np.bincount(spoilers.imbalanced(Arrays({"x": y, "y": y}, {}, "toy"), share=0.1).train["y"])
+  counts = np.bincount(vision.imbalanced(Arrays({"x": y, "y": y}, {}, "toy"), share=0.1).train["y"])
   assert np.all(counts[::2] == 500) and np.all((20 < counts[1::2]) & (counts[1::2] < 90))
 
 
 def test_blur_keeps_what_is_flat_and_loses_what_is_fine():
   flat, fine = np.full((1, 8, 8, 1), 0.3, np.float32), np.indices((8, 8)).sum(0)[None, ..., None] % 2
-  assert np.allclose(spoilers.blurred(flat), 0.3) and np.allclose(spoilers.blurred(fine.astype(np.float32)), 0.5)
-  assert np.all(spoilers.blurred(np.full((1, 8, 8, 1), 200, np.uint8)) == 200)
+  assert np.allclose(vision.blurred(flat), 0.3) and np.allclose(vision.blurred(fine.astype(np.float32)), 0.5)
+  assert np.all(vision.blurred(np.full((1, 8, 8, 1), 200, np.uint8)) == 200)
 
 
 def test_the_deficit_lasts_for_the_epochs_it_says():
   problem = toy(deficit=1)
-  arrays = spoilers.spoiled(problem.arrays, 0.0, 1.0, 1)
+  arrays = vision.spoiled(problem.arrays, 0.0, 1.0, 1)
   rows = np.stack(list(batches(problem, seed=1, epochs=2))).reshape(2, -1)
   assert sorted(rows[0]) == list(range(12, 24)) and sorted(rows[1]) == list(range(12))
   for epoch, name in enumerate(("spoiled", "x")):
@@ -148,7 +147,7 @@ def test_the_deficit_lasts_for_the_epochs_it_says():
     assert np.array_equal(batch["x"], arrays.train[name][rows[epoch] % 12])
     assert np.array_equal(batch["y"], arrays.train["y"][rows[epoch] % 12])
   with pytest.raises(SpecError, match="shares"):
-    spoilers.spoiled(problem.arrays, 1.5, 1.0, 0)
+    vision.spoiled(problem.arrays, 1.5, 1.0, 0)
 
 
 # --- models and the runner ----------------------------------------------------------------------------------------
