@@ -54,10 +54,7 @@ AUTHOR = {
   ),
   "mnist": _author(0.1, 5e-3, 0.05, CLASSIFICATION_DECAY, average="two_tap(0.9, 0.1)", judge_every=1, eta=1e-5),
   "fashion_mnist": _author(0.1, 5e-3, 0.1, CLASSIFICATION_DECAY, average=0.7, judge_every=5, eta=1e-5),
-}
-
-# Settings of the original PSGD code; its function is rosenbrock(pairs=True).
-AUTHOR |= {
+  # Settings of the original PSGD code; its function is rosenbrock(pairs=True).
   "rosenbrock": Setting(
     {
       "psgd_newton": {"learning_rate": 1.0, "preconditioner": "dense(step_size=0.5)", "b1": 0.9},

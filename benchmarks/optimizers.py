@@ -47,11 +47,11 @@ def dpsgd(learning_rate: Any, **options: Any) -> optax.GradientTransformationExt
 
 
 def gls_curvature(learning_rate: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
-  """`gls` with the step of each layer as long as the curvature along it allows: D times 1 / max(1, c).
+  """`gls`, its step D of each layer shortened to what the curvature along it allows: D / max(1, c).
 
   c = D'HD / (rate (-g'D)). A reference for the study `gls`, at one Hessian-vector product per layer and step. With
-  U = -D / rate that is U'HU / g'U, the curvature of the loss with respect to the outputs of the layer along the change
-  that was asked for: a Rayleigh quotient, one step of the power iteration that would give the largest.
+  U = -D / rate this is U'HU / g'U, the curvature of the loss in the outputs of the layer along the change asked for. It
+  is a Rayleigh quotient: one step of the power iteration that would give the largest curvature.
   """
   inner = dpo.gls(learning_rate, **options)
 

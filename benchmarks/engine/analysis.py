@@ -98,5 +98,4 @@ def losses_at_equal(results: Results, axis: str) -> dict[str, Spread]:
 
 def ranks(losses: dict[str, Spread]) -> dict[str, int]:
   """label -> its place by median, 1 for the lowest."""
-  ordered = sorted(losses, key=lambda label: losses[label].median)
-  return {label: place for place, label in enumerate(ordered, 1)}
+  return {label: place for place, label in enumerate(sorted(losses, key=lambda name: losses[name].median), 1)}

@@ -96,13 +96,8 @@ def between(spread: Spread) -> str:
 
 def percent(spread: Spread) -> str:
   """Ratios as changes: 0.4 -> -60 %."""
-
-  def change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.0f} %" if math.isfinite(ratio) else "–"
-
-  if spread.lower == spread.upper:
-    return change(spread.median)
-  return f"{change(spread.median)} [{change(spread.lower)}, {change(spread.upper)}]"
+  median, lower, upper = (f"{100 * (x - 1):+.0f} %" if math.isfinite(x) else "–" for x in spread)
+  return median if spread.lower == spread.upper else f"{median} [{lower}, {upper}]"
 
 
 def final_table(results: Results) -> Table:

@@ -148,7 +148,7 @@ class Racer:
 
 @dataclass
 class Lane:
-  """A contestant on its way."""
+  """A contestant in one run: where it stands, and what it has cost so far."""
 
   racer: Racer
   variables: Any
@@ -159,7 +159,7 @@ class Lane:
   diverged: bool = False
 
   def train(self, data: Any, chunk: Iterable[np.ndarray], first: int) -> None:
-    """The timed region."""
+    """Trains on a chunk of batches, by the clock: nothing else is timed."""
     planned = [(variant_at(self.racer.contestant, t), rows) for t, rows in enumerate(chunk, first)]
     variables, opt_state, steps = self.variables, self.opt_state, self.racer.steps
     wall, cpu = time.perf_counter(), time.process_time()

@@ -43,7 +43,7 @@ class Keeper:
     return np.concatenate([self.logits(variables, part["x"]) for part in chunks({"x": x}, EVALUATED_SAMPLES)])
 
   def see(self, lane: Lane) -> None:
-    """One point of a curve; the variables are donated in the next step, and so copied."""
+    """Looks at one point of a curve. It copies the variables, since the next step donates them."""
     label = lane.racer.contestant.label
     self.variables[label] = jax.device_get(lane.variables)
     if self.logits is not None:

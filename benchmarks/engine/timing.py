@@ -25,9 +25,9 @@ Times = dict[str, dict[str, list[float]]]  # "cpu" or "wall" -> contestant -> se
 Weights = dict[str, float]  # contestant -> its share of the steps
 
 
-def interleaved(entered: Mapping[str, Callable[[], Any]], rounds: int, calls: int, seed: int) -> Times:
+def interleaved(entered: Mapping[str, Callable[[], Any]], rounds: int, calls: int) -> Times:
   """Seconds per call of each contestant in each round, by wall clock and of CPU; a fresh random order in each round."""
-  order = random.Random(seed)
+  order = random.Random(0)
   times: Times = {kind: {name: [] for name in entered} for kind in ("cpu", "wall")}
   for _ in range(rounds):
     names = list(entered)
@@ -104,7 +104,7 @@ Timed = tuple[Any, ...]  # call, carry, arguments: what `Step` takes
 
 @dataclass(frozen=True)
 class Workload:
-  """Params, and the loss with the running statistics after the batch; without `loss` the updates alone are timed."""
+  """What is trained. The loss gives the running statistics after the batch too; without one only updates are timed."""
 
   params: Any
   statistics: Any = ()
@@ -136,7 +136,7 @@ def probe(params: Any) -> Any:
 
 
 def of_gradient(work: Workload, call: Callable[..., Any]) -> Timed:
-  """`call(loss, params, vector)` that returns gradients, or gradients and more."""
+  """`call(loss, params, vector)`, which returns gradients and whatever it likes, on the workload."""
 
   def run(carry: Any, params: Any, statistics: Any, batch: Any, vector: Any) -> tuple[Any, Any]:
     return carry, call(work.of_params(statistics, batch), params, vector)

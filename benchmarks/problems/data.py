@@ -179,7 +179,7 @@ def digits() -> Arrays:
 def addition(samples: int = 50_000, length: int = 32, seed: int = 0) -> Arrays:
   """The addition task: channel 0 uniform in (-1, 1), channel 1 marks two distinct positions of the first half.
 
-  The target is the mean of the two marked values (specs: n, 90 % train, 10 % test).
+  The target is the mean of the two marked values. The last tenth of the samples is for testing.
   """
   rng = np.random.default_rng(seed)
   values = rng.uniform(-1, 1, (samples, length)).astype(np.float32)

@@ -14,7 +14,7 @@ from benchmarks.engine.problem import Arrays, Metrics, Problem, classifier, supe
 from benchmarks.problems import cifar, data, tabular
 from benchmarks.problems.models import MLP
 
-HIDDEN = (512, 256)  # the two hidden layers; the note does not give their widths
+HIDDEN = (512, 256)  # the two hidden layers; the note on GLS does not give their widths
 
 
 def as_rows(x: jax.Array) -> jax.Array:

@@ -65,7 +65,7 @@ def imbalanced(arrays: Arrays, share: float, seed: int = 0) -> Arrays:
 
 
 def blurred(images: np.ndarray, factor: int = 4, chunk: int = 1000) -> np.ndarray:
-  """Made smaller by a factor, by means over squares, and bilinearly large again; the dtype is kept."""
+  """Images of less detail: means over squares, interpolated to the old size. The dtype is kept."""
 
   @jax.jit
   def blur(x):
@@ -73,13 +73,12 @@ def blurred(images: np.ndarray, factor: int = 4, chunk: int = 1000) -> np.ndarra
     small = x.astype(jnp.float32).reshape(n, h // factor, factor, w // factor, factor, c).mean((2, 4))
     return jax.image.resize(small, x.shape, "bilinear")
 
-  parts = [np.asarray(blur(images[i : i + chunk])) for i in range(0, len(images), chunk)]
-  found = np.concatenate(parts)
+  found = np.concatenate([blur(images[i : i + chunk]) for i in range(0, len(images), chunk)])
   return np.rint(found).astype(images.dtype) if images.dtype == np.uint8 else found.astype(images.dtype)
 
 
 def spoiled(arrays: Arrays, noise: float, imbalance: float, blur: int) -> Arrays:
-  """All three; with `blur`, the number of epochs for which it lasts, a blurred copy of the images as `spoiled`."""
+  """Wrong labels, then rare classes, then a blurred copy of the images as `spoiled`, for the first `blur` epochs."""
   if not (0 <= noise <= 1 and 0 < imbalance <= 1 and blur >= 0):
     raise SpecError(f"`noise`, `imbalance` are shares and `blur` counts epochs, got {noise}, {imbalance}, {blur}.")
   arrays = noisy_labels(arrays, noise) if noise else arrays

@@ -32,12 +32,11 @@ def compare(norm: str, optimizer: str, batch_size: int, seeds: Sequence[int], **
   return {"learning_rate": found.learning_rate, "trials": found.trials, **finals}
 
 
-def measure(seeds: int, **options: Any) -> dict[str, Any]:
+def measure(seeds: int) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for size in EPOCHS:
     say(f"batch size {size}, {EPOCHS[size]} epochs")
-    cells = {name: compare(*what, size, range(1, 1 + seeds), **options) for name, what in CONTESTANTS.items()}
-    found[str(size)] = cells
+    found[str(size)] = {name: compare(*what, size, range(1, 1 + seeds)) for name, what in CONTESTANTS.items()}
   return {"environment": environment(), "epochs": {str(k): v for k, v in EPOCHS.items()}, "batch_sizes": found}
 
 

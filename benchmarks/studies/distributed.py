@@ -145,17 +145,11 @@ def measure(problem: str, devices: int, processes: int = 1, steps: int = STEPS, 
 def table(document: dict[str, Any]) -> Table:
   """A row per layout, and one device."""
   runs = {"one device": document["one"] | {"largest_difference": 0.0}} | document["layouts"]
-  rows = [
-    (
-      name,
-      number(found["losses"][-1]),
-      f"{found['largest_difference']:.1e}",
-      number(found["params_bytes_per_device"] / 1e3),
-      number(found["state_bytes_per_device"] / 1e3),
-      ", ".join(f"{count} {kind}" for kind, count in sorted(found["exchanges"].items())) or "none",
-    )
-    for name, found in runs.items()
-  ]
+  rows = []
+  for name, found in runs.items():
+    held = (number(found[f"{what}_bytes_per_device"] / 1e3) for what in ("params", "state"))
+    exchanged = ", ".join(f"{count} {kind}" for kind, count in sorted(found["exchanges"].items())) or "none"
+    rows.append((name, number(found["losses"][-1]), f"{found['largest_difference']:.1e}", *held, exchanged))
   header = ("layout", "last loss", "largest difference", "params, kB", "state, kB", "exchanges in the program")
   note = f"Bytes of one device. {document['steps']} steps, a fit on each."
   title = f"{document['problem']} on {document['devices']} devices in {document['processes']} process(es)"

@@ -2,9 +2,9 @@
 """GLS beside Adam and others: losses, layers wider than their input, and the cost of a step.
 
 classifiers   loss after equal steps; at SGD's step length, for each rate; steps and seconds to where Adam ends
-autoencoder   layers wider than their input: plain GLS, the three mends, Kron whitening, Adam
+autoencoder   layers wider than their input: plain GLS, three remedies, Kron whitening, Adam
 cost          seconds of a step beside Adam's, in interleaved rounds, on both MLPs
-single layer  `irls_fit`, the ancestor, beside the others
+single layer  `irls_fit`, the method of one layer that GLS comes from, beside the others
 
 Every contestant is tuned with five learning rates on seed 0 and then run on seeds 1, 2, ...
 """
@@ -50,19 +50,19 @@ SMALL: dict[str, Contestant] = CLASSIFIERS | {
 }
 AUTOENCODER_GRID = (0.02, 0.05, 0.1, 0.2, 0.4)
 WIDE: dict[str, Any] = {"damping": 0.01}
-MENDS: dict[str, dict[str, Any]] = {
+REMEDIES: dict[str, dict[str, Any]] = {
   "plain": {},
   "trust region": {"max_output_change": 0.1},
   "output whitening": {"output_damping": 1.0},
   "whitening and trust region": {"output_damping": 0.1, "max_output_change": 0.1},
 }
 AUTOENCODERS: dict[str, Contestant] = FIRST_ORDER | {
-  **{f"GLS, {name}": ("gls", WIDE | options, AUTOENCODER_GRID) for name, options in MENDS.items()},
+  **{f"GLS, {name}": ("gls", WIDE | options, AUTOENCODER_GRID) for name, options in REMEDIES.items()},
   "GLS, curvature step": ("gls_curvature", WIDE, AUTOENCODER_GRID),
   "Kron whitening": ("psgd_whiten", {"preconditioner": "kron(geometry=quad)"}, ADAPTIVE_GRID),
 }
 LARGE: dict[str, Contestant] = FIRST_ORDER | {
-  **{f"GLS, {name}": ("gls", DUAL | WIDE | options, GRIDS["gls"]) for name, options in MENDS.items()},
+  **{f"GLS, {name}": ("gls", DUAL | WIDE | options, GRIDS["gls"]) for name, options in REMEDIES.items()},
   "Kron whitening": AUTOENCODERS["Kron whitening"],
 }
 LAYERS: dict[str, Contestant] = FIRST_ORDER | {
@@ -111,7 +111,7 @@ def compare(
 
 
 def one_layer(problem: str, seeds: Sequence[int]) -> dict[str, Any]:
-  """The ancestor on the data of `single_layer`, from the starts of these seeds."""
+  """`irls_fit` on the data of `single_layer`, from the starts of these seeds."""
   built = build(problem, None, False)
   x, y = (jnp.asarray(built.arrays.train[name]) for name in "xy")
   fit = jax.jit(lambda kernel, bias: dpo.irls_fit(x, y, start=(kernel, bias)))
@@ -139,7 +139,7 @@ def cost(problem: str, data_dir: str | None, rounds: int = 9) -> dict[str, Any]:
     (entered,) = contestants(typed(*contestant[:2], 1e-3), {}, problem)
     lane = compiled(built, entered, plan, train).start(built.init(jax.random.key(0)), 0)
     calls[label] = lambda lane=lane: lane.train(train, rows, 0)
-  times = interleaved(calls, rounds, 1, seed=0)
+  times = interleaved(calls, rounds, 1)
   return {
     "batch_size": built.batch_size,
     "rounds": rounds,

@@ -46,7 +46,7 @@ def contestants(name: str = "digits_bn") -> dict[str, Step]:
 
 def measure(rounds: int = ROUNDS, calls: int = CALLS) -> dict[str, Any]:
   entered, before = contestants(), load_average()
-  times = interleaved(entered, rounds, calls, seed=0)
+  times = interleaved(entered, rounds, calls)
   return {
     "problem": "digits_bn",
     "rounds": rounds,

@@ -31,13 +31,14 @@ RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 DECAY = (1e-3, 1e-2, 1e-1, 1.0)
 SPARSE = (1e-4, 1e-3, 1e-2, 1e-1)
 GRADIENT = (1e-4, 1e-3, 1e-2, 1e-1)
-# where the gradient of the loss is 0, as at an empty pixel, Adam's P is 1/ε, and multiplies the penalty
+# Smaller ones: P multiplies the penalty here, and Adam's P is 1/ε where the loss has no gradient, as at an empty pixel.
 UNSEEN = (1e-7, 1e-5, 1e-3, 1e-1)
 RADIUS = (1e-2, 3e-2, 1e-1, 3e-1)
 
 PRECONDITIONERS = {"adam": lambda: dpo.second_moment(), "kron": lambda: dpo.kron()}
-# position -> transforms: before the fit, between fit and P, after P (in sight of it), behind it
-Parts = dict[str, list]
+Parts = dict[
+  str, list
+]  # place -> transforms: "before" the fit, "between" fit and P, "after" P and given it, "behind" P
 
 
 kernels = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
@@ -147,7 +148,7 @@ def measure_cost(rounds: int = 15, calls: int = 10) -> dict[str, Any]:
   }
   entered = {name: Step(*call) for name, call in timed.items()}
   before = load_average()
-  times = interleaved(entered, rounds, calls, 0)
+  times = interleaved(entered, rounds, calls)
   ratios = {name: quartiles_of(times, name, "gradient") for name in entered if name != "gradient"}
   return {"rounds": rounds, "calls": calls, "load_average": [before, load_average()], "ratios_to_a_gradient": ratios}
 

@@ -103,10 +103,8 @@ def compare(
 
 def table(name: str, document: dict[str, Any]) -> Table:
   """A row per optimizer, the best first."""
-
-  found = document["optimizers"]
   rows = []
-  for label, entry in sorted(found.items(), key=lambda item: -spread(item[1]["whole"]).median):
+  for label, entry in sorted(document["optimizers"].items(), key=lambda item: -spread(item[1]["whole"]).median):
     seconds = number(spread(entry["seconds"]).median)
     rows.append((label, f"{entry['learning_rate']:g}", quartiles(entry["whole"]), quartiles(entry["final"]), seconds))
   return Table(

@@ -119,7 +119,6 @@ def measure_one(
 
 
 def measure() -> dict[str, Any]:
-  """The document: all rows."""
   rows = []
   for name, make in PRECONDITIONERS.items():
     for criterion, curvature in CURVATURES.items():

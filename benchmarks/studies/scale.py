@@ -263,7 +263,6 @@ def check(layout: str, refresh: bool, fit: dict[str, float], model: Model = SMAL
 
 
 def measure(hardware: dict[str, float]) -> dict[str, Any]:
-  """The document."""
   fit = calibrate()
   say(f"  a fit costs {fit['fit_s']:.2f} S + {fit['fit_c']:.2f} C flops")
   checks = []
