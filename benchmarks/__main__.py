@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     f"python -m benchmarks {name}", description=study.__doc__, formatter_class=RawDescriptionHelpFormatter
   )
   parser.add_argument("--out", type=Path, default=RESULTS, help="where JSON and PNG go (default: benchmarks/results)")
-  study.add_arguments(parser)
+  getattr(study, "add_arguments", lambda parser: None)(parser)
   try:
     study.run(parser.parse_args(argv[first == name :]))
   except (DataError, SpecError, ResumeError) as error:

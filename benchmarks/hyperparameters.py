@@ -26,8 +26,6 @@ class Setting:
   folded: bool = False
 
 
-# --- (i) the author's setting -----------------------------------------------------------------------------------------
-
 SLOW_FACTORS: Options = {"geometry": "eq", "normalizer": "max_abs", "step_size": 0.01}  # in every notebook of his
 CLASSIFICATION_DECAY = 0.01 ** (1 / 9)  # of the learning rate, per epoch, in his classification notebooks
 
@@ -51,15 +49,12 @@ def _author(sgd: float, adam: float, newton: float, decay: float = 1.0, **dpsgd:
 
 
 AUTHOR = {
-  "curves": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5),
+  **dict.fromkeys(
+    ("curves", "addition", "mnist_autoencoder"), _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5)
+  ),
   "mnist": _author(0.1, 5e-3, 0.05, CLASSIFICATION_DECAY, average="two_tap(0.9, 0.1)", judge_every=1, eta=1e-5),
   "fashion_mnist": _author(0.1, 5e-3, 0.1, CLASSIFICATION_DECAY, average=0.7, judge_every=5, eta=1e-5),
-  "addition": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5),
-  "mnist_autoencoder": _author(0.1, 1e-3, 0.1, average=0.7, judge_every=5, eta=1e-5),
-}
-
-# Settings of the original PSGD code; its function is rosenbrock(pairs=True).
-AUTHOR |= {
+  # Settings of the original PSGD code; its function is rosenbrock(pairs=True).
   "rosenbrock": Setting(
     {
       "psgd_newton": {"learning_rate": 1.0, "preconditioner": "dense(step_size=0.5)", "b1": 0.9},
@@ -94,8 +89,7 @@ def targets(problem: str) -> tuple[float, ...]:
   return TARGETS.get(name_of(problem), ())
 
 
-# --- (ii) every optimizer tuned by the same number of trials ----------------------------------------------------------
-
+# The setting `tuned`: every optimizer has the same number of trials.
 SECOND_ORDER_GRID = (0.02, 0.05, 0.1, 0.2, 0.5)
 ADAPTIVE_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRIDS = {
@@ -125,9 +119,7 @@ def tuned(problem: str) -> dict[str, float]:
   return json.loads(path.read_text())["chosen"] if path else {}
 
 
-# --- names for groups of contestants ----------------------------------------------------------------------------------
-
-GROUPS = {
+GROUPS = {  # names for several contestants
   "all": tuple(name for name in GRIDS if name not in PARTICULAR),
   "demo": ("sgd", "momentum", "adam", "muon", "psgd", "psgd_whiten", "dpsgd"),
   "ablation": ABLATION,

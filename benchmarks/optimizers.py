@@ -25,6 +25,7 @@ import optax
 
 import dpsgd_optax as dpo
 from benchmarks.engine import calls
+from benchmarks.engine.arguments import PLAN
 from benchmarks.engine.calls import Options, SpecError
 from benchmarks.engine.contestant import Contestant, Method
 from benchmarks.engine.problem import Problem, limit
@@ -46,11 +47,11 @@ def dpsgd(learning_rate: Any, **options: Any) -> optax.GradientTransformationExt
 
 
 def gls_curvature(learning_rate: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
-  """`gls` with the step of each layer as long as the curvature along it allows: D times 1 / max(1, c).
+  """`gls`, its step D of each layer shortened to what the curvature along it allows: D / max(1, c).
 
   c = D'HD / (rate (-g'D)). A reference for the study `gls`, at one Hessian-vector product per layer and step. With
-  U = -D / rate that is U'HU / g'U, the curvature of the loss with respect to the outputs of the layer along the change
-  that was asked for: a Rayleigh quotient, one step of the power iteration that would give the largest.
+  U = -D / rate this is U'HU / g'U, the curvature of the loss in the outputs of the layer along the change asked for. It
+  is a Rayleigh quotient: one step of the power iteration that would give the largest curvature.
   """
   inner = dpo.gls(learning_rate, **options)
 
@@ -150,48 +151,31 @@ def typed(name: str, options: Options, rate: float) -> str:
   return f"{name}({','.join(f'{key}={value}' for key, value in (options | {'learning_rate': rate}).items())})"
 
 
-def prepare(
-  name: str,
-  setting: str,
-  optimizers: str,
-  *,
-  data_dir: str | None = None,
-  epochs: float | None = None,
-  batch_size: int | None = None,
-  train_size: int | None = None,
-  test_size: int | None = None,
-  evaluations: int | None = None,
-  decay: float | None = None,
-  folded: bool | None = None,
-) -> tuple[Problem, Plan, list[Contestant]]:
-  """The problem, the plan and the contestants; what is None comes from the setting or from the problem."""
-  chosen = setting_of(setting, name)
-  folded = chosen.folded if folded is None else folded
-  decay = chosen.decay if decay is None else decay
+def prepare(name: str, setting: str, optimizers: str, **options: Any) -> tuple[Problem, Plan, list[Contestant]]:
+  """The problem, the plan and the contestants.
+
+  The options are those of `arguments.PLAN`. What is None or left out comes from the setting or from the problem.
+  """
+  if unknown := options.keys() - PLAN.keys():
+    raise TypeError(f"`prepare` needs options out of {', '.join(PLAN)}, got {', '.join(unknown)}.")
+  asked, chosen = dict.fromkeys(PLAN) | options, setting_of(setting, name)
+  folded, decay = (getattr(chosen, of) if asked[of] is None else asked[of] for of in ("folded", "decay"))
   ready = [optimizer for optimizer, options in chosen.optimizers.items() if "learning_rate" in options]
   found = contestants(optimizers or ",".join(ready or chosen.optimizers), chosen.optimizers, name)
-  problem = limit(build(name, data_dir, folded), train_size, test_size)
-  if batch_size is not None:
-    problem = replace(problem, batch_size=batch_size)
-  plan = make_plan(problem, setting, epochs or problem.epochs, decay, folded, evaluations or problem.evaluations)
-  return problem, plan, found
+  problem = limit(build(name, asked["data_dir"], folded), asked["train_size"], asked["test_size"])
+  problem = replace(problem, batch_size=asked["batch_size"] or problem.batch_size)
+  epochs, evaluations = asked["epochs"] or problem.epochs, asked["evaluations"] or problem.evaluations
+  return problem, make_plan(problem, setting, epochs, decay, folded, evaluations), found
 
 
 @dataclass
 class Races:
-  """Races on one problem, whose results stay in memory: what `tune_then_race` plays.
+  """Races on one problem, whose results stay in memory: what `tune_then_race` plays."""
 
-  Attributes:
-    problem: as it is typed on the command line.
-    typed: (contestant, learning rate) -> the optimizer as it is typed there.
-    options: of `prepare`.
-    last: the results of the latest race.
-  """
-
-  problem: str
-  typed: Callable[[str, float], str]
-  options: dict[str, Any]
-  last: Results | None = None
+  problem: str  # as it is typed on the command line
+  typed: Callable[[str, float], str]  # (contestant, learning rate) -> the optimizer as it is typed there
+  options: dict[str, Any]  # of `prepare`
+  last: Results | None = None  # the results of the latest race
 
   def __call__(self, entries: Sequence[tuple[str, float]], seeds: Sequence[int]) -> dict[tuple[str, float], list[Run]]:
     """The runs of each (contestant, learning rate), all of them side by side."""

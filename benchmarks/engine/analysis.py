@@ -5,7 +5,7 @@ Between two evaluations the logarithm of the loss is taken as linear.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +31,9 @@ def quantile(values: Sequence[float], q: float) -> float:
   return low if low == high else low + (place % 1) * (high - low)
 
 
-def spread(values: Sequence[float]) -> Spread:
-  """Quartiles of the values; NaN counts as infinite."""
-  known = [math.inf if math.isnan(value) else value for value in values]
+def spread(values: Iterable[float | None]) -> Spread:
+  """Quartiles of the values; NaN counts as infinite, and so does None, which stands for both in a document."""
+  known = [math.inf if value is None or math.isnan(value) else value for value in values]
   return Spread(*(quantile(known, q) for q in (0.5, 0.25, 0.75))) if known else Spread(*[math.inf] * 3)
 
 
@@ -61,11 +61,6 @@ def loss_at(run: Run, axis: str, budget: float) -> float:
 def psgd_targets(results: Results) -> dict[int, float]:
   """seed -> PSGD's final training loss, the target of the paper; empty if PSGD did not run."""
   return {run.seed: run.final() for run in results.of("psgd") if run.finished}
-
-
-def fixed_targets(results: Results, target: float) -> dict[int, float]:
-  """The same target for every seed."""
-  return dict.fromkeys(results.seeds(), target)
 
 
 def to_target(results: Results, label: str, axis: str, targets: dict[int, float]) -> dict[int, float]:
@@ -103,5 +98,4 @@ def losses_at_equal(results: Results, axis: str) -> dict[str, Spread]:
 
 def ranks(losses: dict[str, Spread]) -> dict[str, int]:
   """label -> its place by median, 1 for the lowest."""
-  ordered = sorted(losses, key=lambda label: losses[label].median)
-  return {label: place for place, label in enumerate(ordered, 1)}
+  return {label: place for place, label in enumerate(sorted(losses, key=lambda name: losses[name].median), 1)}

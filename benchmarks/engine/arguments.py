@@ -9,8 +9,6 @@ from typing import Any
 from benchmarks.engine.calls import name_of, unknown
 
 RESULTS = Path(__file__).parents[1] / "results"
-PLAN = ("data_dir", "epochs", "batch_size", "train_size", "test_size", "evaluations", "decay", "folded")
-Parser = argparse.ArgumentParser
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -36,36 +34,29 @@ def known(kind: str, names: Iterable[str]) -> Callable[[str], str]:
   return check
 
 
-def add_seeds(parser: Parser, default: int | None) -> None:
-  text = default or "5 on small problems, 3 on large ones"
-  parser.add_argument("--seeds", type=positive(int), default=default, help=f"how many, from 1 on (default: {text})")
+NUMBER, COUNT = {"type": positive(float)}, {"type": positive(int)}
+PLAN: dict[str, dict[str, Any]] = {  # how a problem is trained: what `plan_of` gives back
+  "data_dir": {"help": "folder of the data sets (default: $DPSGD_OPTAX_DATA, or a download)"},
+  "epochs": NUMBER | {"help": "passes over the training data (default: the problem's)"},
+  "batch_size": COUNT | {"help": "samples per step (default: the problem's)"},
+  "train_size": COUNT | {"help": "use only the first N training samples"},
+  "test_size": COUNT | {"help": "evaluate on the first N test samples only"},
+  "evaluations": COUNT | {"help": "points of each curve (default: the problem's)"},
+  "decay": NUMBER | {"help": "learning-rate factor after each epoch (default: the setting's)"},
+  "folded": {"action": argparse.BooleanOptionalAction, "help": "biases as a row of the kernels (default: by setting)"},
+}
+COMMON = PLAN | {
+  "seeds": COUNT | {"help": "how many, from 1 on (default: %(default)s)"},
+  "resume": {"action": "store_true", "help": "keep what an earlier run has finished"},
+  "target": NUMBER | {"action": "append", "default": [], "help": "another target loss; may be repeated"},
+}
 
 
-def add_data_dir(parser: Parser) -> None:
-  parser.add_argument("--data-dir", help="folder of the data sets (default: $DPSGD_OPTAX_DATA, or a download)")
-
-
-def add_resume(parser: Parser) -> None:
-  parser.add_argument("--resume", action="store_true", help="keep what an earlier run has finished")
-
-
-def add_targets(parser: Parser) -> None:
-  parser.add_argument(
-    "--target", type=positive(float), action="append", default=[], help="another target loss; may be repeated"
-  )
-
-
-def add_plan(parser: Parser) -> None:
-  """How a problem is trained: what `plan_of` gives back."""
-  add = parser.add_argument
-  add_data_dir(parser)
-  add("--epochs", type=positive(float), help="passes over the training data (default: the problem's)")
-  add("--batch-size", type=positive(int), help="samples per step (default: the problem's)")
-  add("--train-size", type=positive(int), help="use only the first N training samples")
-  add("--test-size", type=positive(int), help="evaluate on the first N test samples only")
-  add("--evaluations", type=positive(int), help="points of each curve (default: the problem's)")
-  add("--decay", type=positive(float), help="learning-rate factor after each epoch (default: the setting's)")
-  add("--folded", action=argparse.BooleanOptionalAction, help="biases as a row of the kernels (default: by setting)")
+def add(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
+  """Adds arguments of COMMON: those that are named, and those that are given with their default in this study."""
+  for name in (*names, *defaults):
+    parser.add_argument(f"--{name.replace('_', '-')}", **COMMON[name])
+  parser.set_defaults(**defaults)
 
 
 def plan_of(args: argparse.Namespace) -> dict[str, Any]:

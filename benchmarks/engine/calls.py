@@ -67,8 +67,8 @@ def file_name(text: str) -> str:
   return re.sub(r"[^\w.+]+", "-", text).strip("-")
 
 
-def choice(given: str, option: str, known: Mapping[str, Any]) -> Any:
-  """The value of an option that is one of a few words."""
+def choice(given: str, option: str, known: Mapping[str, Any] | tuple[str, ...]) -> Any:
+  """What an option that is one of a few words stands for in a table; without a table it stands for itself."""
   if given not in known:
     raise SpecError(f"`{option}` must be one of {', '.join(known)}, got {given!r}.")
-  return known[given]
+  return known[given] if isinstance(known, Mapping) else given

@@ -16,7 +16,7 @@ ROOMS = (dpo, dpo.geometry, dpo.tikhonov, dpo.probes, dpo.layers)  # where the b
 
 @dataclass(frozen=True)
 class Method:
-  """One row: the constructor and its fixed options.
+  """One row of the table of optimizers: the constructor and its fixed options.
 
   `newton`: it fits on Hessian-vector products, and the host chooses the steps of fitting.
   `keyed`: it draws probes, from a key that is given by the seed of the run.

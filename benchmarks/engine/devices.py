@@ -11,11 +11,11 @@ QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expens
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
-def specs_of(layout: str, params: Any, devices: int) -> Any:
-  """Of the params. Fully sharded: along the first axis that the devices divide."""
+def specs_of(layout: str, params: Any, mesh: Any) -> Any:
+  """A spec for each parameter. Fully sharded: cut along the first axis that the devices of the mesh divide."""
 
   def one(x: Any) -> P:
-    axis = next((i for i, d in enumerate(x.shape) if d % devices == 0), None)
-    return P() if axis is None else P(*(None,) * axis, "data")
+    axis = next((i for i, d in enumerate(x.shape) if d % mesh.size == 0), None)
+    return P() if axis is None or layout == LAYOUTS[0] else P(*(None,) * axis, tuple(mesh.shape))
 
-  return P() if layout == LAYOUTS[0] else jax.tree.map(one, params)
+  return jax.tree.map(one, params)

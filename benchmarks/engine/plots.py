@@ -44,12 +44,9 @@ def _curves(results: Results, label: str, x: str, y: str) -> tuple[np.ndarray, n
   if not runs:
     return None
   length = max(len(run.curves[y]) for run in runs)
-
-  def stack(name: str) -> np.ndarray:
-    rows = [run.curves[name] + [np.nan] * (length - len(run.curves[name])) for run in runs]
-    return np.array(rows, float)
-
-  return np.nanmedian(stack(x), 0), stack(y)
+  filled = lambda curve: curve + [np.nan] * (length - len(curve))
+  at, values = (np.array([filled(run.curves[name]) for run in runs], float) for name in (x, y))
+  return np.nanmedian(at, 0), values
 
 
 def draw(axes: Axes, results: Results, x: str, y: str) -> None:

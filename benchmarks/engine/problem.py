@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 
 class Arrays(NamedTuple):
@@ -20,6 +21,8 @@ class Arrays(NamedTuple):
 
 
 Metrics = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array]
+OfOutputs = Callable[[jax.Array, Batch], Metrics]
 STATISTICS = "batch_stats"  # Flax's name for what batch normalization keeps
 
 
@@ -37,19 +40,19 @@ class Problem:
   or params and running statistics (Flax's collection "batch_stats"): then `training` gives the loss in training mode.
   """
 
-  name: str
   init: Callable[[jax.Array], Any]  # key -> variables
-  metrics: Callable[[Any, Mapping[str, jax.Array]], Metrics]
+  metrics: Callable[[Any, Batch], Metrics]
   arrays: Arrays
   batch_size: int
   epochs: int  # default length of a run
   evaluations: int  # how often the loss curve is sampled in a run
   default_seeds: int = 5
-  training: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, Any]] | None = None  # -> loss, new statistics
+  name: str = ""  # as it is typed on the command line: `build` knows it
+  training: Callable[[Any, Batch], tuple[jax.Array, Any]] | None = None  # -> loss, new statistics
   outputs: Callable[[Any, jax.Array], jax.Array] | None = None  # of a classifier: (variables, x) -> logits
   deficit: int = 0  # epochs of the beginning in which `spoiled` takes the place of "x"
 
-  def loss(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+  def loss(self, params: Any, batch: Batch) -> jax.Array:
     return self.metrics(params, batch)["loss"]
 
   def split(self, variables: Any) -> tuple[Any, Any]:
@@ -62,7 +65,7 @@ class Problem:
     """The inverse of `split`."""
     return params if self.training is None else params | {STATISTICS: statistics}
 
-  def advance(self, params: Any, statistics: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
+  def advance(self, params: Any, statistics: Any, batch: Batch) -> tuple[jax.Array, Any]:
     """The loss that is differentiated, and the statistics after this batch."""
     if self.training is None:
       return self.loss(params, batch), statistics
@@ -106,3 +109,30 @@ def limit(problem: Problem, train_size: int | None, test_size: int | None = None
     note = f"{problem.arrays.note}; the first {size} of {len(known['x'])} {name} samples"
     problem = replace(problem, arrays=problem.arrays._replace(**{part: first}, note=note))
   return problem
+
+
+def supervised(model: nn.Module, arrays: Arrays, metrics: OfOutputs, **more: Any) -> Problem:
+  """`metrics` takes the outputs of the model and the batch."""
+  return Problem(
+    init=lambda key: model.init(key, jnp.asarray(arrays.train["x"][:1])),
+    metrics=lambda variables, batch: metrics(model.apply(variables, batch["x"]), batch),
+    arrays=arrays,
+    **more,
+  )
+
+
+def regression(model: nn.Module, arrays: Arrays, target: str = "y", **more: Any) -> Problem:
+  """Squared error, mean over all elements. An autoencoder is the case target = "x"."""
+  return supervised(model, arrays, lambda outputs, batch: {"loss": jnp.mean((outputs - batch[target]) ** 2)}, **more)
+
+
+def classifier(model: nn.Module, arrays: Arrays, statistics: bool = False, **more: Any) -> Problem:
+  """Mean cross-entropy and accuracy; with `statistics` a model that has running ones and a mode of training."""
+
+  def training(variables: Any, batch: Batch) -> tuple[jax.Array, Any]:
+    logits, new = model.apply(variables, batch["x"], train=True, mutable=[STATISTICS])
+    return cross_entropy(logits, batch["y"])["loss"], new[STATISTICS]
+
+  metrics = lambda logits, batch: cross_entropy(logits, batch["y"])
+  more |= {"outputs": model.apply} | ({"training": training} if statistics else {})
+  return supervised(model, arrays, metrics, **more)

@@ -3,10 +3,8 @@
 
 import sys
 import time
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import ExitStack
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL = 10.0  # seconds between plain lines
@@ -17,30 +15,16 @@ def say(text: str) -> None:
   print(text, flush=True)
 
 
-class Reporter(AbstractContextManager):
-  """Counts the chunks of training done, out of `total`."""
+class Reporter(ExitStack):
+  """Counts the chunks of training done, out of `total`; a context, at whose end the bar stops."""
 
   def __init__(self, total: int):
-    self.total, self.done, self.last = total, 0, time.monotonic()
-    self.bar = None
+    super().__init__()
+    self.total, self.done, self.last, self.bar = total, 0, time.monotonic(), None
     if sys.stdout.isatty():
-      columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-      )
-      self.bar = Progress(*columns, console=Console())
+      text = TextColumn("{task.description}", markup=False)
+      self.bar = self.enter_context(Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()))
       self.task = self.bar.add_task("", total=total)
-
-  def __enter__(self) -> "Reporter":
-    if self.bar:
-      self.bar.start()
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    if self.bar:
-      self.bar.stop()
 
   def line(self, text: str) -> None:
     """A line that stays."""

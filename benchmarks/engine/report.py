@@ -3,7 +3,8 @@
 
 import math
 import sys
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ class Table:
     Console().print(table)
 
 
-def number(value: float) -> str:
-  """Three significant digits; a dash where there is nothing to say."""
-  if not math.isfinite(value):
+def number(value: float | None) -> str:
+  """Three significant digits; a dash for what is not finite, or None, as documents have it."""
+  if value is None or not math.isfinite(value):
     return "–"
   if value == 0 or 0.01 <= abs(value) < 1000:
     return f"{value:.3g}"
@@ -70,28 +71,33 @@ def publish(document: dict[str, Any], path: Path, *found: Table) -> None:
   say(f"wrote {path}")
 
 
+def study(name: str, measure: Callable[[Namespace], dict[str, Any]], table: Callable[[dict[str, Any]], Table]) -> Any:
+  """The `run` of a study that measures everything in one go: NAME.json, and the table of it."""
+
+  def run(args: Namespace) -> None:
+    document = measure(args)
+    publish(document, args.out / f"{name}.json", table(document))
+
+  return run
+
+
 def quartiles(values: Iterable[float | None]) -> str:
-  """Median [quartiles] of values as a document has them; one that is not there counts as infinite."""
-  found = analysis.spread([math.inf if value is None else value for value in values])
-  return f"{number(found.median)} [{number(found.lower)}, {number(found.upper)}]"
+  """Median [quartiles] of values as a document has them."""
+  median, lower, upper = map(number, analysis.spread(values))
+  return f"{median} [{lower}, {upper}]"
 
 
 def between(spread: Spread) -> str:
-  """Median and, in brackets, the quartiles."""
-  if spread.lower == spread.upper or not math.isfinite(spread.lower):
-    return number(spread.median)
-  return f"{number(spread.median)} [{number(spread.lower)}, {number(spread.upper)}]"
+  """Median [quartiles]; the median alone if the quartiles say no more."""
+  median, lower, upper = map(number, spread)
+  alone = spread.lower == spread.upper or not math.isfinite(spread.lower)
+  return median if alone else f"{median} [{lower}, {upper}]"
 
 
 def percent(spread: Spread) -> str:
   """Ratios as changes: 0.4 -> -60 %."""
-
-  def change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.0f} %" if math.isfinite(ratio) else "–"
-
-  if spread.lower == spread.upper:
-    return change(spread.median)
-  return f"{change(spread.median)} [{change(spread.lower)}, {change(spread.upper)}]"
+  median, lower, upper = (f"{100 * (x - 1):+.0f} %" if math.isfinite(x) else "–" for x in spread)
+  return median if spread.lower == spread.upper else f"{median} [{lower}, {upper}]"
 
 
 def final_table(results: Results) -> Table:
@@ -151,7 +157,7 @@ def tables(results: Results, targets: Iterable[float] = ()) -> list[Table]:
   if psgd := analysis.psgd_targets(results):
     found.append(target_table(results, "PSGD's final training loss", psgd))
   for target in targets:
-    found.append(target_table(results, "the training loss", analysis.fixed_targets(results, target)))
+    found.append(target_table(results, "the training loss", dict.fromkeys(results.seeds(), target)))
   return found
 
 

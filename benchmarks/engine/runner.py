@@ -57,28 +57,26 @@ def make_plan(problem: Problem, setting: str, epochs: float, decay: float, folde
   )
 
 
+def chunks(part: dict[str, np.ndarray], most: int) -> list[dict[str, np.ndarray]]:
+  """The first samples, CHUNK at a time."""
+  starts = range(0, min(len(part["x"]), most), CHUNK)
+  return [{name: array[:most][start : start + CHUNK] for name, array in part.items()} for start in starts]
+
+
 class Evaluator:
   """Metrics over fixed sets of samples: the first ones of the training set and of the test set."""
 
   def __init__(self, problem: Problem):
     self.metrics = jax.jit(problem.metrics)  # (variables, batch)
-    self.splits = {
-      split: [
-        {name: jnp.asarray(array[:most][start : start + CHUNK]) for name, array in part.items()}
-        for start in range(0, min(len(part["x"]), most), CHUNK)
-      ]
-      for split, part, most in (
-        ("train", problem.arrays.train, EVALUATED_SAMPLES),
-        ("test", problem.arrays.test, TESTED_SAMPLES),
-      )
-    }
+    train, test = chunks(problem.arrays.train, EVALUATED_SAMPLES), chunks(problem.arrays.test, TESTED_SAMPLES)
+    self.splits = jax.tree.map(jnp.asarray, {"train": train, "test": test})
 
   def __call__(self, variables: Any) -> dict[str, float]:
     """train_loss, test_loss and, for a classifier, train_accuracy and test_accuracy."""
     found = {}
-    for split, chunks in self.splits.items():
-      sizes = [len(chunk["x"]) for chunk in chunks]
-      values = [jax.device_get(self.metrics(variables, chunk)) for chunk in chunks]
+    for split, parts in self.splits.items():
+      sizes = [len(part["x"]) for part in parts]
+      values = [jax.device_get(self.metrics(variables, part)) for part in parts]
       for name in values[0]:
         found[f"{split}_{name}"] = float(np.average([value[name] for value in values], weights=sizes))
     return found
@@ -150,7 +148,7 @@ class Racer:
 
 @dataclass
 class Lane:
-  """A contestant on its way."""
+  """A contestant in one run: where it stands, and what it has cost so far."""
 
   racer: Racer
   variables: Any
@@ -161,7 +159,7 @@ class Lane:
   diverged: bool = False
 
   def train(self, data: Any, chunk: Iterable[np.ndarray], first: int) -> None:
-    """The timed region."""
+    """Trains on a chunk of batches, by the clock: nothing else is timed."""
     planned = [(variant_at(self.racer.contestant, t), rows) for t, rows in enumerate(chunk, first)]
     variables, opt_state, steps = self.variables, self.opt_state, self.racer.steps
     wall, cpu = time.perf_counter(), time.process_time()
@@ -175,15 +173,9 @@ class Lane:
 
   def point(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
     """One point of every curve."""
-    counters = {
-      "step": step,
-      "gradients": self.gradients,
-      "seconds": self.seconds,
-      "cpu_seconds": self.cpu_seconds,
-    }
-    if self.racer.contestant.judge_period is None:
-      return counters | metrics
-    return counters | metrics | {name: float(self.diagnostic(name)) for name in ("damping", "ratio")}
+    counters = {"step": step} | {name: getattr(self, name) for name in ("gradients", "seconds", "cpu_seconds")}
+    judged = () if self.racer.contestant.judge_period is None else ("damping", "ratio")
+    return counters | metrics | {name: float(self.diagnostic(name)) for name in judged}
 
   def diagnostic(self, name: str) -> Any:
     """A number that the optimizer keeps in its state under this name, or None."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.engine.calls import SpecError, file_name
 from benchmarks.engine.problem import Problem
-from benchmarks.engine.runner import CHUNK, EVALUATED_SAMPLES, Lane
+from benchmarks.engine.runner import EVALUATED_SAMPLES, Lane, chunks
 
 PREFIX = "variables"
 
@@ -40,11 +40,10 @@ class Keeper:
   def outputs(self, variables: Any, x: np.ndarray) -> np.ndarray:
     """Logits of the samples that are evaluated."""
     assert self.logits is not None
-    chunks = [x[:EVALUATED_SAMPLES][i : i + CHUNK] for i in range(0, min(len(x), EVALUATED_SAMPLES), CHUNK)]
-    return np.concatenate([np.asarray(self.logits(variables, chunk)) for chunk in chunks])
+    return np.concatenate([self.logits(variables, part["x"]) for part in chunks({"x": x}, EVALUATED_SAMPLES)])
 
   def see(self, lane: Lane) -> None:
-    """One point of a curve; the variables are donated in the next step, and so copied."""
+    """Looks at one point of a curve. It copies the variables, since the next step donates them."""
     label = lane.racer.contestant.label
     self.variables[label] = jax.device_get(lane.variables)
     if self.logits is not None:

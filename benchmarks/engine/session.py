@@ -27,9 +27,9 @@ def run(
   resumed: bool = False,
   kept: bool = False,
 ) -> Results:
-  """Train. What is finished is on disk whenever this stops; KeyboardInterrupt passes through.
+  """Trains. Whenever this stops, the finished seeds are on disk; KeyboardInterrupt passes through.
 
-  With `kept` also what `benchmarks.saved` says, beside the document.
+  With `kept`, what `engine/saved.py` lists is written beside the document.
   """
   about = {contestant.label: describe(problem, contestant, plan) for contestant in entered}
   results = (resume(path, plan, about) if resumed else None) or Results(path.stem, plan)

@@ -22,11 +22,12 @@ from benchmarks.engine.problem import Problem
 from dpsgd_optax import training
 
 Times = dict[str, dict[str, list[float]]]  # "cpu" or "wall" -> contestant -> seconds per call, by round
+Weights = dict[str, float]  # contestant -> its share of the steps
 
 
-def interleaved(entered: Mapping[str, Callable[[], Any]], rounds: int, calls: int, seed: int) -> Times:
+def interleaved(entered: Mapping[str, Callable[[], Any]], rounds: int, calls: int) -> Times:
   """Seconds per call of each contestant in each round, by wall clock and of CPU; a fresh random order in each round."""
-  order = random.Random(seed)
+  order = random.Random(0)
   times: Times = {kind: {name: [] for name in entered} for kind in ("cpu", "wall")}
   for _ in range(rounds):
     names = list(entered)
@@ -42,9 +43,15 @@ def interleaved(entered: Mapping[str, Callable[[], Any]], rounds: int, calls: in
   return times
 
 
-def quartiles_of(times: Times, a: str, b: str) -> dict[str, list[float]]:
+def mean_of(times: Mapping[str, list[float]], who: str | Weights) -> np.ndarray:
+  """Seconds of a contestant, or of a mixture of some, by round."""
+  weights = {who: 1.0} if isinstance(who, str) else who
+  return np.sum([weight * np.asarray(times[name]) for name, weight in weights.items()], axis=0)
+
+
+def quartiles_of(times: Times, a: str | Weights, b: str | Weights) -> dict[str, list[float]]:
   """Quartiles of the ratio a / b, formed within each round."""
-  return {kind: np.percentile(np.divide(of[a], of[b]), [25, 50, 75]).tolist() for kind, of in times.items()}
+  return {kind: np.percentile(mean_of(of, a) / mean_of(of, b), [25, 50, 75]).tolist() for kind, of in times.items()}
 
 
 def ratio_text(quartiles: list[float]) -> str:
@@ -97,7 +104,7 @@ Timed = tuple[Any, ...]  # call, carry, arguments: what `Step` takes
 
 @dataclass(frozen=True)
 class Workload:
-  """Params, and the loss with the running statistics after the batch; without `loss` the updates alone are timed."""
+  """What is trained. The loss gives the running statistics after the batch too; without one only updates are timed."""
 
   params: Any
   statistics: Any = ()
@@ -129,7 +136,7 @@ def probe(params: Any) -> Any:
 
 
 def of_gradient(work: Workload, call: Callable[..., Any]) -> Timed:
-  """`call(loss, params, vector)` that returns gradients, or gradients and more."""
+  """`call(loss, params, vector)`, which returns gradients and whatever it likes, on the workload."""
 
   def run(carry: Any, params: Any, statistics: Any, batch: Any, vector: Any) -> tuple[Any, Any]:
     return carry, call(work.of_params(statistics, batch), params, vector)
@@ -140,8 +147,9 @@ def of_gradient(work: Workload, call: Callable[..., Any]) -> Timed:
 def whole_step(work: Workload, tx: optax.GradientTransformation, fit: str | None = None, **extra: Any) -> Timed:
   """A step of training, from the loss to the new params.
 
-  `fit` says whence the Hessian-vector product comes: from the linearization that gives the gradient, for all
-  parameters ("fused") or the 1-D "leaves" alone; or by itself, of the whole batch ("apart") or its first "quarter".
+  `fit` says what the optimizer is fitted on. It is a Hessian-vector product from the linearization that gives the
+  gradient, for all parameters ("fused") or for norm layers alone ("leaves"); or one that is computed by itself, of the
+  whole batch ("apart") or of its first "quarter"; or what enters each layer ("inputs").
   """
   tx = optax.with_extra_args_support(tx)
   where = {"where": training.is_norm_param} if fit == "leaves" else {}
@@ -152,6 +160,8 @@ def whole_step(work: Workload, tx: optax.GradientTransformation, fit: str | None
     loss, given = work.of_params(statistics, batch), {}
     if fit in ("fused", "leaves"):
       (value, statistics), grads, given["hvp"] = dpo.value_and_grad_then_hvp(loss, has_aux=True, **where)(params)
+    elif fit == "inputs":
+      (value, statistics), grads, given["layer_inputs"] = dpo.capture(loss, has_aux=True)(params)
     else:
       if part:
         of_part = work.of_params(statistics, jax.tree.map(lambda x: x[: len(x) // part], batch))

@@ -28,6 +28,10 @@ class Raced(NamedTuple):
     """The losses, as the documents have them."""
     return {f"{rate:g}": loss for rate, loss in self.losses.items()}
 
+  def finals(self, *curves: str) -> dict[str, list[float]]:
+    """The last value of each curve, by run."""
+    return {name: [run.final(name) for run in self.runs] for name in curves}
+
 
 def best(losses: Mapping[float, float]) -> float:
   """The learning rate of the lowest loss."""

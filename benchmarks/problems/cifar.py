@@ -5,14 +5,13 @@ From a folder (cifar10/cifar-10-batches-bin/data_batch_1.bin, or the same compre
 its canonical address, unpacked into the cache. Each file is checked against the checksum of the published one.
 """
 
-import hashlib
 import lzma
 import tarfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.problems.data import Arrays, DataError, RemoteFile, cache_folder, download, given_folder, verify
+from benchmarks.problems.data import Arrays, DataError, RemoteFile, cache_folder, download, given_folder
 
 ARCHIVE = RemoteFile(
   "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
@@ -38,7 +37,7 @@ def unpacked() -> Path:
     path = cache / ARCHIVE_KEY
     if not path.exists():
       download(ARCHIVE_KEY, path, ARCHIVE)
-    verify(ARCHIVE_KEY, path, ARCHIVE)
+    ARCHIVE.check(path, path.read_bytes())
     with tarfile.open(path) as archive:
       archive.extractall(cache / "cifar10", filter="data")
     path.unlink()
@@ -54,14 +53,10 @@ def content(name: str, folder: Path) -> bytes:
       f"{plain} is missing, and so is {packed.name}: expected {SIZE} bytes (unpacked) with SHA-256 {SHA256[name]}, "
       f"found nothing. Unpack {ARCHIVE.url} in {folder / 'cifar10'}, or leave out `--data-dir` to have it downloaded."
     )
-  raw = plain.read_bytes() if plain.exists() else lzma.decompress(packed.read_bytes())
-  found = hashlib.sha256(raw).hexdigest()
-  if found != SHA256[name]:
-    raise DataError(
-      f"{plain if plain.exists() else packed} was altered or is truncated ({len(raw)} of {SIZE} bytes): expected "
-      f"SHA-256 {SHA256[name]}, found {found}. Delete it and unpack {ARCHIVE.url} again."
-    )
-  return raw
+  file = RemoteFile(ARCHIVE.url, SIZE, SHA256[name])
+  if plain.exists():
+    return file.check(plain, plain.read_bytes())
+  return file.check(packed, lzma.decompress(packed.read_bytes()))
 
 
 def decoded(raw: bytes) -> dict[str, np.ndarray]:

@@ -41,6 +41,16 @@ class RemoteFile(NamedTuple):
   def checksum(self) -> str:
     return f"{'MD5' if self.algorithm == 'md5' else 'SHA-256'} {self.sha256}"
 
+  def check(self, path: Path, raw: bytes) -> bytes:
+    """The bytes that were read from there; a DataError unless they have the published length and checksum."""
+    if (found := hashlib.new(self.algorithm, raw).hexdigest()) == self.sha256:
+      return raw
+    what = f"is truncated ({len(raw)} of {self.size} bytes)" if len(raw) < self.size else "was altered"
+    raise DataError(
+      f"{path} {what}: expected {self.checksum}, found {found}. "
+      f"Delete it and fetch it again from {self.url} (without `--data-dir` this is done for you)."
+    )
+
 
 TRAIN_X, TRAIN_Y = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 TEST_X, TEST_Y = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
@@ -78,19 +88,6 @@ def download(key: str, path: Path, file: RemoteFile) -> None:
   partial.replace(path)
 
 
-def verify(key: str, path: Path, file: RemoteFile) -> None:
-  """Raise a DataError unless the file has the published length and checksum."""
-  size = path.stat().st_size
-  found = hashlib.new(file.algorithm, path.read_bytes()).hexdigest()
-  if found == file.sha256:
-    return
-  what = f"is truncated ({size} of {file.size} bytes)" if size < file.size else "was altered"
-  raise DataError(
-    f"{path} {what}: expected {file.checksum}, found {found}. "
-    f"Delete it and fetch it again from {file.url} (without `--data-dir` this is done for you)."
-  )
-
-
 def obtain(key: str, folder: Path | None) -> Path:
   """The path of a verified file: `folder/key` if a folder is given, else from the cache, downloaded if need be."""
   file, path = FILES[key], (folder or cache_folder()) / key
@@ -101,7 +98,7 @@ def obtain(key: str, folder: Path | None) -> Path:
       f"{path} is missing: expected {file.size} bytes with {file.checksum}, found nothing. "
       f"Put {file.url} there, or leave out `--data-dir` to have it downloaded."
     )
-  verify(key, path, file)
+  file.check(path, path.read_bytes())
   return path
 
 
@@ -182,7 +179,7 @@ def digits() -> Arrays:
 def addition(samples: int = 50_000, length: int = 32, seed: int = 0) -> Arrays:
   """The addition task: channel 0 uniform in (-1, 1), channel 1 marks two distinct positions of the first half.
 
-  The target is the mean of the two marked values (specs: n, 90 % train, 10 % test).
+  The target is the mean of the two marked values. The last tenth of the samples is for testing.
   """
   rng = np.random.default_rng(seed)
   values = rng.uniform(-1, 1, (samples, length)).astype(np.float32)

@@ -10,12 +10,11 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks.engine.calls import choice
-from benchmarks.engine.problem import Arrays, Metrics, Problem
+from benchmarks.engine.problem import Arrays, Metrics, Problem, classifier, supervised
 from benchmarks.problems import cifar, data, tabular
 from benchmarks.problems.models import MLP
-from benchmarks.problems.supervised import classifier, supervised
 
-HIDDEN = (512, 256)  # the two hidden layers; the note does not give their widths
+HIDDEN = (512, 256)  # the two hidden layers; the note on GLS does not give their widths
 
 
 def as_rows(x: jax.Array) -> jax.Array:
@@ -37,13 +36,13 @@ class PixelMLP(nn.Module):
 
 def mlp_mnist(data_dir: str | None, folded: bool) -> Problem:
   """An MLP 784-512-256-10 on MNIST, 535818 parameters."""
-  options = dict(name="mlp_mnist", batch_size=128, epochs=20, evaluations=20)
+  options = dict(batch_size=128, epochs=20, evaluations=20)
   return classifier(PixelMLP((*HIDDEN, 10), folded), data.images("mnist", data_dir), **options)
 
 
 def mlp_cifar10(data_dir: str | None, folded: bool, batches: int = 5) -> Problem:
   """An MLP 3072-512-256-10 on CIFAR-10, 1707274 parameters; `batches`: how many training files are read."""
-  options = dict(name="mlp_cifar10", batch_size=128, epochs=20, evaluations=20, default_seeds=3)
+  options = dict(batch_size=128, epochs=20, evaluations=20, default_seeds=3)
   return classifier(PixelMLP((*HIDDEN, 10), folded), cifar.cifar10(data_dir, batches), **options)
 
 
@@ -59,22 +58,20 @@ def _autoencoder(widths: Sequence[int], folded: bool, arrays: Arrays, **options:
 
 def ae_digits(data_dir: str | None, folded: bool) -> Problem:
   """An autoencoder 64-32-8-32-64 on scikit-learn's digits: 4744 parameters, two layers wider than what enters them."""
-  options = dict(name="ae_digits", batch_size=64, epochs=15, evaluations=30)
-  return _autoencoder((32, 8, 32, 64), folded, data.digits(), **options)
+  return _autoencoder((32, 8, 32, 64), folded, data.digits(), batch_size=64, epochs=15, evaluations=30)
 
 
 def ae_cifar10(data_dir: str | None, folded: bool, batches: int = 5) -> Problem:
   """An autoencoder 3072-256-64-256-3072 on CIFAR-10, 1609280 parameters."""
-  options = dict(name="ae_cifar10", batch_size=128, epochs=20, evaluations=20, default_seeds=3)
+  options = dict(batch_size=128, epochs=20, evaluations=20, default_seeds=3)
   return _autoencoder((256, 64, 256, 3072), folded, cifar.cifar10(data_dir, batches), **options)
 
 
 def uci(data_dir: str | None, folded: bool, table: str = "diabetes") -> Problem:
   """Regression, an MLP with two hidden layers of 50: diabetes (no file needed), california, or one of UCI's sets."""
-  arrays = tabular.regression(choice(table, "table", {name: name for name in tabular.NAMES}), data_dir)
+  arrays = tabular.regression(choice(table, "table", tabular.NAMES), data_dir)
   metrics = lambda outputs, batch: {"loss": jnp.mean((outputs - batch["y"]) ** 2) / 2}
-  options = dict(name="uci", batch_size=64, epochs=40, evaluations=40)
-  return supervised(MLP((50, 50, 1), folded), arrays, metrics, **options)
+  return supervised(MLP((50, 50, 1), folded), arrays, metrics, batch_size=64, epochs=40, evaluations=40)
 
 
 def single_layer(
@@ -82,7 +79,7 @@ def single_layer(
 ) -> Problem:
   """y = sigmoid(x W + b) + noise, squared error, all samples in every batch: what `irls_fit` solves in closed form."""
   metrics = lambda outputs, batch: {"loss": jnp.mean((nn.sigmoid(outputs) - batch["y"]) ** 2) / 2}
-  options = dict(name="single_layer", batch_size=samples, epochs=1000, evaluations=100)
+  options = dict(batch_size=samples, epochs=1000, evaluations=100)
   return supervised(MLP((1,), folded), generated(samples, inputs, noise), metrics, **options)
 
 

@@ -8,6 +8,7 @@ folded   one matrix (inputs + 1, outputs) whose last row is the bias, as in the 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -79,13 +80,29 @@ class LeNet5(nn.Module):
     return MLP((120, 84, 10), self.folded)(x.reshape(len(x), -1))
 
 
+NORMS = {  # norm layers: (in training mode?, channels of a group) -> layer
+  "batch": lambda train, group: nn.BatchNorm(use_running_average=not train, momentum=0.9),
+  "layer": lambda train, group: nn.LayerNorm(),
+  "group": lambda train, group: nn.GroupNorm(num_groups=None, group_size=group),
+}
+
+
+def normalized(x: jax.Array, make: Callable[..., nn.Module], norm: str, train: bool, group: int) -> jax.Array:
+  """x after a layer and the norm layer behind it. The layer has a bias where the norm layer has none.
+
+  `weight` gives each output channel of the layer a length instead; `none` leaves the layer alone.
+  """
+  layer = make(use_bias=norm not in NORMS)
+  x = (nn.WeightNorm(layer) if norm == "weight" else layer)(x)
+  return NORMS[norm](train, group)(x) if norm in NORMS else x
+
+
 class NormNet(nn.Module):
   """Two convolutions (3 x 3, valid; 16 and 32 channels), each with a norm layer and ReLU; mean over space; dense.
 
   Without a `window` the first two are dense layers of 128 and 64.
 
-  `norm` is batch, layer, group (of 4 channels), weight (a length for each output channel of a convolution) or none.
-  A convolution has a bias where no norm layer after it has one.
+  `norm` is batch, layer, group (of 4 channels), weight or none.
   """
 
   norm: str = "batch"
@@ -94,16 +111,9 @@ class NormNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    layers = {
-      "batch": lambda: nn.BatchNorm(use_running_average=not train, momentum=0.9),
-      "layer": nn.LayerNorm,
-      "group": lambda: nn.GroupNorm(num_groups=None, group_size=4),
-    }
     x = x if self.window else x.reshape(len(x), -1)
     for features in (16, 32) if self.window else (128, 64):
-      convolution = Affine(features, window=self.window, use_bias=self.norm not in layers)
-      x = (nn.WeightNorm(convolution) if self.norm == "weight" else convolution)(x)
-      x = nn.relu(layers[self.norm]()(x) if self.norm in layers else x)
+      x = nn.relu(normalized(x, partial(Affine, features, window=self.window), self.norm, train, 4))
     return Affine(self.classes)(x.mean((1, 2)) if self.window else x)
 
 

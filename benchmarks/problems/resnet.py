@@ -5,19 +5,15 @@ ResNet-8: widths 16, 32, 64, one block each, 78042 parameters with batch norm: a
 to 512, two blocks each, 11.2 million. No augmentation, no dropout.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import jax
 from flax import linen as nn
 
-from benchmarks.problems.models import XAVIER
+from benchmarks.problems.models import XAVIER, normalized
 
-NORMS: dict[str, Callable[[bool], Callable[[], Callable]]] = {
-  "batch": lambda train: lambda: nn.BatchNorm(use_running_average=not train, momentum=0.9),
-  "group": lambda train: lambda: nn.GroupNorm(num_groups=None, group_size=8),
-  "weight": lambda train: lambda: lambda x: x,
-  "none": lambda train: lambda: lambda x: x,
-}
+NORMS = ("batch", "group", "weight", "none")
 SIZES = {"resnet8": ((16, 32, 64), 1), "resnet18": ((64, 128, 256, 512), 2)}
 
 
@@ -37,12 +33,9 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    norm = NORMS[self.norm](train)
-
     def convolution(x: jax.Array, width: int, window: int, stride: int) -> jax.Array:
-      bias = self.norm in ("weight", "none")
-      layer = nn.Conv(width, (window, window), (stride, stride), use_bias=bias, kernel_init=XAVIER)
-      return norm()((nn.WeightNorm(layer) if self.norm == "weight" else layer)(x))
+      layer = partial(nn.Conv, width, (window, window), (stride, stride), kernel_init=XAVIER)
+      return normalized(x, layer, self.norm, train, 8)
 
     x = nn.relu(convolution(pixels(x), self.widths[0], 3, 1))
     for stage, width in enumerate(self.widths):

@@ -18,18 +18,14 @@ from flax import linen as nn
 
 from benchmarks.engine import calls
 from benchmarks.engine.calls import SpecError, choice
-from benchmarks.engine.problem import Metrics, Problem
+from benchmarks.engine.problem import Metrics, Problem, classifier, regression, supervised
 from benchmarks.problems import data, layered, vision
 from benchmarks.problems.models import MLP, Elman, LanguageLSTM, LastOfLSTM, NormNet, Transformer
-from benchmarks.problems.supervised import classifier, regression, supervised
 
 
 def digits(data_dir: str | None, folded: bool) -> Problem:
   """Real handwritten digits, 8 x 8; an MLP 64-128-64-10. Ships with scikit-learn: the problem of the demo."""
-  return classifier(MLP((128, 64, 10), folded), data.digits(), name="digits", batch_size=64, epochs=12, evaluations=36)
-
-
-NORMS = {norm: norm for norm in ("batch", "layer", "group", "weight", "none")}
+  return classifier(MLP((128, 64, 10), folded), data.digits(), batch_size=64, epochs=12, evaluations=36)
 
 
 def digits_bn(data_dir: str | None, folded: bool, norm: str = "batch", model: str = "conv") -> Problem:
@@ -41,28 +37,26 @@ def digits_bn(data_dir: str | None, folded: bool, norm: str = "batch", model: st
   """
   arrays = data.square(data.digits())
   window = choice(model, "model", {"conv": (3, 3), "mlp": ()})
-  options = dict(name="digits_bn", batch_size=64, epochs=10, evaluations=30)
-  network = NormNet(choice(norm, "norm", NORMS), window=window)
-  return classifier(network, arrays, statistics=norm == "batch", **options)
+  network = NormNet(choice(norm, "norm", ("batch", "layer", "group", "weight", "none")), window=window)
+  return classifier(network, arrays, statistics=norm == "batch", batch_size=64, epochs=10, evaluations=30)
 
 
 def curves(data_dir: str | None, folded: bool) -> Problem:
   """The 12-layer autoencoder of the CURVES experiments, 842340 parameters."""
   model = MLP((400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784), folded)
-  options = dict(name="curves", batch_size=64, epochs=20, evaluations=40, default_seeds=3)
-  return regression(model, data.curves(data_dir), "x", **options)
+  return regression(model, data.curves(data_dir), "x", batch_size=64, epochs=20, evaluations=40, default_seeds=3)
 
 
 def mnist_autoencoder(data_dir: str | None, folded: bool) -> Problem:
   """784-300-100-10-100-300-784 on MNIST, 533994 parameters."""
   arrays = data.flat(data.images("mnist", data_dir))
-  options = dict(name="mnist_autoencoder", batch_size=64, epochs=20, evaluations=40, default_seeds=3)
+  options = dict(batch_size=64, epochs=20, evaluations=40, default_seeds=3)
   return regression(MLP((300, 100, 10, 100, 300, 784), folded), arrays, "x", **options)
 
 
 def addition(data_dir: str | None, folded: bool) -> Problem:
   """An Elman network adds two marked numbers out of 32."""
-  options = dict(name="addition", batch_size=100, epochs=50, evaluations=100, default_seeds=3)
+  options = dict(batch_size=100, epochs=50, evaluations=100, default_seeds=3)
   return regression(Elman(20, folded), data.addition(), "y", **options)
 
 
@@ -77,15 +71,14 @@ def xor(data_dir: str | None, folded: bool, length: int = 32, cell: str = "rnn")
     loss = optax.losses.sigmoid_binary_cross_entropy(logits, batch["y"]).mean()
     return {"loss": loss, "accuracy": jnp.mean((logits > 0) == batch["y"])}
 
-  options = dict(name="xor", batch_size=128, epochs=8, evaluations=160, default_seeds=3)
+  options = dict(batch_size=128, epochs=8, evaluations=160, default_seeds=3)
   return supervised(model, data.delayed_xor(length), metrics, **options)
 
 
 def logistic(data_dir: str | None, folded: bool) -> Problem:
   """Softmax regression on the digits' 64 pixels and their 4096 products: convex, 41610 parameters."""
   arrays = data.quadratic_features(data.digits())
-  options = dict(name="logistic", batch_size=500, epochs=200, evaluations=40, default_seeds=3)
-  return classifier(MLP((10,), folded), arrays, **options)
+  return classifier(MLP((10,), folded), arrays, batch_size=500, epochs=200, evaluations=40, default_seeds=3)
 
 
 def tensor_decomposition(data_dir: str | None, folded: bool, rank: int = 10) -> Problem:
@@ -100,7 +93,7 @@ def tensor_decomposition(data_dir: str | None, folded: bool, rank: int = 10) -> 
     named = zip("xyz", jax.random.split(key, 3), arrays.train["x"].shape[1:], strict=True)
     return {name: jax.random.normal(k, (rank, size)) for name, k, size in named}
 
-  return Problem("tensor_decomposition", init, metrics, arrays, batch_size=1, epochs=1000, evaluations=100)
+  return Problem(init, metrics, arrays, batch_size=1, epochs=1000, evaluations=100)
 
 
 def _language(model: nn.Module, arrays: data.Arrays, **options: Any) -> Problem:
@@ -128,7 +121,7 @@ def charlm(
   transformer = partial(Transformer, heads=max(1, width // 32))
   kind = choice(model, "model", {"transformer": transformer, "lstm": LanguageLSTM})
   network = kind(vocabulary=vocabulary, layers=layers, width=width, folded=folded)
-  problem = _language(network, arrays, name="charlm", batch_size=16, epochs=1, evaluations=20)
+  problem = _language(network, arrays, batch_size=16, epochs=1, evaluations=20)
   return replace(problem, epochs=2000 / problem.steps_per_epoch)
 
 
@@ -136,7 +129,7 @@ def ptb(data_dir: str | None, folded: bool, layers: int = 1, width: int = 200, b
   """The next word of the Penn Treebank, LSTM. For users who hold the files: DIR/ptb/ptb.train.txt, ptb.valid.txt."""
   arrays, vocabulary = data.ptb(data_dir, block)
   network = LanguageLSTM(vocabulary, layers, width, folded)
-  return _language(network, arrays, name="ptb", batch_size=20, epochs=10, evaluations=20)
+  return _language(network, arrays, batch_size=20, epochs=10, evaluations=20)
 
 
 def rosenbrock(data_dir: str | None, folded: bool, size: int = 10, start: float = -1.0, pairs: bool = False) -> Problem:
@@ -153,7 +146,7 @@ def rosenbrock(data_dir: str | None, folded: bool, size: int = 10, start: float 
   def init(key: jax.Array) -> Any:
     return {"x": 0.1 * jax.random.normal(key, (size,)) + start}
 
-  return Problem("rosenbrock", init, metrics, data.nothing(), batch_size=1, epochs=2000, evaluations=100)
+  return Problem(init, metrics, data.nothing(), batch_size=1, epochs=2000, evaluations=100)
 
 
 def quadratic(data_dir: str | None, folded: bool) -> Problem:
@@ -168,7 +161,7 @@ def quadratic(data_dir: str | None, folded: bool) -> Problem:
   def init(key: jax.Array) -> Any:
     return {"w": jax.random.normal(key, (inputs, outputs))}
 
-  return Problem("quadratic", init, metrics, arrays, batch_size=100, epochs=50, evaluations=50)
+  return Problem(init, metrics, arrays, batch_size=100, epochs=50, evaluations=50)
 
 
 ROWS = (

@@ -40,6 +40,12 @@ RATE = 1e-5  # nothing may run away: a step is repeated some hundred times
 DENSE = dpo.kron(max_skew=100.0, geometry=dpo.qeq)
 QUICK = dpo.kron(geometry=dpo.quad)  # what `psgd` fits here
 BLOCK = 256
+NO_P = {  # what every workload is trained with besides
+  "sgd": optax.sgd(RATE),
+  "adam": optax.adam(RATE),
+  "adamw": optax.adamw(RATE),
+  "muon": optax.contrib.muon(RATE),
+}
 LAYERED = ("mlp", "layers")  # where each layer is shown what enters it
 
 
@@ -92,19 +98,16 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 USUAL = ("mlp", "lenet5", "charlm", "resnet8", "deep", "layers")
 
 
-def peers_installed() -> bool:
-  return importlib.util.find_spec("psgd_jax") is not None
+peers_installed = lambda: importlib.util.find_spec("psgd_jax") is not None
+CLIPS = ("clip", "clip_by_block_rms", "clip_by_global_norm")
 
 
 def psgd_jax(module: str) -> Any:
   """A module of it, importable again: `optax._src.clipping` and `jax.tree_unflatten` are gone from optax and jax."""
   name = "optax._src.clipping"
   if name not in sys.modules:
-    clipping = types.ModuleType(name)
-    clipping.clip_by_global_norm = optax.clip_by_global_norm
-    clipping.clip_by_block_rms = optax.clip_by_block_rms
-    clipping.clip = optax.clip
-    sys.modules[name] = clipping
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update({clip: getattr(optax, clip) for clip in CLIPS})
   if not hasattr(jax, "tree_unflatten"):
     jax.tree_unflatten = jax.tree_util.tree_unflatten
   try:
@@ -136,15 +139,12 @@ def updates(work: Workload, name: str) -> dict[str, Timed]:
   update = lambda tx, **extra: alone(tx, work, **extra)
   whitening = partial(dpo.psgd, RATE, b1=0.9)
   product, given = (lambda v: v), {"judge": False, "value": jnp.ones(())}
-  found = {
-    "sgd": update(optax.sgd(RATE)),
-    "adam": update(optax.adam(RATE)),
-    "adamw": update(optax.adamw(RATE)),
-    "muon": update(optax.contrib.muon(RATE)),
+  fitted = lambda p: update(whitening(p), refresh=True)
+  found = {name: update(tx) for name, tx in NO_P.items()} | {
     "psgd, no fit": update(whitening(QUICK), refresh=False),
-    "psgd, fit": update(whitening(QUICK), refresh=True),
+    "psgd, fit": fitted(QUICK),
     "psgd dense, no fit": update(whitening(DENSE), refresh=False),
-    "psgd dense, fit": update(whitening(DENSE), refresh=True),
+    "psgd dense, fit": fitted(DENSE),
     "psgd dense, scheduled": update(whitening(DENSE)),
     "dpsgd, no fit": update(dpo.dpsgd(RATE), refresh=False, **given),
     "dpsgd, fit": update(dpo.dpsgd(RATE), refresh=True, hvp=product, **given),
@@ -153,12 +153,12 @@ def updates(work: Workload, name: str) -> dict[str, Timed]:
     found["psgd dense per leaf, fit"] = update(per_leaf(lambda: whitening(DENSE), work.params), refresh=True)
   if name == "mlp":
     found |= {
-      "psgd lra of rank 10, fit": update(whitening(dpo.lra(rank=10)), refresh=True),
-      "psgd xmat, fit": update(whitening(dpo.xmat()), refresh=True),
-      "psgd affine, fit": update(whitening(dpo.affine(max_skew=100.0)), refresh=True),
-      "psgd scan, fit": update(whitening(dpo.scan()), refresh=True),
-      "psgd diagonal, fit": update(whitening(dpo.diagonal()), refresh=True),
-      f"psgd dense in blocks of {BLOCK}, fit": update(whitening(dpo.blocked(DENSE, BLOCK)), refresh=True),
+      "psgd lra of rank 10, fit": fitted(dpo.lra(rank=10)),
+      "psgd xmat, fit": fitted(dpo.xmat()),
+      "psgd affine, fit": fitted(dpo.affine(max_skew=100.0)),
+      "psgd scan, fit": fitted(dpo.scan()),
+      "psgd diagonal, fit": fitted(dpo.diagonal()),
+      f"psgd dense in blocks of {BLOCK}, fit": fitted(dpo.blocked(DENSE, BLOCK)),
       "a fit taken": _fit(work, True),
       "a fit not taken": _fit(work, False),
     }
@@ -203,10 +203,7 @@ def steps(work: Workload, name: str) -> dict[str, Timed]:
     "gradient + Hvp": gradient(lambda f, p, v: dpo.value_and_grad_and_hvp(f, **aux)(p, v)),
     "gradient + Hvp by differences": gradient(_differences),
     "gradient and apply": gradient_and_apply(work),
-    "sgd": step(optax.sgd(RATE)),
-    "adam": step(optax.adam(RATE)),
-    "adamw": step(optax.adamw(RATE)),
-    "muon": step(optax.contrib.muon(RATE)),
+    **{name: step(tx) for name, tx in NO_P.items()},
     "psgd, no fit": step(whitening, refresh=False),
     "psgd, fit": step(whitening, refresh=True),
     "psgd newton, no fit": step(newton, refresh=False),
@@ -228,47 +225,26 @@ def steps(work: Workload, name: str) -> dict[str, Timed]:
 def gradient_and_apply(work: Workload) -> Timed:
   """The least that a preconditioned step can do: no fit, no momentum, no clipping."""
   p = dpo.damped_kron()
-
-  def run(carry: Any, batch: Any) -> tuple[Any, Any]:
-    params, statistics, state = carry
-    (value, statistics), grads = jax.value_and_grad(work.of_params(statistics, batch), has_aux=True)(params)
-    new = jax.tree.map(lambda w, u: w - RATE * u, params, p.apply(state, grads))
-    return (new, statistics, state), value
-
-  return run, (work.params, work.statistics, p.init(work.params)), work.batch
+  update = lambda grads, state, params=None: (optax.tree.scale(-RATE, p.apply(state, grads)), state)
+  return whole_step(work, optax.GradientTransformation(p.init, update))
 
 
 def layered(work: Workload) -> dict[str, Timed]:
   """Gradients with what enters each layer, and the methods that live on it."""
-  assert work.loss is not None
-  params, statistics, batch = work.params, work.statistics, work.batch
-  loss = lambda p, batch: work.loss(p, statistics, batch)
-  captured = lambda reduce=None: dpo.capture(loss, has_aux=True, reduce=reduce)
-  inputs = jax.jit(captured())(params, batch)[2]
+  captured = partial(dpo.capture, has_aux=True)
+  inputs = jax.jit(captured(work.of_params(work.statistics, work.batch)))(work.params)[2]
   is_record = lambda x: isinstance(x, dpo.LayerRecord)
-
-  def of_gradient(reduce: Callable | None) -> Timed:
-    return lambda carry, params, batch: (carry, captured(reduce)(params, batch)), jnp.zeros(()), params, batch
 
   def products(carry: Any, inputs: Any) -> tuple[Any, Any]:
     moments = lambda record: None if record is None else dpo.layers.second_moments(record, ())
     return carry, jax.tree.map(moments, inputs, is_leaf=is_record)
 
-  def step(tx: optax.GradientTransformationExtraArgs) -> Timed:
-    def run(carry: Any, batch: Any) -> tuple[Any, Any]:
-      params, state = carry
-      (value, _), grads, records = captured()(params, batch)
-      new, state = tx.update(grads, state, params, layer_inputs=records)
-      return (optax.apply_updates(params, new), state), value
-
-    return run, (params, tx.init(params)), batch
-
   return {
-    "gradient and inputs": of_gradient(None),
-    "gradient and second moments": of_gradient(dpo.layers.second_moments),
+    "gradient and inputs": of_gradient(work, lambda f, p, v: captured(f)(p)),
+    "gradient and second moments": of_gradient(work, lambda f, p, v: captured(f, reduce=dpo.layers.second_moments)(p)),
     "second moments of the inputs": (products, jnp.zeros(()), inputs),
-    "bnp": step(dpo.bnp(RATE, layers=inputs)),
-    "gls": step(dpo.gls(RATE, layers=inputs, fallback=optax.sgd(RATE))),
+    "bnp": whole_step(work, dpo.bnp(RATE, layers=inputs), "inputs"),
+    "gls": whole_step(work, dpo.gls(RATE, layers=inputs, fallback=optax.sgd(RATE)), "inputs"),
   }
 
 

@@ -96,7 +96,7 @@ def table(document: dict[str, Any]) -> Table:
 
 def add_arguments(parser: ArgumentParser) -> None:
   parser.add_argument("runs", nargs="+", metavar="RUN", help="a run made with --save, for example digits-tuned")
-  arguments.add_data_dir(parser)
+  arguments.add(parser, "data_dir")
 
 
 def run_all(analysis: Callable[[Kept], Found], args: Namespace) -> None:

@@ -8,6 +8,7 @@ not over: the value of its last observation stands for what would have followed.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -202,24 +203,21 @@ def trainer(place: World, recipe: Recipe, iterations: int, tx: optax.GradientTra
   loss = surrogate(model, policy, recipe)
   steps = recipe.horizon * recipe.actors
 
-  def act(params: Any) -> Callable:
-    def move(carry: tuple, key: jax.Array) -> tuple[tuple, tuple[Moments, Episodes]]:
-      observation, state, so_far = carry
-      choose_key, step_key = jax.random.split(key)
-      head, value = model.apply(params, observation)
-      action = policy.sample(choose_key, head)
-      keys = jax.random.split(step_key, recipe.actors)
-      sent = action if place.discrete else place.scale * action
-      seen, state, reward, terminated, truncated, last = jax.vmap(place.step)(keys, state, sent)
-      reward, done = reward.astype(jnp.float32), terminated | truncated
-      so_far = so_far + reward
-      ended = Episodes(jnp.sum(jnp.where(done, so_far, 0)), jnp.sum(done))
-      moment = Moments(observation, action, policy.log_probability(head, action), value, reward, terminated, done, last)
-      return (seen, state, jnp.where(done, 0, so_far)), (moment, ended)
+  def act(params: Any, carry: tuple, key: jax.Array) -> tuple[tuple, tuple[Moments, Episodes]]:
+    observation, state, so_far = carry
+    choose_key, step_key = jax.random.split(key)
+    head, value = model.apply(params, observation)
+    action = policy.sample(choose_key, head)
+    keys = jax.random.split(step_key, recipe.actors)
+    sent = action if place.discrete else place.scale * action
+    seen, state, reward, terminated, truncated, last = jax.vmap(place.step)(keys, state, sent)
+    reward, done = reward.astype(jnp.float32), terminated | truncated
+    so_far = so_far + reward
+    ended = Episodes(jnp.sum(jnp.where(done, so_far, 0)), jnp.sum(done))
+    moment = Moments(observation, action, policy.log_probability(head, action), value, reward, terminated, done, last)
+    return (seen, state, jnp.where(done, 0, so_far)), (moment, ended)
 
-    return move
-
-  def learn(carry: tuple, rows: jax.Array, data: Any) -> tuple[tuple, None]:
+  def learn(data: Any, carry: tuple, rows: jax.Array) -> tuple[tuple, None]:
     params, opt_state = carry
     batch = jax.tree.map(lambda x: x[rows], data)
     of_params = lambda p: loss(p, batch)
@@ -231,13 +229,13 @@ def trainer(place: World, recipe: Recipe, iterations: int, tx: optax.GradientTra
   def iterate(carry: tuple, key: jax.Array) -> tuple[tuple, Episodes]:
     params, opt_state, around = carry
     act_key, learn_key = jax.random.split(key)
-    around, (seen, ended) = jax.lax.scan(act(params), around, jax.random.split(act_key, recipe.horizon))
+    around, (seen, ended) = jax.lax.scan(partial(act, params), around, jax.random.split(act_key, recipe.horizon))
     following = model.apply(params, seen.last)[1]
     gain = advantages(seen.value, following, seen.reward, seen.terminated, seen.done, recipe)
     data = jax.tree.map(lambda x: x.reshape(steps, *x.shape[2:]), (seen, gain, gain + seen.value))
     orders = [jax.random.permutation(key, steps) for key in jax.random.split(learn_key, recipe.epochs)]
     rows = jnp.concatenate(orders).reshape(recipe.epochs * recipe.minibatches, -1)
-    carry, _ = jax.lax.scan(lambda carry, rows: learn(carry, rows, data), (params, opt_state), rows)
+    carry, _ = jax.lax.scan(partial(learn, data), (params, opt_state), rows)
     return (*carry, around), jax.tree.map(jnp.sum, ended)
 
   def train(params: Any, opt_state: Any, key: jax.Array) -> tuple[Any, Any, Episodes]:

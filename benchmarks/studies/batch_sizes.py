@@ -8,14 +8,13 @@ All three are trained by SGD; each has five learning rates on seed TUNING_SEED, 
 Batch norm is evaluated with its running statistics.
 """
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.engine import arguments
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment
-from benchmarks.engine.report import Table, publish, quartiles
+from benchmarks.engine.report import Table, quartiles, study
 from benchmarks.engine.tune_then_race import tune_then_race
 from benchmarks.optimizers import Races, typed
 
@@ -29,20 +28,15 @@ def compare(norm: str, optimizer: str, batch_size: int, seeds: Sequence[int], **
   settings = dict(batch_size=batch_size, epochs=EPOCHS[batch_size], evaluations=4) | options
   races = Races(f"digits_bn(norm={norm}, model=mlp)", lambda name, rate: typed(name, {}, rate), settings)
   found = tune_then_race({optimizer: RATES}, races, seeds)[optimizer]
-  metrics = ("train_loss", "test_loss", "test_accuracy")
-  return {
-    "learning_rate": found.learning_rate,
-    "trials": found.trials,
-    **{name: [run.final(name) for run in found.runs] for name in metrics},
-  }
+  finals = found.finals("train_loss", "test_loss", "test_accuracy")
+  return {"learning_rate": found.learning_rate, "trials": found.trials, **finals}
 
 
-def measure(seeds: int, **options: Any) -> dict[str, Any]:
+def measure(seeds: int) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for size in EPOCHS:
     say(f"batch size {size}, {EPOCHS[size]} epochs")
-    cells = {name: compare(*what, size, range(1, 1 + seeds), **options) for name, what in CONTESTANTS.items()}
-    found[str(size)] = cells
+    found[str(size)] = {name: compare(*what, size, range(1, 1 + seeds)) for name, what in CONTESTANTS.items()}
   return {"environment": environment(), "epochs": {str(k): v for k, v in EPOCHS.items()}, "batch_sizes": found}
 
 
@@ -60,10 +54,5 @@ def table(document: dict[str, Any]) -> Table:
   )
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-  arguments.add_seeds(parser, 5)
-
-
-def run(args: Namespace) -> None:
-  document = measure(args.seeds)
-  publish(document, args.out / "batch_sizes.json", table(document))
+add_arguments = lambda parser: arguments.add(parser, seeds=5)
+run = study("batch_sizes", lambda args: measure(args.seeds), table)

@@ -12,7 +12,7 @@ exact block of one layer, bias included as the last row of its matrix; P is fitt
 """
 
 import itertools
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,61 +173,55 @@ def lanczos_rows(found: Block) -> dict[str, Any]:
   return rows
 
 
-CASES = {"hidden layer": ((64, 16, 16, 10), 1), "output layer": ((64, 16, 16, 10), 2)}
+CASES = (  # by which method, the name of the layer, the widths of its network, its index there
+  ("dense", "hidden layer", (64, 16, 16, 10), 1),
+  ("dense", "output layer", (64, 16, 16, 10), 2),
+  ("lanczos", "hidden layer, 4160 parameters", (64, 64, 64, 10), 1),
+)
 
 
-def measure(large: bool = True) -> dict[str, Any]:
-  """layer -> network -> preconditioner -> figures."""
+def measure() -> dict[str, Any]:
+  """method -> layer -> network -> preconditioner -> figures."""
   document: dict[str, Any] = {"fits": FITS, "null": NULL, "environment": environment(), "dense": {}, "lanczos": {}}
   with jax.enable_x64(True):
-    for layer, (widths, index) in CASES.items():
-      document["dense"][layer] = {
-        kind: dense_rows(block(widths, kind == "batch norm", index)) for kind in ("plain", "batch norm")
-      }
+    for method, layer, widths, index in CASES:
+      rows = {"dense": dense_rows, "lanczos": lanczos_rows}[method]
+      blocks = {kind: block(widths, kind == "batch norm", index) for kind in ("plain", "batch norm")}
+      document[method][layer] = {kind: rows(found) for kind, found in blocks.items()}
       say(f"{layer}: done")
-    if large:
-      document["lanczos"]["hidden layer, 4160 parameters"] = {
-        kind: lanczos_rows(block((64, 64, 64, 10), kind == "batch norm", 1)) for kind in ("plain", "batch norm")
-      }
   return document
 
 
+def columns_of(document: dict[str, Any]) -> dict[str, Any]:
+  """Layer and network -> preconditioner -> figures."""
+  cases = document["dense"] | document["lanczos"]
+  return {f"{layer}, {kind}": rows for layer, found in cases.items() for kind, rows in found.items()}
+
+
 def table(document: dict[str, Any]) -> Table:
-  cases = {layer: found for part in ("dense", "lanczos") for layer, found in document[part].items()}
-  header, columns = ["preconditioner"], []
-  for layer, found in cases.items():
-    for kind in found:
-      header.append(f"{layer}, {kind}")
-      columns.append(found[kind])
+  columns = columns_of(document)
 
   def cell(row: dict[str, Any] | None) -> str:
     if row is None:
       return "–"
     return number(row["top"]) if "top" in row else f"{number(row['kappa'])} / {number(row['bulk'])}"
 
-  rows = [(name, *(cell(column.get(name)) for column in columns)) for name in ["none", *FITTED]]
-  note = (
-    f"kappa / bulk, see `benchmarks/studies/condition.py`; of the large layer the largest over the {TOP}th eigenvalue."
-  )
-  return Table("Condition number of one layer's Hessian, digits", tuple(header), rows, (note,))
+  rows = [(name, *(cell(column.get(name)) for column in columns.values())) for name in ["none", *FITTED]]
+  note = f"kappa / bulk, as `condition --help` explains; of the large layer the largest over the {TOP}th eigenvalue."
+  return Table("Condition number of one layer's Hessian, digits", ("preconditioner", *columns), rows, (note,))
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
   """The spectra, largest eigenvalue first, relative to it."""
   from benchmarks.engine.plots import panels
 
-  cases = document["dense"] | document["lanczos"]
-  with panels(path, len(cases), 2, 3.3) as grid:
-    for axes_row, (layer, found) in zip(grid, cases.items(), strict=True):
-      for axes, (kind, rows) in zip(axes_row, found.items(), strict=True):
-        for name, row in rows.items():
-          colour = "black" if name == "none" else f"C{list(FITTED).index(name)}"
-          axes.plot(np.arange(1, 1 + len(row["spectrum"])), row["spectrum"], lw=1.3, color=colour, label=name)
-        axes.set(title=f"{layer}, {kind}", yscale="log", xlabel="index", ylabel="|eigenvalue| / largest")
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
+  cases = columns_of(document)
+  with panels(path, len(cases) // 2, 2, 3.3) as grid:
+    for axes, (title, rows) in zip(grid.flat, cases.items(), strict=True):
+      for name, row in rows.items():
+        colour = "black" if name == "none" else f"C{list(FITTED).index(name)}"
+        axes.plot(np.arange(1, 1 + len(row["spectrum"])), row["spectrum"], lw=1.3, color=colour, label=name)
+      axes.set(title=title, yscale="log", xlabel="index", ylabel="|eigenvalue| / largest")
 
 
 def run(args: Namespace) -> None:

@@ -4,8 +4,8 @@
 python -m benchmarks cost mlp lenet5
 
 Every ratio is measured as `engine/timing.py` says, with one thread and with all of them (`--threads`), each in a
-process of its own. The contestants are in _calls.py. One fit in 33 steps is not run: it is the mean of a step with a
-fit and of 32 without. For every contestant the compiler's own counts are kept too, and the bytes of its state.
+process of its own. The contestants are in _calls.py. "One fit in 33" is not run: it is the mean of one step with a fit
+and 32 without. For every contestant the compiler's own counts are kept too, and the bytes of its state.
 """
 
 import json
@@ -26,14 +26,11 @@ from benchmarks.engine.arguments import known, positive
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment, load_average
 from benchmarks.engine.report import Table, number, publish
-from benchmarks.engine.timing import Step, compile_anew, interleaved, ratio_text
+from benchmarks.engine.timing import Step, Weights, compile_anew, interleaved, quartiles_of, ratio_text
 from benchmarks.studies._calls import USUAL, WORKLOADS, steps, updates
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 THREADS = {"one": ONE_THREAD, "all": ""}
-
-
-Weights = dict[str, float]  # contestant -> its share of the steps
 
 
 def every(period: int, name: str, fit: str = "fit") -> Weights:
@@ -104,11 +101,7 @@ def rows_of(workload: str, names: Any) -> list[Row]:
   return list(found.values())
 
 
-def _mean(times: Mapping[str, list], weights: Weights) -> np.ndarray:
-  return np.sum([weight * np.asarray(times[name]) for name, weight in weights.items()], axis=0)
-
-
-def measure(name: str, rounds: int, calls: int, seed: int = 0) -> dict[str, Any]:
+def measure(name: str, rounds: int, calls: int) -> dict[str, Any]:
   """One workload in this process: its ratios, and what is known of each contestant."""
   before, work = load_average(), WORKLOADS[name]()
   entered = updates(work, name) | (steps(work, name) if work.loss else {})
@@ -117,18 +110,11 @@ def measure(name: str, rounds: int, calls: int, seed: int = 0) -> dict[str, Any]
     made[label] = Step(call, *arguments)
     say(f"  {label}: compiled in {made[label].compile_seconds:.1f} CPU s")
   compiling = compilation(entered, made)
-  times = interleaved(made, rounds, calls, seed)
-  ratios = {
-    row.label: {
-      kind: np.percentile(_mean(of, row.of) / _mean(of, row.against), [25, 50, 75]).tolist()
-      for kind, of in times.items()
-    }
-    for row in rows_of(name, made)
-  }
+  times = interleaved(made, rounds, calls)
   return {
     "environment": environment(),
     "load_average": [before, load_average()],
-    "ratios": ratios,
+    "ratios": {row.label: quartiles_of(times, row.of, row.against) for row in rows_of(name, made)},
     "compilation": compiling,
     "recompiled": sum(step.recompiled for step in made.values()),
     "contestants": {
@@ -177,10 +163,6 @@ def in_processes(name: str, threads: str | None, rounds: int, calls: int) -> dic
   return document
 
 
-def _limit(value: float | None) -> str:
-  return "" if value is None else f"{value:g}"
-
-
 def table(document: dict[str, Any]) -> Table:
   """One row per ratio: median [quartiles] of the CPU seconds with one thread, of the wall seconds with each."""
   name, modes = document["workload"], document["threads"]
@@ -188,7 +170,7 @@ def table(document: dict[str, Any]) -> Table:
   rows = []
   for row in rows_of(name, first["contestants"]):
     asked = not row.asked or name in row.asked
-    limits = (_limit(row.must), _limit(row.aim)) if asked else ("", "")
+    limits = (f"{limit:g}" if asked and limit is not None else "" for limit in (row.must, row.aim))
     cells = [ratio_text(mode["ratios"][row.label][kind]) for mode in modes.values() for kind in ("cpu", "wall")]
     rows.append((row.label, " + ".join(row.against).replace("update: ", ""), *cells, *limits))
   rows += _compiled(name, modes)

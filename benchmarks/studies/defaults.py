@@ -6,13 +6,12 @@ final training loss, and the seconds of training as a ratio to the first choice 
 """
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from benchmarks.engine import arguments
+from benchmarks.engine.analysis import spread
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import ResumeError, write
 from benchmarks.engine.report import Table, number
@@ -28,12 +27,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 CHOICES = {
   "geometry": {name: {"preconditioner": f"kron(geometry={name})"} for name in ("pro", "quad", "qeq", "eq")},
-  "every": {
-    "annealed": {},
-    "1": {"every": 1},
-    "10": {"every": 10},
-    "33": {"every": 33},
-  },
+  "every": {"annealed": {}} | {str(period): {"every": period} for period in (1, 10, 33)},
 }
 
 
@@ -45,8 +39,7 @@ def compare(problem: str, options: dict[str, Any], choices: dict[str, Any], seed
   base = {run.seed: run.curves["seconds"][-1] for run in next(iter(raced.values())).runs}
   found = {
     choice: {
-      "train_loss": [run.final() for run in entry.runs],
-      "test_loss": [run.final("test_loss") for run in entry.runs],
+      **entry.finals("train_loss", "test_loss"),
       "seconds_ratio": [run.curves["seconds"][-1] / base[run.seed] for run in entry.runs],
       "learning_rate": entry.learning_rate,
       "trials": entry.trials,
@@ -59,21 +52,14 @@ def compare(problem: str, options: dict[str, Any], choices: dict[str, Any], seed
 
 def table(question: str, document: dict[str, Any]) -> Table:
   """A row per problem: the median loss, and the seconds beside the first choice."""
-
-  def cell(entry: dict[str, Any]) -> str:
-    losses = [float("inf") if x is None else x for x in entry["train_loss"]]
-    return f"{number(float(np.median(losses)))} ({np.median(entry['seconds_ratio']):.2f})"
-
+  cell = lambda of: f"{number(spread(of['train_loss']).median)} ({spread(of['seconds_ratio']).median:.2f})"
   rows = [(problem, *map(cell, found["choices"].values())) for problem, found in document[question].items()]
   header = ("problem", *CHOICES[question])
   note = f"Median final training loss over {document['seeds']} seeds (seconds as a ratio to `{header[1]}`)."
   return Table(f"psgd whitening, {question}", header, rows, (note,))
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-  arguments.add_seeds(parser, 3)
-  arguments.add_data_dir(parser)
-  arguments.add_resume(parser)
+add_arguments = lambda parser: arguments.add(parser, "data_dir", "resume", seeds=3)
 
 
 def run(args: Namespace) -> None:

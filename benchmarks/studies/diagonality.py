@@ -86,8 +86,7 @@ def table(document: dict[str, Any]) -> Table:
 def add_arguments(parser: ArgumentParser) -> None:
   name = arguments.known("problem", PROBLEMS)
   parser.add_argument("problems", nargs="*", type=name, metavar="PROBLEM", help="(default: `digits_bn`, every norm)")
-  arguments.add_seeds(parser, 3)
-  arguments.add_data_dir(parser)
+  arguments.add(parser, "data_dir", seeds=3)
 
 
 def run(args: Namespace) -> None:

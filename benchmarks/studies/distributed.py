@@ -55,13 +55,11 @@ def exchanges(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def train(problem: Problem, mesh: Mesh, layout: str, steps: int = STEPS, seed: int = 1) -> dict[str, Any]:
   """Losses of a run of whitening PSGD on all devices of the mesh, and what each device holds and sends."""
-  tx = dpo.psgd(3e-3, b1=0.9, every=1)
   shapes = jax.eval_shape(problem.init, jax.random.key(seed))
-  specs = specs_of(layout, shapes, mesh.size)
-  tx = dpo.sharded(tx, mesh, specs)
+  specs = specs_of(layout, shapes, mesh)
+  tx = dpo.sharded(dpo.psgd(3e-3, b1=0.9, every=1), mesh, specs)
   on = lambda spec: NamedSharding(mesh, spec)
-  lie = jax.tree.map(lambda _, s: on(s), shapes, specs) if layout != LAYOUTS[0] else on(P())
-  params = jax.jit(problem.init, out_shardings=lie)(jax.random.key(seed))
+  params = jax.jit(problem.init, out_shardings=jax.tree.map(on, specs))(jax.random.key(seed))
   state = jax.jit(tx.init)(params)
 
   def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
@@ -147,17 +145,11 @@ def measure(problem: str, devices: int, processes: int = 1, steps: int = STEPS, 
 def table(document: dict[str, Any]) -> Table:
   """A row per layout, and one device."""
   runs = {"one device": document["one"] | {"largest_difference": 0.0}} | document["layouts"]
-  rows = [
-    (
-      name,
-      number(found["losses"][-1]),
-      f"{found['largest_difference']:.1e}",
-      number(found["params_bytes_per_device"] / 1e3),
-      number(found["state_bytes_per_device"] / 1e3),
-      ", ".join(f"{count} {kind}" for kind, count in sorted(found["exchanges"].items())) or "none",
-    )
-    for name, found in runs.items()
-  ]
+  rows = []
+  for name, found in runs.items():
+    held = (number(found[f"{what}_bytes_per_device"] / 1e3) for what in ("params", "state"))
+    exchanged = ", ".join(f"{count} {kind}" for kind, count in sorted(found["exchanges"].items())) or "none"
+    rows.append((name, number(found["losses"][-1]), f"{found['largest_difference']:.1e}", *held, exchanged))
   header = ("layout", "last loss", "largest difference", "params, kB", "state, kB", "exchanges in the program")
   note = f"Bytes of one device. {document['steps']} steps, a fit on each."
   title = f"{document['problem']} on {document['devices']} devices in {document['processes']} process(es)"
@@ -170,7 +162,7 @@ def add_arguments(parser: ArgumentParser) -> None:
   add("problem", nargs="?", default=PROBLEM, type=name, metavar="PROBLEM", help="(default: %(default)s)")
   add("--devices", type=count, default=8, help="virtual ones on a CPU (default: %(default)d)")
   add("--processes", type=count, default=1, help="over which the devices are divided (default: %(default)d)")
-  arguments.add_data_dir(parser)
+  arguments.add(parser, "data_dir")
 
 
 def run(args: Namespace) -> None:

@@ -2,16 +2,17 @@
 """GLS beside Adam and others: losses, layers wider than their input, and the cost of a step.
 
 classifiers   loss after equal steps; at SGD's step length, for each rate; steps and seconds to where Adam ends
-autoencoder   layers wider than their input: plain GLS, the three mends, Kron whitening, Adam
+autoencoder   layers wider than their input: plain GLS, three remedies, Kron whitening, Adam
 cost          seconds of a step beside Adam's, in interleaved rounds, on both MLPs
-single layer  `irls_fit`, the ancestor, beside the others
+single layer  `irls_fit`, the method of one layer that GLS comes from, beside the others
 
 Every contestant is tuned with five learning rates on seed 0 and then run on seeds 1, 2, ...
 """
 
 import json
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
+import math
+from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,19 +50,19 @@ SMALL: dict[str, Contestant] = CLASSIFIERS | {
 }
 AUTOENCODER_GRID = (0.02, 0.05, 0.1, 0.2, 0.4)
 WIDE: dict[str, Any] = {"damping": 0.01}
-MENDS: dict[str, dict[str, Any]] = {
+REMEDIES: dict[str, dict[str, Any]] = {
   "plain": {},
   "trust region": {"max_output_change": 0.1},
   "output whitening": {"output_damping": 1.0},
   "whitening and trust region": {"output_damping": 0.1, "max_output_change": 0.1},
 }
 AUTOENCODERS: dict[str, Contestant] = FIRST_ORDER | {
-  **{f"GLS, {name}": ("gls", WIDE | options, AUTOENCODER_GRID) for name, options in MENDS.items()},
+  **{f"GLS, {name}": ("gls", WIDE | options, AUTOENCODER_GRID) for name, options in REMEDIES.items()},
   "GLS, curvature step": ("gls_curvature", WIDE, AUTOENCODER_GRID),
   "Kron whitening": ("psgd_whiten", {"preconditioner": "kron(geometry=quad)"}, ADAPTIVE_GRID),
 }
 LARGE: dict[str, Contestant] = FIRST_ORDER | {
-  **{f"GLS, {name}": ("gls", DUAL | WIDE | options, GRIDS["gls"]) for name, options in MENDS.items()},
+  **{f"GLS, {name}": ("gls", DUAL | WIDE | options, GRIDS["gls"]) for name, options in REMEDIES.items()},
   "Kron whitening": AUTOENCODERS["Kron whitening"],
 }
 LAYERS: dict[str, Contestant] = FIRST_ORDER | {
@@ -95,14 +96,14 @@ def compare(
     return analysis.reached(run.curves[axis], run.curves["train_loss"], targets[run.seed]) / run.curves[axis][-1]
 
   found = {}
-  for label, (rate, _, runs) in raced.items():
-    losses = [run.curves["train_loss"] for run in runs]
+  for label, entry in raced.items():
+    losses = [run.curves["train_loss"] for run in entry.runs]
     found[label] = {
-      "typed": races.typed(label, rate),
-      "trials": raced[label].trials,
-      **{name: [run.final(name) for run in runs] for name in ("train_loss", "test_loss")},
-      "seconds": [run.curves["seconds"][-1] for run in runs],
-      **{f"{axis}_to_adam": [to_adam(run, axis) for run in runs] for axis in ("step", "seconds")},
+      "typed": races.typed(label, entry.learning_rate),
+      "trials": entry.trials,
+      **entry.finals("train_loss", "test_loss"),
+      "seconds": [run.curves["seconds"][-1] for run in entry.runs],
+      **{f"{axis}_to_adam": [to_adam(run, axis) for run in entry.runs] for axis in ("step", "seconds")},
       "curve": np.median(losses, 0).tolist() if len(set(map(len, losses))) == 1 else None,
     }
   assert races.last is not None
@@ -110,7 +111,7 @@ def compare(
 
 
 def one_layer(problem: str, seeds: Sequence[int]) -> dict[str, Any]:
-  """The ancestor on the data of `single_layer`, from the starts of these seeds."""
+  """`irls_fit` on the data of `single_layer`, from the starts of these seeds."""
   built = build(problem, None, False)
   x, y = (jnp.asarray(built.arrays.train[name]) for name in "xy")
   fit = jax.jit(lambda kernel, bias: dpo.irls_fit(x, y, start=(kernel, bias)))
@@ -138,7 +139,7 @@ def cost(problem: str, data_dir: str | None, rounds: int = 9) -> dict[str, Any]:
     (entered,) = contestants(typed(*contestant[:2], 1e-3), {}, problem)
     lane = compiled(built, entered, plan, train).start(built.init(jax.random.key(0)), 0)
     calls[label] = lambda lane=lane: lane.train(train, rows, 0)
-  times = interleaved(calls, rounds, 1, seed=0)
+  times = interleaved(calls, rounds, 1)
   return {
     "batch_size": built.batch_size,
     "rounds": rounds,
@@ -160,7 +161,7 @@ def race_table(problem: str, found: dict[str, Any]) -> Table:
   plan = found["plan"]
   header = ("optimizer", "rate", "train loss", "test loss", "steps to Adam's loss", "seconds to Adam's loss")
   note = (
-    "To Adam's loss: when the optimizer is at Adam's final training loss of the same seed, as a share of Adam's run."
+    "To Adam's loss: when the optimizer has the final training loss of Adam on that seed, as a share of Adam's run."
   )
   return Table(f"{problem}: {plan['steps']} steps, {plan['train_size']} samples", header, rows, (note,))
 
@@ -168,8 +169,7 @@ def race_table(problem: str, found: dict[str, Any]) -> Table:
 def length_table(found: dict[str, Any]) -> Table:
   """SGD and GLS with SGD's step length, rate by rate, seed 0."""
   of = {label: found["contestants"][label]["trials"] for label in ("SGD", "GLS, length of SGD")}
-  shown = lambda loss: number(float("inf") if loss is None else loss)
-  rows = [(label, *map(shown, trials.values())) for label, trials in of.items()]
+  rows = [(label, *map(number, trials.values())) for label, trials in of.items()]
   return Table("Train loss at equal step length, by learning rate", ("optimizer", *of["SGD"]), rows)
 
 
@@ -178,10 +178,10 @@ def summary(document: dict[str, Any]) -> Table:
   rows = []
   for problem, found in document["races"].items():
     of = found["contestants"]
-    best_trial = lambda label, of=of: min(_numbers(of[label]["trials"].values()))
+    best_trial = lambda label, of=of: min(math.inf if x is None else x for x in of[label]["trials"].values())
     best = min((label for label in of if label.startswith("GLS")), key=best_trial)
-    lowest = min(of, key=lambda label: analysis.spread(_numbers(of[label]["train_loss"])).median)
-    middle = lambda values: number(analysis.spread(_numbers(values)).median)
+    lowest = min(of, key=lambda label: analysis.spread(of[label]["train_loss"]).median)
+    middle = lambda values: number(analysis.spread(values).median)
     mine, steps = (middle(of[best][name]) for name in ("train_loss", "step_to_adam"))
     seconds, winner = middle(_seconds_to_adam(found, best)), f"{lowest} {middle(of[lowest]['train_loss'])}"
     adam = middle(of["Adam"]["train_loss"])
@@ -191,14 +191,9 @@ def summary(document: dict[str, Any]) -> Table:
   costs = ", ".join(f"{ratio_text(ratio)} on {name}" for name, ratio in ratios.items())
   note = (
     f"Median training loss over {document['seeds']} seeds, five rates each; shares of Adam's run; – is not reached. "
-    f"A step of plain GLS beside one of Adam's: {costs}. It fits the training data: its test loss is often "
-    "higher."
+    f"A step of plain GLS beside one of Adam's: {costs}. It fits the training data: its test loss is often higher."
   )
   return Table("GLS beside Adam (`python -m benchmarks gls`)", header, rows, (note,))
-
-
-def _numbers(values: Iterable[float | None]) -> list[float]:
-  return [float("inf") if value is None else value for value in values]
 
 
 def _seconds_to_adam(found: dict[str, Any], label: str) -> list[float | None]:
@@ -234,9 +229,7 @@ def show(part: str, problem: str, found: dict[str, Any]) -> None:
     say(f"irls_fit: {found['irls']}")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-  arguments.add_seeds(parser, 5)
-  arguments.add_data_dir(parser)
+add_arguments = lambda parser: arguments.add(parser, "data_dir", seeds=5)
 
 
 def run(args: Namespace) -> None:

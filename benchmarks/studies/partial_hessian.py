@@ -10,7 +10,6 @@ python -m benchmarks partial_hessian
   momentum    a whole step of SGD with momentum
 """
 
-from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import optax
 
 import dpsgd_optax as dpo
 from benchmarks.engine.records import environment, load_average
-from benchmarks.engine.report import Table, publish
+from benchmarks.engine.report import Table, study
 from benchmarks.engine.timing import Step, first_batch, interleaved, of_gradient, quartiles_of, ratio_text, whole_step
 from benchmarks.problems.table import build
 from dpsgd_optax import training
@@ -47,7 +46,7 @@ def contestants(name: str = "digits_bn") -> dict[str, Step]:
 
 def measure(rounds: int = ROUNDS, calls: int = CALLS) -> dict[str, Any]:
   entered, before = contestants(), load_average()
-  times = interleaved(entered, rounds, calls, seed=0)
+  times = interleaved(entered, rounds, calls)
   return {
     "problem": "digits_bn",
     "rounds": rounds,
@@ -76,10 +75,4 @@ def table(document: dict[str, Any]) -> Table:
   )
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
-
-
-def run(args: Namespace) -> None:
-  document = measure()
-  publish(document, args.out / "partial_hessian.json", table(document))
+run = study("partial_hessian", lambda args: measure(), table)

@@ -5,7 +5,7 @@
 """
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 from benchmarks.engine import analysis
@@ -89,10 +89,6 @@ def updated(text: str, figures: str) -> str:
 def pages(results: Path) -> dict[Path, str]:
   """Each page with its figures."""
   return {path: updated(path.read_text(), of(results)) for path, of in ((README, figures), (CHOOSING, advice))}
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
 
 
 def run(args: Namespace) -> None:

@@ -6,7 +6,7 @@ seeds and strengths of a variant are lanes of one `vmap`. Penalties of parameter
 The learning rate is the same for all variants of an optimizer and was chosen without any penalty (seed 0, `tuned`).
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import dpsgd_optax as dpo
-from benchmarks.engine.problem import cross_entropy
+from benchmarks.engine.problem import classifier
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment, load_average, write
 from benchmarks.engine.report import Table, number, publish
@@ -31,22 +31,18 @@ RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 DECAY = (1e-3, 1e-2, 1e-1, 1.0)
 SPARSE = (1e-4, 1e-3, 1e-2, 1e-1)
 GRADIENT = (1e-4, 1e-3, 1e-2, 1e-1)
-# where the gradient of the loss is 0, as at an empty pixel, Adam's P is 1/ε, and multiplies the penalty
+# Smaller ones: P multiplies the penalty here, and Adam's P is 1/ε where the loss has no gradient, as at an empty pixel.
 UNSEEN = (1e-7, 1e-5, 1e-3, 1e-1)
 RADIUS = (1e-2, 3e-2, 1e-1, 3e-1)
 
 PRECONDITIONERS = {"adam": lambda: dpo.second_moment(), "kron": lambda: dpo.kron()}
-# position -> transforms: before the fit, between fit and P, after P (in sight of it), behind it
-Parts = dict[str, list]
+Parts = dict[
+  str, list
+]  # place -> transforms: "before" the fit, "between" fit and P, "after" P and given it, "behind" P
 
 
-def kernels(tree: Any) -> Any:
-  return jax.tree.map(lambda x: x.ndim > 1, tree)
-
-
-def masked(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  return optax.masked(tx, kernels)
-
+kernels = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
+masked = lambda tx: optax.masked(tx, kernels)
 
 # variant -> (strengths, strength and learning rate -> Parts)
 VARIANTS: dict[str, tuple[tuple[float, ...], Callable[[Any, Any], Parts]]] = {
@@ -82,36 +78,21 @@ def optimizer(preconditioner: dpo.Preconditioner, parts: Parts, rate: Any) -> op
   return optax.chain(*parts.get("before", []), inside, *last)
 
 
-def problem() -> tuple[Callable, Callable, dict[str, jax.Array], dict[str, jax.Array]]:
-  """init, loss, the samples to train on, the samples to test on."""
-  model, arrays = MLP((32, 10)), data.digits()
-  train, test = ({k: jnp.asarray(v) for k, v in part.items()} for part in (arrays.train, arrays.test))
-
-  def loss(params: Any, batch: Any) -> jax.Array:
-    return cross_entropy(model.apply(params, batch["x"]), batch["y"])["loss"]
-
-  def accuracy(params: Any) -> jax.Array:
-    return cross_entropy(model.apply(params, test["x"]), test["y"])["accuracy"]
-
-  return (lambda key: model.init(key, train["x"][:1])), loss, train, accuracy
-
-
 def sweep(make: Callable, build: Callable[[Any, Any], Parts], strengths: Any, rates: Any, seeds: Any) -> np.ndarray:
   """Test accuracies and shares of exactly zero kernel entries, (2, lanes): one lane per strength, rate and seed."""
-  init, loss, train, accuracy = problem()
-  total = len(train["x"])
+  problem = classifier(MLP((32, 10)), data.digits(), batch_size=BATCH, epochs=1, evaluations=1)
+  train, test = (jax.tree.map(jnp.asarray, part) for part in (problem.arrays.train, problem.arrays.test))
 
   def lane(strength: jax.Array, rate: jax.Array, seed: jax.Array) -> jax.Array:
     key, start, draw = jax.random.split(jax.random.key(seed), 3)
-    mine = jax.random.permutation(draw, total)[:SAMPLES]
-    params = init(start)
+    mine = jax.random.permutation(draw, problem.train_size)[:SAMPLES]
+    params = problem.init(start)
     tx = optimizer(make(), build(strength, rate), rate)
 
     def body(carry: Any, key: jax.Array) -> tuple[Any, None]:
       params, state = carry
       rows = jax.random.choice(key, mine, (BATCH,), replace=False)
-      batch = jax.tree.map(lambda x: x[rows], train)
-      of_batch = lambda p: loss(p, batch)
+      of_batch = lambda p: problem.loss(p, problem.take(train, rows))
       grads = jax.grad(of_batch)(params)
       extra = {"hvp": dpo.hvp(of_batch, params), "value_fn": of_batch, "refresh": True}
       updates, state = tx.update(grads, state, params, **extra)
@@ -119,7 +100,7 @@ def sweep(make: Callable, build: Callable[[Any, Any], Parts], strengths: Any, ra
 
     params, _ = jax.lax.scan(body, (params, tx.init(params)), jax.random.split(key, STEPS))[0]
     zero = [jnp.mean(x == 0) for x in jax.tree.leaves(params) if x.ndim > 1]
-    return jnp.stack([accuracy(params), jnp.mean(jnp.stack(zero))])
+    return jnp.stack([problem.metrics(params, test)["accuracy"], jnp.mean(jnp.stack(zero))])
 
   # some seconds of computing do not repay the compiler's best effort
   run = jax.jit(jax.vmap(lane), compiler_options={"xla_backend_optimization_level": 1})
@@ -142,8 +123,6 @@ def measure_variant(name: str, rate: float, variant: str) -> dict[str, Any]:
   quartiles = lambda x: np.percentile(x, [25, 50, 75], axis=1).T.tolist()
   return {"strengths": strengths, "accuracy": quartiles(accuracy), "zeros": np.median(zeros, 1).tolist()}
 
-
-# --- cost -------------------------------------------------------------------------------------------------------------
 
 COSTS = ("none", "L2 in z (AdamW)", "L1 in z", "L1 in z, proximal", "gradient norm in θ", "gradient norm in z")
 
@@ -169,12 +148,9 @@ def measure_cost(rounds: int = 15, calls: int = 10) -> dict[str, Any]:
   }
   entered = {name: Step(*call) for name, call in timed.items()}
   before = load_average()
-  times = interleaved(entered, rounds, calls, 0)
+  times = interleaved(entered, rounds, calls)
   ratios = {name: quartiles_of(times, name, "gradient") for name in entered if name != "gradient"}
   return {"rounds": rounds, "calls": calls, "load_average": [before, load_average()], "ratios_to_a_gradient": ratios}
-
-
-# --- what is shown ----------------------------------------------------------------------------------------------------
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -197,10 +173,6 @@ def table(document: dict[str, Any]) -> Table:
     "on the same seeds, so differences within the quartiles mean nothing. Cost: a step with Adam's P over a gradient."
   )
   return Table("Regularisation on digits", ("penalty", *names, "cost"), rows, (note,))
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
 
 
 def run(args: Namespace) -> None:

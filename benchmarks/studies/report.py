@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Markdown tables of all runs that are kept in --out."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
 from benchmarks import hyperparameters
 from benchmarks.engine import arguments
@@ -9,9 +9,7 @@ from benchmarks.engine.progress import say
 from benchmarks.engine.records import load, runs_in
 from benchmarks.engine.report import claim_table, tables
 
-
-def add_arguments(parser: ArgumentParser) -> None:
-  arguments.add_targets(parser)
+add_arguments = lambda parser: arguments.add(parser, "target")
 
 
 def run(args: Namespace) -> None:

@@ -94,10 +94,7 @@ def compare(
     found[contestant.label] = {
       "learning_rate": raced.learning_rate,
       "trials": {rate: -loss for rate, loss in raced.trials.items()},
-      "whole": [run.whole for run in raced.runs],
-      "final": [run.final for run in raced.runs],
-      "returns": [run.returns for run in raced.runs],
-      "seconds": [run.seconds for run in raced.runs],
+      **{name: [getattr(run, name) for run in raced.runs] for name in ("whole", "final", "returns", "seconds")},
     }
     finals = ", ".join(number(run.final) for run in raced.runs)
     say(f"{name}, {contestant.label}: rate {raced.learning_rate:g}, final returns {finals}")
@@ -106,10 +103,8 @@ def compare(
 
 def table(name: str, document: dict[str, Any]) -> Table:
   """A row per optimizer, the best first."""
-
-  found = document["optimizers"]
   rows = []
-  for label, entry in sorted(found.items(), key=lambda item: -spread(item[1]["whole"]).median):
+  for label, entry in sorted(document["optimizers"].items(), key=lambda item: -spread(item[1]["whole"]).median):
     seconds = number(spread(entry["seconds"]).median)
     rows.append((label, f"{entry['learning_rate']:g}", quartiles(entry["whole"]), quartiles(entry["final"]), seconds))
   return Table(
@@ -136,7 +131,7 @@ def add_arguments(parser: ArgumentParser) -> None:
   names = ", ".join(ENVIRONMENTS)
   parser.add_argument("environments", nargs="*", metavar="ENVIRONMENT", help=f"of gymnax (default: {names})")
   parser.add_argument("--optimizers", default=OPTIMIZERS, help="comma-separated (default: %(default)s)")
-  arguments.add_seeds(parser, 5)
+  arguments.add(parser, seeds=5)
 
 
 def run(args: Namespace, make: Callable[[str], World] = world, recipe: Recipe = USUAL) -> None:

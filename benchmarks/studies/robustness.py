@@ -15,7 +15,6 @@ An update is measured by its root mean square, and compared with the twin's of t
 bias counts, and the worst of the seeds. A run has recovered when the ratio stays within BAND to the end.
 """
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,34 +27,26 @@ import optax
 import dpsgd_optax as dpo
 from benchmarks.engine.progress import say
 from benchmarks.engine.records import environment
-from benchmarks.engine.report import Table, number, publish
+from benchmarks.engine.report import Table, number, study
 from benchmarks.optimizers import PRECONDITIONERS
 
 SHAPES = {"bias": (6,), "kernel": (8, 6)}
 DISTURBED, AFTER, SEEDS, BAND = 2000, 1000, 3, 2.0
 
-SPIKES = (1e3, 1e18)
+SPIKES = {f"×{scale:.0e}": scale for scale in (1e3, 1e18)}
 CURVATURES = {"whitening": dpo.whitening, "newton": dpo.newton}
 
 
 def disturbances(disturbed: int, after: int) -> dict[str, np.ndarray]:
   """What the gradient of each step is multiplied by."""
-  calm = np.ones(disturbed + after, np.float32)
-  found = {"twin": calm, "zeros": calm.copy(), "outlier": calm.copy(), "nan": calm.copy()}
-  found["zeros"][:disturbed] = 0
-  found["outlier"][disturbed] = 1000
-  found["nan"][disturbed] = np.nan
-  return found
+  t = np.arange(disturbed + after)
+  where = {"twin": (t < 0, 1), "zeros": (t < disturbed, 0)}
+  where |= {name: (t == disturbed, scale) for name, scale in {"outlier": 1000, "nan": np.nan, **SPIKES}.items()}
+  return {name: np.where(steps, scale, 1).astype(np.float32) for name, (steps, scale) in where.items()}
 
 
 def simulate(
-  make: Callable,
-  curvature: Callable,
-  dtype: Any,
-  options: dict[str, Any],
-  scales: jax.Array,
-  draws: Any,
-  seed: jax.Array,
+  make: Callable, curvature: Callable, dtype: Any, options: dict[str, Any], scales: jax.Array, draws: Any, seed: Any
 ) -> dict[str, Any]:
   """The root mean square of every update, (steps, leaves), and the steps that were skipped."""
   like = {name: jnp.zeros(shape, dtype) for name, shape in SHAPES.items()}
@@ -72,12 +63,6 @@ def simulate(
 
   state, sizes = jax.lax.scan(step, tx.init(like), (scales, draws))
   return {"rms": sizes, "skipped": optax.tree.get(state, "skipped")}
-
-
-def gradients(steps: int, seeds: int) -> dict[str, np.ndarray]:
-  """N(0, I) for every seed and step."""
-  rng = np.random.default_rng(0)
-  return {name: rng.standard_normal((seeds, steps, *shape), np.float32) for name, shape in SHAPES.items()}
 
 
 def ratios(sizes: np.ndarray, twin: np.ndarray) -> np.ndarray:
@@ -99,30 +84,32 @@ def measure_one(
 ) -> dict[str, Any]:
   """One row: every disturbance of one preconditioner under one criterion."""
   scales = disturbances(disturbed, after)
-  draws, keys = gradients(disturbed + after, seeds), np.arange(seeds)
+  rng, size = np.random.default_rng(0), (seeds, disturbed + after)
+  draws = {name: rng.standard_normal((*size, *shape), np.float32) for name, shape in SHAPES.items()}
 
-  def runs(dtype, scales, **options):
+  def runs(dtype, names, **options):
+    chosen = [scales[name] for name in names]
     over_seeds = jax.vmap(partial(simulate, make, curvature, dtype, options), in_axes=(None, 0, 0))
-    return jax.device_get(jax.jit(jax.vmap(over_seeds, in_axes=(0, None, None)))(np.stack(scales), draws, keys))
+    together = jax.jit(jax.vmap(over_seeds, in_axes=(0, None, None)))
+    return jax.device_get(together(np.stack(chosen), draws, np.arange(seeds)))
 
-  found = runs(jnp.float32, list(scales.values()))
-  of = dict(zip(scales, found["rms"], strict=True))
-  narrow = runs(jnp.bfloat16, [scales["twin"]])["rms"][0]
+  names = ("twin", "zeros", "outlier", "nan")
+  found = runs(jnp.float32, names)
+  of = dict(zip(names, found["rms"], strict=True))
+  narrow = runs(jnp.bfloat16, ["twin"])["rms"][0]
   ratio = {name: ratios(sizes, of["twin"])[:, disturbed:] for name, sizes in {**of, "bf16": narrow}.items()}
   first = of["zeros"][:, disturbed]
 
   def spikes(**options):
-    twin, *spoilt = runs(jnp.float32, spiked, b1=0.9, **options)["rms"]
+    twin, *spoilt = runs(jnp.float32, ["twin", *SPIKES], b1=0.9, **options)["rms"]
     return [recovered(ratios(sizes, twin)[:, disturbed + 1 :]) for sizes in spoilt]
 
-  calm = scales["twin"]
-  spiked = [calm, *(np.where(np.arange(len(calm)) == disturbed, np.float32(spike), calm) for spike in SPIKES)]
   return {
     "zeros": {"smallest_first": first.min(), "largest_first": first.max(), "recovered": recovered(ratio["zeros"])},
     "outlier": {"largest": of["outlier"][:, disturbed:].max(), "recovered": recovered(ratio["outlier"][:, 1:])},
     "nan": {
       "largest_at_nan": of["nan"][:, disturbed].max(),
-      "skipped": int(found["skipped"][list(scales).index("nan")].max()),
+      "skipped": int(found["skipped"][names.index("nan")].max()),
       "recovered": recovered(ratio["nan"][:, 1:]),
     },
     "bf16": {"median_ratio": np.median(ratio["bf16"])},
@@ -132,13 +119,12 @@ def measure_one(
 
 
 def measure() -> dict[str, Any]:
-  """The document: all rows."""
   rows = []
   for name, make in PRECONDITIONERS.items():
     for criterion, curvature in CURVATURES.items():
       rows.append({"preconditioner": name, "criterion": criterion, **measure_one(make, curvature)})
       say(f"  {rows[-1]}")
-  settings = {"disturbed": DISTURBED, "after": AFTER, "seeds": SEEDS, "band": BAND, "spikes": SPIKES}
+  settings = {"disturbed": DISTURBED, "after": AFTER, "seeds": SEEDS, "band": BAND, "spikes": list(SPIKES.values())}
   return {"settings": settings, "environment": environment(), "rows": rows}
 
 
@@ -166,10 +152,4 @@ def table(document: dict[str, Any]) -> Table:
   return Table("Bad gradients: what they do to the next steps", header, [cells(row) for row in document["rows"]], notes)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
-
-
-def run(args: Namespace) -> None:
-  document = measure()
-  publish(document, args.out / "robustness.json", table(document))
+run = study("robustness", lambda args: measure(), table)

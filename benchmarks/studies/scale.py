@@ -83,9 +83,6 @@ def optimizer() -> optax.GradientTransformationExtraArgs:
   return dpo.psgd(1e-3, dpo.kron(max_size=jnp.inf), b1=0.9, every=33)
 
 
-# -- the model ---------------------------------------------------------------------------------------------------------
-
-
 def gradient_flops(model: Model, tokens: int) -> float:
   """6 per weight of a product and token, and the attention's 12 context · width per layer and token."""
   products = 12 * model.layers * model.width**2 + model.vocabulary * model.width
@@ -149,10 +146,10 @@ def bytes_of(shapes: Any, specs: Any, mesh: Any) -> float:
   return sum(jax.tree.leaves(jax.tree.map(one, shapes, specs)))
 
 
-def sharded_specs(params: Any, mesh: Any) -> Any:
-  """Each leaf along the first axis that all devices divide."""
-  merged = specs_of(LAYOUTS[1], params, mesh.size)
-  return jax.tree.map(lambda s: P(*(tuple(mesh.shape) if entry else None for entry in s)), merged)
+def bytes_held(tx: optax.GradientTransformation, params: Any, specs: Any, mesh: Any) -> tuple[float, float]:
+  """What one device holds of the params and of the optimizer's state."""
+  state = bytes_of(jax.eval_shape(tx.init, params), dpo.partition_specs(tx, params, specs, mesh), mesh)
+  return bytes_of(params, specs, mesh), state
 
 
 def predict(model: Model, devices: int, layout: str, fit: dict[str, float], hardware: dict[str, float]) -> dict:
@@ -160,10 +157,7 @@ def predict(model: Model, devices: int, layout: str, fit: dict[str, float], hard
   axes = tuple(f"axis{i}" for i in range(devices.bit_length() - 1))
   mesh = AbstractMesh((2,) * len(axes), axes)
   params, tx = model.shapes(), optimizer()
-  specs = P() if layout == LAYOUTS[0] else sharded_specs(params, mesh)
-  spread = jax.tree.map(lambda _: P(), params) if layout == LAYOUTS[0] else specs
-  held = bytes_of(params, spread, mesh)
-  state = bytes_of(jax.eval_shape(tx.init, params), dpo.partition_specs(tx, params, specs, mesh), mesh)
+  held, state = bytes_held(tx, params, specs_of(layout, params, mesh), mesh)
   found, parameters = shares(params, mesh), size_of(params)
   gradient = 1e3 * gradient_flops(model, TOKENS) / hardware["peak"]
   ms = lambda sent: 1e3 * sent / hardware["link-bandwidth"]
@@ -190,9 +184,6 @@ def predict(model: Model, devices: int, layout: str, fit: dict[str, float], hard
       "step_over_adam": whole / adam,
     }
   return row
-
-
-# -- what is measured --------------------------------------------------------------------------------------------------
 
 
 def flops_of(compiled: jax.stages.Compiled) -> float:
@@ -233,7 +224,7 @@ def programs(layout: str, refresh: bool, model: Model = SMALL) -> tuple[jax.stag
   devices = model.layers
   mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
   shapes, network = model.shapes(), model.network()
-  specs = specs_of(layout, shapes, devices)
+  specs = specs_of(layout, shapes, mesh)
   tx = dpo.sharded(optimizer(), mesh, specs)
 
   def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any]:
@@ -248,21 +239,18 @@ def programs(layout: str, refresh: bool, model: Model = SMALL) -> tuple[jax.stag
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, specs
   )
   state = on(jax.eval_shape(tx.init, shapes), dpo.partition_specs(tx, shapes, specs, mesh))
-  spread = jax.tree.map(lambda _: P(), shapes) if layout == LAYOUTS[0] else specs
   tokens = jax.ShapeDtypeStruct((devices, model.context + 1), jnp.int32, sharding=NamedSharding(mesh, P("data")))
-  compiled = jax.jit(step).lower(on(shapes, spread), state, tokens).compile()
-  return compiled, (shapes, spread, specs, tx), mesh
+  compiled = jax.jit(step).lower(on(shapes, specs), state, tokens).compile()
+  return compiled, (tx, shapes, specs), mesh
 
 
 def check(layout: str, refresh: bool, fit: dict[str, float], model: Model = SMALL) -> dict[str, Any]:
   """Flops, exchanged bytes and argument bytes of the small model: predicted over compiled."""
-  compiled, (shapes, spread, specs, tx), mesh = programs(layout, refresh, model)
+  compiled, (tx, shapes, specs), mesh = programs(layout, refresh, model)
   found, rate = shares(shapes, mesh), float(refresh)
   sent = bytes_sent(compiled, mesh.size)
   predicted = exchanged(found, size_of(shapes), mesh.size, layout, rate)
   flops = gradient_flops(model, model.context) + optimizer_flops(found, fit, rate)
-  state = bytes_of(jax.eval_shape(tx.init, shapes), dpo.partition_specs(tx, shapes, specs, mesh), mesh)
-  held = bytes_of(shapes, spread, mesh) + state
   return {
     "layout": layout,
     "fit": refresh,
@@ -270,12 +258,11 @@ def check(layout: str, refresh: bool, fit: dict[str, float], model: Model = SMAL
     "flops_ratio": flops / flops_of(compiled),
     "sent": sent,
     "sent_ratio": sum(predicted.values()) / sum(sent.values()),
-    "held_ratio": held / compiled.memory_analysis().argument_size_in_bytes,
+    "held_ratio": sum(bytes_held(tx, shapes, specs, mesh)) / compiled.memory_analysis().argument_size_in_bytes,
   }
 
 
 def measure(hardware: dict[str, float]) -> dict[str, Any]:
-  """The document."""
   fit = calibrate()
   say(f"  a fit costs {fit['fit_s']:.2f} S + {fit['fit_c']:.2f} C flops")
   checks = []

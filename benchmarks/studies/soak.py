@@ -16,7 +16,8 @@ params are. Every EVERY fits P is written out as a matrix and looked at:
   frozen      looks in a row, at most, at which some p_ii had not moved by 1e-4: its curvature moves by more
 """
 
-from argparse import ArgumentParser, Namespace
+import itertools
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -90,11 +91,7 @@ def look(p: np.ndarray, diagonal: np.ndarray, before: np.ndarray) -> dict[str, A
 
 def longest(flags: list[bool]) -> int:
   """The longest run of True."""
-  best = now = 0
-  for flag in flags:
-    now = now + 1 if flag else 0
-    best = max(best, now)
-  return best
+  return max((sum(run) for _, run in itertools.groupby(flags)), default=0)
 
 
 def measure_one(make: Callable, newton: bool, total: int = FITS) -> list[dict[str, Any]]:
@@ -155,10 +152,6 @@ def table(document: dict[str, Any]) -> Table:
     "diagonal unchanged at more than two looks in a row.",
   )
   return Table("Soak", header, [cells(row) for row in document["rows"]], notes)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
 
 
 def run(args: Namespace) -> None:

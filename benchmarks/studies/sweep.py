@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many whole runs in one compiled call: 16 learning rates × 4 seeds on digits, and what rarer fits save there.
 
-`lax.scan` over the steps outside, `vmap` over seeds and rates inside. When P is fitted is decided outside the
-`vmap`, from the number of the step, which all runs share, and reach `update` as `refresh`: a predicate that is not
-batched, so that `lax.cond` stays a branch. Left to the count in the state, which `vmap` makes one per run, it becomes a
-select that computes every fit.
+`lax.scan` over the steps is outside, `vmap` over seeds and rates inside. Whether P is fitted is decided outside the
+`vmap`, by the number of the step, which all runs share. It reaches `update` as `refresh`, a predicate that is not
+batched, and `lax.cond` stays a branch. The count in the state is one for each run under `vmap`: a decision by it
+becomes a select, which computes every fit.
 """
 
 import itertools
-import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -90,21 +89,15 @@ def timed(problem: Problem, train: Any, steps: int = TIMED_STEPS, rounds: int = 
   rows = rows_of(problem, SEEDS, steps)
   run = lambda options: jax.jit(whole_run(problem, whiten, **options))
   calls = {name: partial(run(options), rates, seeds, rows, train) for name, options in RUNS.items()}
-  first = {}
-  for name, call in calls.items():
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    first[name] = time.perf_counter() - begin
-  times = interleaved(calls, rounds, 1, seed=0)
+  first = {name: seconds for name, (seconds,) in interleaved(calls, 1, 1)["wall"].items()}
+  times = interleaved(calls, rounds, 1)
   ratios = {name: quartiles_of(times, name, next(iter(RUNS))) for name in calls}
   return {"steps": steps, "rounds": rounds, "ratios": ratios, "seconds": times, "first_call_seconds": first}
 
 
 def measure(problem: Problem) -> dict[str, Any]:
-  """The document: the sweep itself, and the times."""
   before = load_average()
-  train = {name: jnp.asarray(array) for name, array in problem.arrays.train.items()}
-  test = {name: jnp.asarray(array) for name, array in problem.arrays.test.items()}
+  train, test = (jax.tree.map(jnp.asarray, part) for part in (problem.arrays.train, problem.arrays.test))
   sweep = jax.jit(whole_run(problem, whiten, every=EVERY))
   arguments = jnp.asarray(RATES, jnp.float32), jnp.asarray(SEEDS), rows_of(problem, SEEDS, STEPS), train
   compiled = compilations()
@@ -130,7 +123,7 @@ def measure(problem: Problem) -> dict[str, Any]:
 
 def tables(document: dict[str, Any]) -> tuple[Table, Table]:
   """What the runs led to, and what deciding on the fit once for all of them saves."""
-  middle = lambda values: spread([np.inf if value is None else value for value in values]).median
+  middle = lambda values: spread(values).median
   rows = [
     (f"{run['learning_rate']:.2g}", number(middle(run["last_epoch_loss"])), f"{middle(run['test_accuracy']):.1%}")
     for run in document["runs"]
@@ -141,10 +134,6 @@ def tables(document: dict[str, Any]) -> tuple[Table, Table]:
   rows = [(name, ratio_text(ratio["cpu"]), ratio_text(ratio["wall"])) for name, ratio in timing["ratios"].items()]
   note = f"{timing['steps']} steps of all runs, {timing['rounds']} interleaved rounds; ratios to the first line."
   return runs, Table("The fit, decided once for all runs", ("P is fitted", "CPU ratio", "wall ratio"), rows, (note,))
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-  """None but --out."""
 
 
 def run(args: Namespace) -> None:

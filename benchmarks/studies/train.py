@@ -25,15 +25,13 @@ from benchmarks.problems.table import PROBLEMS
 
 def add_options(parser: ArgumentParser) -> None:
   """All arguments but the problems."""
-  known = ", ".join([*hyperparameters.GRIDS, *hyperparameters.GROUPS])
-  parser.add_argument("--optimizers", default="", help=f"comma-separated: {known}")
-  parser.add_argument("--setting", choices=("author", "tuned"), default="tuned", help="whose hyper-parameters")
-  parser.add_argument("--name", help="name of the files (default: PROBLEM-SETTING)")
-  parser.add_argument("--save", action="store_true", help="keep final variables and predictions in --out")
-  arguments.add_seeds(parser, None)
-  arguments.add_plan(parser)
-  arguments.add_targets(parser)
-  arguments.add_resume(parser)
+  add, known = parser.add_argument, ", ".join([*hyperparameters.GRIDS, *hyperparameters.GROUPS])
+  add("--optimizers", default="", help=f"comma-separated: {known}")
+  add("--setting", choices=("author", "tuned"), default="tuned", help="whose hyper-parameters")
+  add("--name", help="name of the files (default: PROBLEM-SETTING)")
+  add("--save", action="store_true", help="keep final variables and predictions in --out")
+  add("--seeds", **arguments.COUNT, help="how many, from 1 on (default: 5 on small problems, 3 on large ones)")
+  arguments.add(parser, *arguments.PLAN, "target", "resume")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

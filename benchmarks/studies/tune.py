@@ -25,8 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
   parser.add_argument("problems", nargs="+", type=arguments.known("problem", PROBLEMS), metavar="PROBLEM")
   parser.add_argument("--optimizers", default="all", help=f"comma-separated: {', '.join(GRIDS)} (default: all)")
   parser.add_argument("--name", help="name of the file of all trials (default: trials-PROBLEM)")
-  arguments.add_plan(parser)
-  arguments.add_resume(parser)
+  arguments.add(parser, *arguments.PLAN, "resume")
 
 
 def run(args: Namespace) -> None:
@@ -61,7 +60,7 @@ def trial_table(problem: str, found: Trials) -> Table:
     rows.append((name, *(f"{rate:g}: {number(loss)}{' *' * (rate == chosen)}" for rate, loss in losses.items())))
   edges = [name for name, losses in found.items() if at_edge(losses)]
   notes = (f"At the edge of the grid: {', '.join(edges)}.",) if edges else ()
-  width = max(map(len, rows))
+  width = max(map(len, rows))  # an earlier run, resumed, may have had another grid
   padded = [row + ("",) * (width - len(row)) for row in rows]
   header = ("optimizer", *(f"trial {i}" for i in range(1, width)))
   return Table(f"{problem}: final training loss by learning rate, seed {TUNING_SEED}", header, padded, notes)

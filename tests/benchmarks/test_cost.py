@@ -32,7 +32,7 @@ def test_a_state_of_another_type_than_at_first_counts_as_a_recompilation():
 
 def test_a_cadence_is_the_weighted_mean_of_its_parts():
   weights = cost.every(10, "psgd")
-  found = cost._mean({"psgd, fit": [30.0, 60.0], "psgd, no fit": [10.0, 20.0]}, weights)
+  found = timing.mean_of({"psgd, fit": [30.0, 60.0], "psgd, no fit": [10.0, 20.0]}, weights)
   np.testing.assert_allclose(found, [12.0, 24.0])
 
 

@@ -28,7 +28,7 @@ def regression() -> Problem:
   arrays = Arrays({"x": x, "y": y}, {"x": x, "y": y}, "made up")
   metrics = lambda params, batch: {"loss": jnp.mean((jnp.tanh(batch["x"] @ params["w"]) - batch["y"]) ** 2)}
   init = lambda key: {"w": jax.random.normal(key, (3, 2))}
-  return Problem("regression", init, metrics, arrays, batch_size=4, epochs=1, evaluations=1)
+  return Problem(init, metrics, arrays, batch_size=4, epochs=1, evaluations=1)
 
 
 @pytest.mark.full
@@ -92,8 +92,9 @@ def test_devices_that_the_processes_cannot_share_are_refused():
 
 def test_fully_sharded_params_are_cut_along_the_first_axis_that_can_be():
   shapes = {"a": jnp.zeros((8, 3)), "b": jnp.zeros((3, 16)), "c": jnp.zeros(3)}
-  assert layouts.specs_of("fully sharded", shapes, 8) == {"a": P("data"), "b": P(None, "data"), "c": P()}
-  assert layouts.specs_of("data parallel", shapes, 8) == P()
+  mesh = AbstractMesh((8,), ("data",))
+  assert layouts.specs_of("fully sharded", shapes, mesh) == {"a": P("data"), "b": P(None, "data"), "c": P()}
+  assert layouts.specs_of("data parallel", shapes, mesh) == {"a": P(), "b": P(), "c": P()}
 
 
 # --- the model of scale -------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from benchmarks.__main__ import main
 from benchmarks.engine.calls import SpecError
 from benchmarks.engine.records import load
 from benchmarks.engine.saved import load_saved
-from benchmarks.problems import spoilers
 from benchmarks.problems import table as problems
+from benchmarks.problems import vision
 from benchmarks.problems.table import build
 from benchmarks.studies import _kept, entropy, plasticity, sharpness
 
@@ -49,7 +49,7 @@ def test_a_run_is_kept_and_analysed(tmp_path, monkeypatch, capsys):
 
   def noisy(data_dir, folded):
     problem = digits(data_dir, folded)
-    return replace(problem, arrays=spoilers.noisy_labels(problem.arrays, 0.3))
+    return replace(problem, arrays=vision.noisy_labels(problem.arrays, 0.3))
 
   monkeypatch.setitem(problems.PROBLEMS, "digits", noisy)
   arguments = ["--epochs", "2", "--evaluations", "2", "--train-size", "256", "--out", str(tmp_path)]
