@@ -9,9 +9,12 @@ python -m benchmarks cost --help                       the options of one study
 import ast
 import importlib
 import inspect
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+
+import jax
 
 from benchmarks.engine.arguments import RESULTS
 from benchmarks.engine.calls import SpecError, name_of, unknown
@@ -68,4 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  # seconds of compiling are measured: no program may come from a cache, here or in the processes that are started
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+  jax.config.update("jax_enable_compilation_cache", False)
   sys.exit(main())

@@ -3,7 +3,6 @@
 
 import gzip
 import hashlib
-import json
 import math
 import struct
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from benchmarks import hyperparameters
-from benchmarks.__main__ import main
 from benchmarks.engine import analysis
 from benchmarks.engine.calls import SpecError
 from benchmarks.engine.plots import plot
@@ -21,7 +19,6 @@ from benchmarks.engine.problem import Arrays, batches, limit
 from benchmarks.engine.records import Plan, Results, ResumeError, Run, load, resume, rounded, save
 from benchmarks.engine.report import claim_table, tables
 from benchmarks.engine.runner import fresh, gradients_of, make_step, variant_at
-from benchmarks.engine.tune_then_race import best
 from benchmarks.optimizers import OPTIMIZERS, contestant, contestants, parse, split
 from benchmarks.problems import data
 from benchmarks.problems.curves import draw_curves
@@ -65,9 +62,6 @@ def made(finals: dict[str, list[float]], seconds: float = 1.0) -> Results:
       curves |= {"train_loss": losses, "test_loss": losses}
       results.runs.append(Run(label, seed, finished=True, curves=curves))
   return results
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
 
 
 def test_images_are_read_scaled_and_shaped(folder):
@@ -200,9 +194,6 @@ def test_ptb_without_the_files_says_what_to_put_where(tmp_path, monkeypatch):
     data.ptb(None, length=3)
 
 
-# --- problems -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(("model", "shape", "parameters"), [(LeNet5, (2, 28, 28, 1), 44426), (Elman, (2, 32, 2), 481)])
 def test_models_have_the_number_of_parameters_of_the_paper(model, shape, parameters, folded):
@@ -302,9 +293,6 @@ def test_batches_cover_the_data_once_an_epoch_and_depend_on_the_seed_only():
   assert not np.array_equal(first, np.concatenate(list(batches(problem, seed=2, epochs=1))))
 
 
-# --- contestants --------------------------------------------------------------------------------------------------
-
-
 def test_options_are_read_as_typed():
   text = "sgd, dpsgd(average=two_tap(0.9, 0.1), judge_every=10),psgd+damping(form=additive)"
   assert [parse(part) for part in split(text)] == [
@@ -350,9 +338,6 @@ def test_the_host_chooses_fits_and_judgements():
   assert variant_at(contestant("adam", "adam", {}), 4) == (None, None)
 
 
-# --- analysis -----------------------------------------------------------------------------------------------------
-
-
 def test_target_is_reached_where_the_logarithm_of_the_loss_is():
   assert analysis.reached([0, 10, 20], [1.0, 0.1, 0.001], 0.01) == pytest.approx(15)
   assert analysis.reached([0, 10], [1.0, 0.1], 0.1) == 10
@@ -382,9 +367,6 @@ def test_equal_seconds_are_those_of_the_fastest():
   slow.runs += fast.runs
   losses = analysis.losses_at_equal(slow, "seconds")
   assert losses["sgd"].median == pytest.approx(1e-2) and losses["dpsgd"].median == pytest.approx(1e-4**0.1)
-
-
-# --- records ------------------------------------------------------------------------------------------------------
 
 
 def test_results_survive_a_round_trip(tmp_path):
@@ -419,106 +401,3 @@ def test_tables_and_plot_of_results_with_damping(tmp_path):
   assert claim is not None and "-50 %" in claim.markdown()
   plot(results, tmp_path / "toy.png")
   assert (tmp_path / "toy.png").stat().st_size > 10_000
-
-
-# --- the command line ---------------------------------------------------------------------------------------------
-
-
-def schema_of(path: Path) -> dict:
-  return json.loads(path.read_text())
-
-
-def test_demo_runs_resumes_and_reports(tmp_path, capsys):
-  arguments = ["demo", "--epochs", "0.2", "--evaluations", "2", "--train-size", "640", "--out", str(tmp_path)]
-  assert main([*arguments, "--optimizers", CHEAP, "--seeds", "1"]) == 0
-  assert (tmp_path / "demo.png").exists()
-  document = schema_of(tmp_path / "demo.json")
-  assert set(document) == {"schema", "name", "plan", "contestants", "sessions", "runs"}
-  assert {"python", "jax", "jaxlib", "optax", "flax", "numpy", "cpus"} <= set(document["sessions"][0]["environment"])
-  (first, second) = document["runs"]
-  assert first["curves"]["step"] == [0, 1, 2] and first["finished"] and first["curves"]["seconds"][0] == 0
-  assert first["curves"]["train_loss"][0] == second["curves"]["train_loss"][0]
-  for entry in document["contestants"].values():
-    assert {"name", "options", "parameters", "state_bytes", "compile_seconds"} <= set(entry)
-
-  assert main([*arguments, "--optimizers", CHEAP, "--seeds", "2", "--resume"]) == 0
-  resumed = schema_of(tmp_path / "demo.json")
-  assert resumed["runs"][:2] == document["runs"] and len(resumed["runs"]) == 4
-  assert main([*arguments, "--optimizers", CHEAP, "--seeds", "2", "--resume"]) == 0
-  assert "nothing left to do" in capsys.readouterr().out
-  assert main(["report", "--out", str(tmp_path)]) == 0
-  assert "digits, tuned setting: 2 steps" in capsys.readouterr().out
-
-
-def test_interrupt_keeps_finished_seeds(tmp_path, monkeypatch, capsys):
-  from benchmarks.engine import session
-
-  race, calls = session.race, []
-
-  def interrupted(*arguments):
-    calls.append(arguments)
-    if len(calls) == 2:
-      raise KeyboardInterrupt
-    return race(*arguments)
-
-  monkeypatch.setattr(session, "race", interrupted)
-  arguments = ["demo", "--epochs", "0.1", "--optimizers", CHEAP, "--seeds", "3", "--out", str(tmp_path)]
-  assert main(arguments) == 130
-  assert "[1]" in capsys.readouterr().out and load(tmp_path / "demo.json").seeds() == [1]
-  assert main([*arguments, "--resume"]) == 0
-  assert load(tmp_path / "demo.json").seeds() == [1, 2, 3]
-
-
-def test_divergence_is_recorded_not_raised(tmp_path):
-  arguments = ["digits", "--epochs", "2", "--evaluations", "5", "--seeds", "1", "--out", str(tmp_path)]
-  assert main([*arguments, "--optimizers", "sgd(learning_rate=1e30),sgd(learning_rate=0.1)"]) == 0
-  bad, good = load(tmp_path / "digits-tuned.json").runs
-  assert not bad.finished and bad.final() == math.inf and good.finished
-
-
-def test_tuning_tries_the_grid_and_says_what_it_chose(tmp_path, capsys, monkeypatch):
-  arguments = ["tune", "digits", "--epochs", "0.2", "--optimizers", "sgd,adam", "--out", str(tmp_path)]
-  assert main(arguments) == 0
-  document = schema_of(tmp_path / "tune-digits.json")
-  assert set(document["trials"]) == {"sgd", "adam"} and len(document["trials"]["sgd"]) == len(
-    hyperparameters.GRIDS["sgd"]
-  )
-  assert document["chosen"]["sgd"] in hyperparameters.GRIDS["sgd"]
-  assert f"chosen: {document['chosen']}" in capsys.readouterr().out
-  assert best({0.1: 3.0, 0.2: 1.0, 0.3: math.inf}) == 0.2
-
-
-def test_a_wrong_command_line_exits_with_2(tmp_path, capsys):
-  assert main(["mnist", "--data-dir", str(tmp_path), "--optimizers", CHEAP, "--out", str(tmp_path)]) == 2
-  assert "missing" in capsys.readouterr().err
-  with pytest.raises(SystemExit):
-    main(["cifar"])
-  assert main(["xor(lenght=3)", "--out", str(tmp_path)]) == 2
-  assert "its options" in capsys.readouterr().err.lower()
-
-
-def test_files_of_problems_with_options_have_plain_names(tmp_path):
-  arguments = ["rosenbrock(size=4, start=0)", "--epochs", "3", "--seeds", "1", "--out", str(tmp_path)]
-  assert main([*arguments, "--optimizers", "sgd(learning_rate=0.001)"]) == 0
-  assert load(tmp_path / "rosenbrock-size-4-start-0-tuned.json").plan.problem == "rosenbrock(size=4,start=0)"
-  assert hyperparameters.targets("xor(length=55)") == (0.1,) and hyperparameters.targets("digits") == ()
-
-
-@pytest.mark.slow
-def test_demo_with_all_optimizers(tmp_path):
-  """A few steps of every row of the table that needs no norm layer, fits and judgements included."""
-  every = ",".join(f"{name}(learning_rate=0.05)" for name in OPTIMIZERS if not name.startswith("sgd_ph"))
-  arguments = ["demo", "--epochs", "0.5", "--seeds", "1", "--out", str(tmp_path), "--optimizers", every]
-  assert main(arguments) == 0
-  results = load(tmp_path / "demo.json")
-  judged = {run.optimizer.split("(")[0] for run in results.runs if "damping" in run.curves}
-  assert judged == {"psgd+damping", "dpsgd"} and all(run.finished for run in results.runs)
-
-
-def test_training_and_test_samples_are_limited_apart():
-  whole = PROBLEMS["digits"](None, False)
-  part = limit(whole, 128, 50)
-  assert (len(part.arrays.train["x"]), len(part.arrays.test["y"])) == (128, 50)
-  assert part.arrays.note.endswith("the first 128 of 1438 training samples; the first 50 of 359 test samples")
-  np.testing.assert_array_equal(part.arrays.test["x"], whole.arrays.test["x"][:50])
-  assert limit(whole, None, 5000) is whole
