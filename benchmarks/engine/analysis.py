@@ -73,9 +73,9 @@ def to_target(results: Results, label: str, axis: str, targets: dict[int, float]
 
 
 def ratios(results: Results, label: str, axis: str, targets: dict[int, float], to: str = "psgd") -> list[float]:
-  """Per seed: what `label` needs to the target over what `to` needs."""
+  """Per seed: what `label` needs to the target over what `to` needs, where `to` gets there and needs anything."""
   ours, theirs = (to_target(results, name, axis, targets) for name in (label, to))
-  return [ours[seed] / theirs[seed] for seed in sorted(ours) if seed in theirs and math.isfinite(theirs[seed])]
+  return [ours[seed] / theirs[seed] for seed in sorted(ours) if 0 < theirs.get(seed, 0) < math.inf]
 
 
 def time_budget(results: Results) -> dict[int, float]:
