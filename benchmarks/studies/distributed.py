@@ -76,8 +76,8 @@ def train(problem: Problem, mesh: Mesh, layout: str, steps: int = STEPS, seed: i
     losses.append(float(value))
   return {
     "losses": losses,
-    "params_bytes_per_device": dpo.sharding.bytes_per_device(params),
-    "state_bytes_per_device": dpo.sharding.bytes_per_device(state),
+    "params_bytes_per_device": dpo.diagnostics.bytes_per_device(params),
+    "state_bytes_per_device": dpo.diagnostics.bytes_per_device(state),
     "exchanges": exchanges(compiled) if compiled is not None else {},
   }
 
