@@ -20,7 +20,7 @@ import pytest
 ROWS = 6  # of each promise in the quick tier, and promises and laws of each row
 LAW = 3  # rows of each other law
 CASES = 5  # of a function with more than MANY cases that are no rows
-MANY = 8
+MANY = 6
 ELSEWHERE = ("slow", "clients")  # markers that are tiers of their own
 
 

@@ -334,7 +334,9 @@ def test_ratio_to_the_target_of_the_same_seed():
   results = made({"psgd": [1e-2, 1e-2], "dpsgd": [1e-4, 1e-4]})
   targets = analysis.psgd_targets(results)
   assert analysis.ratios(results, "dpsgd", "seconds", targets) == pytest.approx([0.5, 0.5])
-  assert analysis.ratios(results, "dpsgd", "seconds", {1: 2.0, 2: 1e-2}) == pytest.approx([0.5])  # 2.0: before the first step
+  assert analysis.ratios(results, "dpsgd", "seconds", {1: 2.0, 2: 1e-2}) == pytest.approx(
+    [0.5]
+  )  # 2.0: before the first step
   assert analysis.ranks(analysis.losses_at_equal(results, "step")) == {"dpsgd": 1, "psgd": 2}
 
 

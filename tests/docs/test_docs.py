@@ -22,8 +22,8 @@ LONG = ("3", "5", "7")  # from one to two minutes each
 
 
 def marks_of(number):
-  """The first notebook in the quick tier, the long ones among the soaks."""
-  return pytest.mark.slow if number in LONG else () if number == "1" else pytest.mark.full
+  """No notebook in the quick tier, and the long ones among the soaks."""
+  return pytest.mark.slow if number in LONG else pytest.mark.full
 
 
 def python_blocks(text):
