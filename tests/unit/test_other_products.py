@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from dpsgd_optax.curvature.fused import value_and_grad_and_hvp, value_and_grad_then_hvp
 from dpsgd_optax.curvature.products import ggnvp, hvp, hvp_finite_difference
+from tests.unit.test_product_errors import no_forward_mode
 from tests.unit.test_products import assert_close, dense_product, direction, loss, nested, network, product_of
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -41,15 +42,7 @@ def test_finite_difference_of_a_zero_vector_is_zero():
 
 def test_finite_difference_needs_no_forward_mode():
   """A gradient computed outside JAX has no jvp; the difference does not ask for one."""
-
-  @jax.custom_vjp
-  def cubes(x):
-    return jnp.sum(x**3)
-
-  def backward(x, cotangent):
-    return (cotangent * jax.pure_callback(lambda x: 3 * np.asarray(x) ** 2, x, x),)
-
-  cubes.defvjp(lambda x: (jnp.sum(x**3), x), backward)
+  cubes = no_forward_mode()
   x = jnp.array([1.0, 2.0])
   with pytest.raises(ValueError, match="JVP"):
     hvp(cubes, x)(x)
