@@ -41,7 +41,7 @@ INJECTED = {
   "dpsgd, its factors": Injected(
     lambda average, eta, step_size: dpo.dpsgd(0.1, dpo.damped_kron(average=average, eta=eta, step_size=step_size)),
     {"average": 0.6, "eta": 1e-4, "step_size": 0.2},
-  ),
+  ),  # no row of the table: tests/contract/test_optax.py asks for it
   "bnp": Injected(
     dpo.bnp,
     {"learning_rate": 0.1, "decay": 0.5, "damping": 1e-2, "relative_damping": 0.1, "b1": 0.9, "weight_decay": 1e-4},

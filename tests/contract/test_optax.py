@@ -58,14 +58,14 @@ def test_newton_inside_partition_fits_the_diagonal_block():
   np.testing.assert_allclose(updates["b"], -0.1 * jax.grad(loss)(PARAMS)["b"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["psgd whitening", "dpsgd"])
+@pytest.mark.parametrize("name", ["psgd whitening", "dpsgd", "dpsgd, its factors"])
 def test_injected_hyperparameters_give_the_plain_run(name):
   """Every number is traced; only what decides shapes or is a function stays static."""
   make, numbers, static = INJECTED[name]
-  params = {"w": PARAMS["w"]}
+  extras, params = OPTIMIZERS[name.partition(",")[0]].extras, {"w": PARAMS["w"]}
   found = []
   for tx in (make(**numbers), optax.inject_hyperparams(make, static_args=static)(**numbers)):
-    (step, traces), point, state = counted(one_step(tx, OPTIMIZERS[name].extras)), params, tx.init(params)
+    (step, traces), point, state = counted(one_step(tx, extras)), params, tx.init(params)
     for _ in range(3):
       point, state, _ = step(point, state)
     assert len(traces) == 1
