@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import hyperparameters
@@ -302,6 +303,13 @@ def test_grids_are_of_one_size_and_tuned_rates_are_among_their_trials():
   assert hyperparameters.tuned("no such problem") == {}
   for problem in PROBLEMS:
     assert all(rate in hyperparameters.GRIDS[name] for name, rate in hyperparameters.tuned(problem).items())
+
+
+def test_options_of_the_factors_are_typed_beside_those_of_dpsgd():
+  """dpsgd(average=None, judge_every=3): the first is `damped_kron`'s, the second its own."""
+  make, params = OPTIMIZERS["dpsgd"].make, {"w": np.ones((3, 2), np.float32)}
+  average = lambda **options: optax.tree.get(make(0.1, judge_every=3, **options).init(params), "average")
+  assert average(average=None) is None and average(average=0.5) is not None
 
 
 def test_the_host_chooses_fits_and_judgements():

@@ -85,6 +85,14 @@ def test_factors_without_damping_are_undamped():
   chex.assert_trees_all_close(*found, rtol=1e-6)
 
 
+@pytest.mark.parametrize("vector", [PARAMS, None], ids=["newton", "whitening"])
+def test_a_curvature_without_damping_is_one_with_damping_zero(vector):
+  """`damping=None` of a Lie group, as in `dpsgd(lr, kron(), damping=None)`: nothing is added to the product."""
+  p = dpo.kron()
+  fit = lambda tau: p.fit(p.init(PARAMS), dpo.Probe(vector, PARAMS), key=jax.random.key(0), damping=tau)
+  chex.assert_trees_all_equal(fit(None), fit(0.0))
+
+
 @pytest.mark.parametrize("name", ["diagonal", "kron", "kron eq", "kron quad", "kron qeq"])
 def test_more_damping_of_the_curvature_is_a_shorter_step(name):
   """P → (H + λI)⁻¹: ‖Pg‖ falls as λ grows."""
