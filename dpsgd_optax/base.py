@@ -40,9 +40,10 @@ class Preconditioner(NamedTuple):
     power: ``(state, updates, exponent) -> P^exponent @ updates``, symmetric, for any real exponent; or None.
     root: ``(state, updates, inverse) -> R @ updates``, or R⁻¹ @ updates if ``inverse`` (a bool), for some R with
       R Rᵀ = P, not necessarily symmetric; or None. With ``power`` it is not needed: R = P^½.
-    matrices: ``(updates) -> (parts, join)``: the matrices that have a P of their own, such as the layers of a stack or
-      the blocks of a leaf, which ``psgd`` clips one by one. ``parts`` is a list of arrays (count, *shape), and
-      ``join(parts)`` the tree again. None: every leaf is one.
+    matrices: ``(updates) -> (parts, sizes, join)``: the matrices that have a P of their own, such as the layers of a
+      stack or the blocks of a leaf, which ``psgd`` clips one by one. ``parts`` is a list of arrays (count, *shape), in
+      which similar matrices are stacked, padded with zeros; ``sizes`` tells how many numbers each has without them, as
+      arrays (count,) of ints; ``join(parts)`` is the tree again. None: every leaf is one.
     meaning: what names and shapes in the state do not tell, such as "geometry=quad"; "": nothing. It is kept in the
       structure of the state, for :func:`dpsgd_optax.diagnostics.check_state_layout`.
 

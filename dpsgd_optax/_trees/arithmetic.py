@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dtypes, sums and choices over whole trees."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def working_dtype(dtype: Any) -> Any:
@@ -50,10 +52,11 @@ def separate(tree: Any, *others: Any) -> Any:
   return jax.tree.map(own, tree)
 
 
-def leaves_apart(tree: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
-  """The leaves as (1, *shape), and the way back: the default of ``Preconditioner.matrices``, each leaf a matrix."""
+def leaves_apart(tree: Any) -> tuple[list[jax.Array], list[np.ndarray], Callable[[list[jax.Array]], Any]]:
+  """The default of ``Preconditioner.matrices``: each leaf a matrix, (1, *shape), its size, and the way back."""
   leaves, treedef = jax.tree.flatten(tree)
-  return [x[None] for x in leaves], lambda parts: treedef.unflatten([x[0] for x in parts])
+  sizes = [np.array([math.prod(jnp.shape(x))]) for x in leaves]
+  return [x[None] for x in leaves], sizes, lambda parts: treedef.unflatten([x[0] for x in parts])
 
 
 def dot(a: Any, b: Any) -> jax.Array:

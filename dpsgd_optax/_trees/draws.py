@@ -3,14 +3,13 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import working_dtype
-from dpsgd_optax._trees.by_shape import grouped
 from dpsgd_optax._trees.mesh import replicated
 
 
@@ -37,22 +36,21 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
   return jax.tree.unflatten(treedef, drawn)
 
 
-def noise(key: jax.Array, tree: Any) -> Any:
-  """Random signs ξ like the leaves, ±1 each: E ξξᴴ = I, which is all that is asked of noise here.
+def noise(key: jax.Array, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
+  """Random signs ξ of these shapes and dtypes, ±1 each: E ξξᴴ = I, which is all that is asked of noise here.
 
-  One random word gives 32 signs, where a normal number takes a word. Leaves of equal shape are drawn side by side, as
-  they are used later.
+  One random word gives 32 signs, where a normal number takes a word.
   """
-  leaves, treedef = jax.tree.flatten(tree)
-  groups = grouped(((jnp.shape(x), working_dtype(jnp.result_type(x))), i) for i, x in enumerate(leaves))
-  words_of = lambda shape: -(-math.prod(shape) // 32)
-  sizes = [len(members) * words_of(shape) for (shape, _), members in groups.items()]
-  drawn = pieces(jax.random.bits(key, (sum(sizes),), jnp.uint32), sizes)
-  for ((shape, dtype), members), words in zip(groups.items(), drawn, strict=True):
-    words = replicated(words).reshape(len(members), words_of(shape), 1)
-    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
-    bits = bits.reshape(len(members), -1)[:, : math.prod(shape)]
-    signs = (2 * bits.astype(dtype) - 1).reshape(len(members), *shape)
-    for row, i in enumerate(members):
-      leaves[i] = jax.lax.index_in_dim(signs, row, keepdims=False)
-  return jax.tree.unflatten(treedef, leaves)
+  counts = [-(-math.prod(shape) // 32) for shape, _ in shapes]
+  drawn = pieces(jax.random.bits(key, (sum(counts),), jnp.uint32), counts)
+  found = []
+  for (shape, dtype), words in zip(shapes, drawn, strict=True):
+    bits = (replicated(words)[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    signs = 2 * bits.reshape(-1)[: math.prod(shape)].astype(dtype) - 1
+    found.append(signs.reshape(shape))
+  return found
+
+
+def noise_like(key: jax.Array, x: jax.Array) -> jax.Array:
+  """The same for one array."""
+  return noise(key, [(x.shape, x.dtype)])[0]

@@ -95,8 +95,8 @@ def check_init_scale(value: Any) -> None:
   check(lambda x: x > 0, value, "init_scale", "positive or None", "None sets it from the first probe.")
 
 
-def scale_of_probe(v: jax.Array | None, h: jax.Array) -> jax.Array:
-  """s⁴ = mean |v|² / sqrt(mean |h|⁴); mean |v|² is 1 when whitening.
+def scale_of_probe(v: jax.Array | None, h: jax.Array, numbers: Any = None) -> jax.Array:
+  """s⁴ = mean |v|² / sqrt(mean |h|⁴); mean |v|² is 1 when whitening. ``numbers``: of h, without zeros that pad it.
 
   |h| is divided by its maximum first, so that 1e±38 neither overflows nor vanishes. P = s² is kept a normal number:
   XLA takes a smaller one for zero, and the parameter would stand still until P has grown.
@@ -104,13 +104,14 @@ def scale_of_probe(v: jax.Array | None, h: jax.Array) -> jax.Array:
   size = jnp.abs(h)
   top = jnp.max(size)
   safe = jnp.where(top > 0, top, 1)
-  from_h = (jnp.mean((size / safe) ** 4) ** 0.125 * jnp.sqrt(safe)) ** -1
-  scale = from_h if v is None else from_h * jnp.mean(jnp.abs(v) ** 2) ** 0.25
+  mean = lambda x: jnp.sum(x) / (x.size if numbers is None else numbers)
+  from_h = (mean((size / safe) ** 4) ** 0.125 * jnp.sqrt(safe)) ** -1
+  scale = from_h if v is None else from_h * mean(jnp.abs(v) ** 2) ** 0.25
   return jnp.maximum(scale, 1.1 * jnp.sqrt(jnp.finfo(scale.dtype).tiny))
 
 
 def scale_before_fit(
-  init_scale: float | None, lipschitz: jax.Array, v: jax.Array | None, h: jax.Array
+  init_scale: float | None, lipschitz: jax.Array, v: jax.Array | None, h: jax.Array, numbers: Any = None
 ) -> jax.Array | None:
   """What Q is multiplied by before a fit: the scale of the first probe, later 1; None if ``init_scale`` is given.
 
@@ -119,4 +120,4 @@ def scale_before_fit(
   if init_scale is not None:
     return None
   one = lambda v, h: jnp.ones((), jnp.finfo(h.dtype).dtype)
-  return jax.lax.cond(lipschitz > 0, one, scale_of_probe, v, h)
+  return jax.lax.cond(lipschitz > 0, one, lambda v, h: scale_of_probe(v, h, numbers), v, h)

@@ -141,9 +141,12 @@ def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def eigen(factor: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-  """λ (d,) and V (d, d), None for a diagonal factor. Rounding may not make λ negative: at least ε max λ."""
+  """λ (d,) and V (d, d), None for a diagonal factor. Rounding may not make λ negative: at least ε max λ.
+
+  So zeros that pad a factor have a λ that no power makes infinite; what is multiplied by it is zero there.
+  """
   if factor.ndim == 1:
-    return factor, None
+    return jnp.where(factor > 0, factor, jnp.max(factor)), None
   matrix = factor if isinstance(factor, jax.Array) else multiply(jnp.eye(len(factor.diagonal), dtype=dtype), factor, 0)
   values, vectors = jnp.linalg.eigh(matrix)
   return jnp.maximum(values, jnp.finfo(values.dtype).eps * values[-1]), vectors

@@ -81,6 +81,11 @@ class Geometry(NamedTuple):
   keeps_inverse: bool = False
   name: str = "own"
 
+  @property
+  def inverse_free(self) -> bool:
+    """Whether a fit leaves zeros of q at the ends of its axes as they are, so that factors may be padded with them."""
+    return self.lift is _through_p
+
   def factor_of_p(self, q: jax.Array) -> jax.Array:
     """The factor of P that belongs to a factor that is moved."""
     return q if self.fits_p else square(q)

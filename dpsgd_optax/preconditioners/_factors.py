@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Kronecker factors of one array: state, layout, fit, and the product with P. Symbols: see `geometry.moves`."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpsgd_optax.base import Preconditioner, Probe, check_step_size
+from dpsgd_optax._trees.buckets import Classes
+from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
 from dpsgd_optax.geometry.fit import check_init_scale, fit_factors, scale_before_fit
 from dpsgd_optax.geometry.linalg import balancing, kron_power, sandwich, scale_smallest
 from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer
@@ -22,17 +24,20 @@ class KronState(NamedTuple):
   p: q_iᴴ q_i, kept so that ``apply`` costs one product per dense factor.
   lipschitz: (k,), 0 before the first fit.
   idle: (d_i,) of each axis, uint8, fits since each slice was seen; (): all slices take part in every fit.
+  sizes: (k,), the lengths of the axes without padding; q and p are zero where a matrix is padded.
   """
 
   q: Factors
   p: Factors
   lipschitz: jax.Array
-  idle: Factors = ()
+  idle: Factors
+  sizes: jax.Array
 
 
-def with_factors(q: Factors, lipschitz: jax.Array, geometry: Geometry, idle: Factors = ()) -> KronState:
+def with_factors(q: Factors, geometry: Geometry, lipschitz: jax.Array, idle: Factors, sizes: jax.Array) -> KronState:
   """The state for factors that a geometry has moved."""
-  return KronState(() if geometry.fits_p else q, tuple(geometry.factor_of_p(x) for x in q), lipschitz, idle)
+  p = tuple(geometry.factor_of_p(x) for x in q)
+  return KronState(() if geometry.fits_p else q, p, lipschitz, idle, sizes)
 
 
 def dense_factor(d: int, dtype: Any) -> jax.Array:
@@ -84,12 +89,41 @@ def check_options(geometry: Geometry, step_size: Any) -> None:
     )
 
 
-def initial(layout: Layout, dtype: Any, scale: float, geometry: Geometry) -> KronState:
-  """Q = scale · I, P = scale² · I."""
-  each = scale ** ((2 if geometry.fits_p else 1) / len(layout.shape))
-  q = tuple(factor(d, dtype) * each for d, factor in zip(layout.shape, layout.factors, strict=True))
-  idle = tuple(map(idle_counters, layout.shape))
-  return with_factors(q, jnp.zeros(len(layout.shape), jnp.finfo(dtype).dtype), geometry, idle)
+def check_max_padding(value: Any) -> None:
+  """Raises for a bound of the padding below 1."""
+  hint = "It is the largest ratio of the work with padding to that without; 1 puts equal shapes together only."
+  check(lambda x: x >= 1, value, "max_padding", "at least 1", hint)
+
+
+def size_classes(layout: Callable[[tuple[int, ...]], Layout], geometry: Geometry, bound: float) -> Classes | None:
+  """Matrices whose factors are of the same kinds may share a class; none may where a move solves equations with q."""
+  if not geometry.inverse_free:
+    return None
+
+  def kind(shape: tuple[int, ...]) -> Any:
+    return layout(shape).factors, layout(shape).order, tuple(d == 1 for d in shape)
+
+  def multiplications(shape: tuple[int, ...]) -> float:
+    view, numbers = layout(shape), math.prod(shape)
+    dense = [d for d, factor in zip(view.shape, view.factors, strict=True) if factor is dense_factor]
+    return numbers * (1 + sum(dense)) + sum(d**3 for d in dense)
+
+  return Classes(kind, multiplications, bound)
+
+
+def initial(layout: Layout, ones: jax.Array, scale: float, geometry: Geometry) -> KronState:
+  """Q = scale · I, P = scale² · I, and zero where ``ones``, in the shape of the parameter, says that it is padded."""
+  x = layout.to_tensor(jnp.real(ones))
+  each = scale ** ((2 if geometry.fits_p else 1) / x.ndim)
+  real = [jnp.max(x, axis=[j for j in range(x.ndim) if j != i]) for i in range(x.ndim)]
+
+  def identity(d: int, factor: Callable, own: jax.Array) -> Any:
+    whole = factor(d, ones.dtype)
+    return jax.tree.map(lambda q: q * (each * own).astype(q.dtype), whole)
+
+  q = tuple(identity(d, f, own) for d, f, own in zip(layout.shape, layout.factors, real, strict=True))
+  idle, sizes = tuple(map(idle_counters, layout.shape)), jnp.stack([jnp.sum(own) for own in real])
+  return with_factors(q, geometry, jnp.zeros(x.ndim, x.dtype), idle, sizes)
 
 
 def move_factors(
@@ -106,7 +140,7 @@ def move_factors(
   p = state.p if of_p is None else scale_smallest(state.p, of_p)
   multiples = balancing(q, normalizer.size, of_p if geometry.fits_p else scale)
   q, lip = fit_factors(q, p, state.lipschitz, v, h, multiples=multiples, seen=seen_lately(idle), **options)
-  return with_factors(q, lip, geometry, idle)
+  return with_factors(q, geometry, lip, idle, state.sizes)
 
 
 def kron_of_array(
@@ -123,7 +157,7 @@ def kron_of_array(
   options = dict(geometry=geometry, normalizer=normalizer, step_size=step_size)
 
   def init(x: jax.Array) -> KronState:
-    return initial(layout(x.shape), x.dtype, 1.0 if init_scale is None else init_scale, geometry)
+    return initial(layout(x.shape), x, 1.0 if init_scale is None else init_scale, geometry)
 
   def fit(state: KronState, probe: Probe, *, key: jax.Array) -> KronState:
     """q_i ← move(q_i, ⟨a a*⟩_i − ⟨b b*⟩_i, step_size / L_i)."""
@@ -132,7 +166,7 @@ def kron_of_array(
     to_tensor = layout(probe.product.shape).to_tensor
     h = to_tensor(probe.product)
     v = None if probe.vector is None else to_tensor(probe.vector)
-    scale = scale_before_fit(init_scale, state.lipschitz[0], v, h)
+    scale = scale_before_fit(init_scale, state.lipschitz[0], v, h, jnp.prod(state.sizes))
     return move_factors(state, v, h, scale=scale, **options)
 
   def apply(state: KronState, x: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From one array to a pytree: trees, batching by shape, keys and damping, once for all groups.
 
-A *group* is a preconditioner of one array, a *bucket* the stack of all matrices of one shape. The group runs once per
-bucket under `vmap`; every statistic stays one per matrix.
+A *group* is a preconditioner of one array, a *bucket* the stack of all matrices of one size class. The group runs once
+per bucket under `vmap`; every statistic stays one per matrix. A group that takes matrices padded with zeros says which
+of them may share a class, `classes`; its ``init`` is given ones where a matrix has numbers, zeros where it is padded.
 """
 
 import functools
@@ -12,10 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dpsgd_optax._trees.buckets import Bucket, Stacked, bucket_paths, make_buckets, stack, unstack
+from dpsgd_optax._trees.buckets import Bucket, Classes, Stacked, bucket_paths, make_buckets, ones, stack, unstack
 from dpsgd_optax._trees.draws import noise
-from dpsgd_optax._trees.mesh import as_leaves, divided
+from dpsgd_optax._trees.mesh import as_leaves, divided, on_mesh
 from dpsgd_optax.base import Preconditioner, Probe
 from dpsgd_optax.preconditioners._damped import damped
 
@@ -72,15 +74,16 @@ def over_matrices(one: Callable, size: int) -> Callable:
   return single
 
 
-def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
-  """The preconditioner of a pytree that runs ``group`` once per distinct shape; ``stacked`` as for :func:`per_leaf`.
+def batched(group: Preconditioner, stacked: Stacked = None, classes: Classes | None = None) -> Preconditioner:
+  """The preconditioner of a pytree that runs ``group`` once per size class; ``stacked`` as for :func:`per_leaf`.
 
-  The group's ``fit(state, probe, *, key, damping)`` is handed the ``noise`` of a matrix where one is given.
+  The group's ``fit(state, probe, *, key, damping)`` is handed the ``noise`` of a matrix where the lifted one is told to
+  draw it, ``with_noise=True``.
   """
+  cut = functools.partial(make_buckets, stacked=stacked, classes=classes)
 
   def init(params):
-    buckets = make_buckets(params, stacked)
-    states = {b.name: jax.vmap(group.init)(jnp.zeros((b.size, *b.shape), b.dtype)) for b in buckets}
+    states = {b.name: jax.vmap(group.init)(ones(b)) for b in cut(params)}
     return LiftState(states or jnp.zeros(()), {group.meaning: ()} if group.meaning else ())
 
   def advance(state, *, damping):
@@ -92,23 +95,26 @@ def batched(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     each = lambda old: jax.vmap(one)(old) if jax.tree.leaves(old) else old
     return state._replace(buckets={name: each(old) for name, old in state.buckets.items()})
 
-  lift = lambda of_one: of_one and functools.partial(_product, of_one, stacked)
+  lift = lambda of_one: of_one and functools.partial(_product, of_one, cut)
   return Preconditioner(
     meaning=group.meaning,
     init=init,
-    fit=functools.partial(_fit, group, stacked),
+    fit=functools.partial(_fit, group, cut),
     apply=lift(group.apply),
     advance=advance if group.advance else None,
     diagonal=group.diagonal,
     power=lift(group.power),
     root=lift(group.root),
-    matrices=None if stacked is None else functools.partial(_matrices, stacked),
+    matrices=functools.partial(_matrices, cut),
   )
 
 
-def _fit(group: Preconditioner, stacked: Stacked, state: LiftState, probe: Probe, *, key, damping, noise=None):
-  """``group.fit`` on every matrix, each with a key of its own; ``noise`` is a tree like the probe, or None."""
-  buckets = {b.name: b for b in make_buckets(probe.product, stacked)}
+Cut = Callable[[Any], list[Bucket]]
+
+
+def _fit(group: Preconditioner, cut: Cut, state: LiftState, probe: Probe, *, key, damping, with_noise: bool = False):
+  """``group.fit`` on every matrix, each with a key of its own."""
+  buckets = {b.name: b for b in cut(probe.product)}
   check_same_leaves(state, list(buckets.values()))
   _check_meaning(state, group)
   if not buckets:
@@ -116,25 +122,29 @@ def _fit(group: Preconditioner, stacked: Stacked, state: LiftState, probe: Probe
   ends = list(itertools.accumulate((buckets[name].size for name in state.buckets), initial=0))
   keys = jax.random.split(key, ends[-1])  # dropped by the compiler where no group draws
   keys_of = {name: keys[start:end] for name, (start, end) in zip(state.buckets, itertools.pairwise(ends), strict=True)}
-  trees = [None if tree is None else jax.tree.leaves(tree) for tree in (*probe, noise)]
+  trees = [None if tree is None else jax.tree.leaves(tree) for tree in probe]
+  drawn: dict[str, Any] = dict.fromkeys(buckets)
+  if with_noise:  # folded, not split: a key that no group draws from is dropped by the compiler
+    shapes = [((buckets[name].size, *buckets[name].shape), buckets[name].dtype) for name in state.buckets]
+    drawn = dict(zip(state.buckets, noise(jax.random.fold_in(key, 0), shapes), strict=True))
 
   def one(state, v, h, xi, key):
-    drawn = {} if xi is None else {"noise": xi}
-    return group.fit(state, Probe(v, h), key=key, damping=damping, **drawn)
+    given = {} if xi is None else {"noise": xi}
+    return group.fit(state, Probe(v, h), key=key, damping=damping, **given)
 
   new = {}
   for name, old in state.buckets.items():
     bucket = buckets[name]
     paths = bucket_paths(bucket, probe.product)
-    inputs = [None if leaves is None else as_leaves(stack(bucket, leaves), paths) for leaves in trees]
-    new[name] = over_matrices(one, bucket.size)(old, *inputs, keys_of[name])
+    v, h = (None if leaves is None else as_leaves(stack(bucket, leaves), paths) for leaves in trees)
+    new[name] = over_matrices(one, bucket.size)(old, v, h, drawn[name], keys_of[name])
   return state._replace(buckets=new)
 
 
-def _product(of_one: Callable, stacked: Stacked, state: LiftState, updates: Any, *more: Any) -> Any:
+def _product(of_one: Callable, cut: Cut, state: LiftState, updates: Any, *more: Any) -> Any:
   """``of_one(state, x, *more)`` on every matrix: `apply`, `power` or `root` of the group."""
   leaves, treedef = jax.tree.flatten(updates)
-  buckets = make_buckets(updates, stacked)
+  buckets = cut(updates)
   check_same_leaves(state, buckets)
   for bucket in buckets:
     run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)
@@ -144,26 +154,30 @@ def _product(of_one: Callable, stacked: Stacked, state: LiftState, updates: Any,
   return jax.tree.unflatten(treedef, leaves)
 
 
-def _matrices(stacked: Stacked, updates: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
-  """`Preconditioner.matrices`: each leaf as its stack of layers."""
+def _matrices(cut: Cut, updates: Any) -> tuple[list[jax.Array], list[np.ndarray], Callable[[list[jax.Array]], Any]]:
+  """`Preconditioner.matrices`: each size class; on a mesh each leaf, since to stack them may mean to send them."""
   leaves, treedef = jax.tree.flatten(updates)
-  members = {i: (count, bucket.shape) for bucket in make_buckets(updates, stacked) for i, count in bucket.members}
-  parts = [jnp.reshape(x, (members[i][0], *members[i][1])) for i, x in enumerate(leaves) if i in members]
+  buckets = cut(updates)
+  if on_mesh():  # the matrices in the same order
+    buckets = [b._replace(shape=m.shape, members=(m,)) for b in buckets for m in b.members]
 
   def join(parts):
-    found = iter(parts)
-    return treedef.unflatten([next(found).reshape(jnp.shape(x)) if i in members else x for i, x in enumerate(leaves)])
+    done = list(leaves)
+    for bucket, part in zip(buckets, parts, strict=True):
+      unstack(bucket, part, done)
+    return treedef.unflatten(done)
 
-  return parts, join
+  return [stack(bucket, leaves) for bucket in buckets], [bucket.numbers for bucket in buckets], join
 
 
-def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
+def per_leaf(group: Preconditioner, stacked: Stacked = None, classes: Classes | None = None) -> Preconditioner:
   """One P for each leaf (block diagonal), the leaves of equal shape batched, fitted on the damped curvature.
 
   Args:
     group: a preconditioner of one array whose ``fit(state, probe, *, key)`` knows neither trees nor λ.
     stacked: leaves that stand for a stack of layers (``nn.scan``, vmapped modules): the number of their leading
       axes, as a prefix tree of ints or as a callable on (path, leaf). Each layer gets a P of its own. None: no leaf.
+    classes: which shapes may be padded with zeros and batched together; None: none. For groups that know of it.
 
   Returns:
     A preconditioner of any pytree of floating-point leaves. Its ``fit`` takes λ as ``damping``.
@@ -180,13 +194,9 @@ def per_leaf(group: Preconditioner, stacked: Stacked = None) -> Preconditioner:
     >>> p.apply(state, {"a": jnp.ones(3), "b": jnp.ones(3)})["b"]
     Array([4., 4., 4.], dtype=float32)
   """
-  lifted = batched(damped(group), stacked)
+  lifted = batched(damped(group), stacked, classes)
 
   def fit(state, probe, *, key, damping):
-    if probe.vector is not None:
-      return lifted.fit(state, probe, key=key, damping=damping)
-    xi = noise(key, probe.product)
-    # folded, not split: a key that no group draws from is dropped by the compiler
-    return lifted.fit(state, probe, key=jax.random.fold_in(key, 0), damping=damping, noise=xi)
+    return lifted.fit(state, probe, key=key, damping=damping, with_noise=probe.vector is None)
 
   return lifted._replace(fit=fit)

@@ -37,8 +37,8 @@ def seen_as(inner: Preconditioner, cut: Callable[[Any], Any], join: Callable[[An
     return join(of_view(state, cut(updates), *more), updates)
 
   def matrices(updates):
-    parts, back = (inner.matrices or leaves_apart)(cut(updates))
-    return parts, lambda parts: join(back(parts), updates)
+    parts, sizes, back = (inner.matrices or leaves_apart)(cut(updates))
+    return parts, sizes, lambda parts: join(back(parts), updates)
 
   lift = lambda of_view: of_view and functools.partial(product, of_view)
   products = dict(apply=lift(inner.apply), power=lift(inner.power), root=lift(inner.root))

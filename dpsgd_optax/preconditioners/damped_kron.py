@@ -22,7 +22,16 @@ from dpsgd_optax.base import Preconditioner, Probe, check, check_not_negative
 from dpsgd_optax.geometry.linalg import as_matrix_shape, kron_power, multiply
 from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, quad, spectral
 from dpsgd_optax.preconditioners._damped import sampled, unless_zero
-from dpsgd_optax.preconditioners._factors import KronState, Layout, check_options, factor_kind, initial, move_factors
+from dpsgd_optax.preconditioners._factors import (
+  KronState,
+  Layout,
+  check_max_padding,
+  check_options,
+  factor_kind,
+  initial,
+  move_factors,
+  size_classes,
+)
 from dpsgd_optax.preconditioners._lift import batched
 from dpsgd_optax.tikhonov import Average, Form, factored, recursive
 
@@ -58,6 +67,7 @@ def damped_kron(
   repeats: int = 1,
   max_size: float = 2048,
   max_vector_size: float | None = 1024,
+  max_padding: float = 2.0,
   stacked: Stacked = None,
 ) -> Preconditioner:
   """P = (Pbar_L + s_L I) ⊗ (Pbar_R + s_R I) on every leaf, seen as a matrix: DPSGD's P.
@@ -75,6 +85,7 @@ def damped_kron(
     normalizer: ``spectral`` (with step_size 0.1) or ``max_abs`` (the paper's runs, with step_size 0.01).
     repeats: successive moves on one and the same probe (1 in the paper).
     max_size: a longer side gets a diagonal factor. Static.
+    max_padding: see :func:`dpsgd_optax.kron`.
     max_vector_size: vectors up to this length get a dense factor (k, k), longer ones a diagonal one, so 0 makes all
       diagonal; None leaves vectors and scalars to the plain gradient, at the same learning rate. Static.
     step_size, stacked: see :func:`dpsgd_optax.kron`.
@@ -95,6 +106,7 @@ def damped_kron(
     [(1, 18, 18), (1, 4, 4)]
   """
   check_options(geometry, step_size)
+  check_max_padding(max_padding)
   check_not_negative(eta, "eta", "It is added to the damping under a square root. Try 1e-5.")
   check(lambda x: x >= 1, repeats, "repeats", "at least 1", "The paper moves once per probe: `repeats=1`.")
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use 1 to make every factor diagonal.")
@@ -108,7 +120,7 @@ def damped_kron(
     return Layout(matrix, tuple(factor_kind(1 < d <= limit) for d in matrix))
 
   def init(x: jax.Array) -> DampedKronState:
-    kron = initial(layout(x.shape), x.dtype, 1.0, geometry)
+    kron = initial(layout(x.shape), x, 1.0, geometry)
     # until something is averaged P is the identity; the first weight β_0 = 0 then forgets it
     first = None if average is None else kron.p
     memory = kron.p if average is not None and average.remembers else None
@@ -121,8 +133,8 @@ def damped_kron(
     shifts = jnp.zeros_like(state.shifts)
     if damping is not None:
       c = jnp.sqrt(jnp.asarray(damping + eta, shifts.dtype))
-      left, right = (jnp.mean(p if p.ndim == 1 else jnp.real(jnp.diagonal(p))) for p in mean)  # mean eigenvalues
-      shifts = jnp.stack(form(left, right, c))
+      traces = jnp.stack([jnp.sum(p if p.ndim == 1 else jnp.real(jnp.diagonal(p))) for p in mean])
+      shifts = jnp.stack(form(*(traces / state.kron.sizes), c))  # of the mean eigenvalues
     kept = None if average is None else mean
     return DampedKronState(state.kron, state.count + 1, kept, memory, shifts.astype(state.shifts.dtype))
 
@@ -142,7 +154,8 @@ def damped_kron(
 
   meaning = f"geometry={geometry.name}, form={getattr(form, '__name__', 'own')}"
   group = Preconditioner(init, fit, _product, advance, power=_power, meaning=meaning)
-  return batched(_matrices_only(group) if max_vector_size is None else group, stacked)
+  classes = size_classes(layout, geometry, max_padding)
+  return batched(_matrices_only(group) if max_vector_size is None else group, stacked, classes)
 
 
 def _product(state: DampedKronState, x: jax.Array) -> jax.Array:

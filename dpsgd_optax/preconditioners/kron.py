@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from dpsgd_optax._trees.buckets import Stacked
 from dpsgd_optax.base import Preconditioner, check, is_static
 from dpsgd_optax.geometry.moves import Geometry, Normalizer, lipschitz, pro
-from dpsgd_optax.preconditioners._factors import KronState, Layout, factor_kind, kron_of_array
+from dpsgd_optax.preconditioners._factors import (
+  KronState,
+  Layout,
+  check_max_padding,
+  factor_kind,
+  kron_of_array,
+  size_classes,
+)
 from dpsgd_optax.preconditioners._lift import per_leaf
 
 MIN_LEAF = 64  # numbers that `max_skew` counts at least: an axis of 8 or less has a dense factor, that of a vector too
@@ -70,6 +77,7 @@ def kron(
   step_size: float = 0.1,
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
+  max_padding: float = 2.0,
   stacked: Stacked = None,
   state_dtype: Any = None,
 ) -> Preconditioner:
@@ -91,6 +99,9 @@ def kron(
     step_size: of the fit, in (0, 1]; the largest relative change of a factor per fit.
     init_scale: the initial Q = init_scale · I; None: set from the first probe that is not zero, for each matrix.
     normalizer: what the step is divided by: ``geometry.lipschitz``, ``geometry.spectral`` or ``geometry.max_abs``.
+    max_padding: matrices of similar shape are padded with zeros and share a stack, which saves the launches of small
+      ones, as long as the work of a fit grows by no more than this factor, at least 1. Wide layers are not padded. 1.0:
+      only equal shapes share one. Static. P is the same.
     stacked: see :func:`dpsgd_optax.per_leaf`.
     state_dtype: of the factors between the steps; None: that of the parameters, float32 at least. With
       ``jnp.bfloat16`` they take half the memory; fits are computed in float32 all the same, and L stays there.
@@ -117,6 +128,7 @@ def kron(
     [(1, 3, 3), (1, 50)]
   """
   check_state_dtype(state_dtype, geometry, step_size)
+  check_max_padding(max_padding)
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use `max_size=1` to make every factor diagonal.")
   check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for diagonal factors only, 1.0 for Adam's size.")
 
@@ -127,4 +139,5 @@ def kron(
 
   options = dict(geometry=geometry, normalizer=normalizer, step_size=step_size, init_scale=init_scale)
   group = kron_of_array(layout, **options)
-  return per_leaf(group if state_dtype is None else kept_in(group, state_dtype), stacked)
+  classes = size_classes(layout, geometry, max_padding)
+  return per_leaf(group if state_dtype is None else kept_in(group, state_dtype), stacked, classes)

@@ -131,11 +131,21 @@ def make_key(key: int | jax.Array) -> tuple[Callable[[], jax.Array], Any]:
   return lambda: jnp.array(key), None
 
 
-def split_key(key: jax.Array, generator: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The key for the next state, raw or typed as this one is, and two to draw from."""
-  typed = key if _is_typed(key) else jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32), impl=generator)
-  following, *drawn = jax.random.split(typed, 3)
-  return following if _is_typed(key) else jax.random.key_data(following), *drawn
+def step_keys(key: jax.Array, generator: Any, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Two keys of this step to draw from, made of the key of the run, raw or typed, and of the number of the step.
+
+  One that nothing draws from is dropped by the compiler. With JAX's default generator, Threefry, the number of the step
+  is the first word of the key, which is zero for small ints: a key for each step without a draw, as in Random123.
+  """
+  raw = key if not _is_typed(key) else jax.random.key_data(key)
+  kind = generator if not _is_typed(key) else jax.random.key_impl(key)
+  numbers = 2 * count.astype(jnp.uint32) + jnp.arange(2, dtype=jnp.uint32)
+  typed = jax.random.wrap_key_data(jnp.asarray(raw, jnp.uint32), impl=kind)
+  if str(jax.random.key_impl(typed)) == "threefry2x32":
+    data = jax.random.key_data(typed)
+    probe, fit = (jax.random.wrap_key_data(data.at[0].add(n), impl=kind) for n in numbers)
+    return probe, fit
+  return jax.random.fold_in(typed, numbers[0]), jax.random.fold_in(typed, numbers[1])
 
 
 def compiled_once(preconditioner: Preconditioner) -> Preconditioner:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype, tiny
@@ -22,8 +23,8 @@ from dpsgd_optax._trees.mesh import on_mesh
 from dpsgd_optax.base import check, check_fraction, check_learning_rate, check_not_negative
 from dpsgd_optax.transforms._control import scheduled
 
-Matrices = Callable[[Any], tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]]
-"""tree -> (an array (count, *shape) for each leaf, the way back): what is clipped together, and what apart."""
+Matrices = Callable[[Any], tuple[list[jax.Array], list[np.ndarray], Callable[[list[jax.Array]], Any]]]
+"""``Preconditioner.matrices``: what is clipped together, and what apart."""
 
 
 def _over(function: Callable[..., jax.Array], parts: list[jax.Array], *rest: list[jax.Array]) -> list[jax.Array]:
@@ -82,7 +83,7 @@ def clip_spikes(
 
   def update(updates, state, params=None, **extra):
     del params, extra
-    parts, join = cut(updates)
+    parts, _, join = cut(updates)
     sizes, count = state.sizes, sum(map(len, parts))
     if count != len(sizes):
       raise ValueError(
@@ -125,18 +126,18 @@ def clip_matrices(max_rms: Any, matrices: Matrices | None = None) -> optax.Gradi
   matrix after the scaling. ``matrices`` is as in :func:`clip_spikes`.
   """
 
-  def clipped(x):
+  def clipped(x, bound):
     size, largest = jnp.abs(x), LARGEST_ENTRY * max_rms
     x = jnp.where(size > largest, x * (largest / jnp.where(size > largest, size, 1)).astype(size.dtype), x)
-    clip = optax.clip_by_block_rms(max_rms)
+    clip = optax.clip_by_block_rms(bound)
     return jnp.asarray(clip.update(x, clip.init(x))[0], x.dtype)
 
   def update(updates, params):
     del params
-    if matrices is None:
-      return map_by_shape(clipped, updates)
-    parts, join = matrices(updates)
-    return join(_over(jax.vmap(clipped), parts))
+    parts, sizes, join = (leaves_apart if matrices is None else matrices)(updates)
+    # the mean is taken over the zeros of the padding too
+    bounds = [max_rms * np.sqrt(n / math.prod(x.shape[1:])) for x, n in zip(parts, sizes, strict=True)]
+    return join(_over(jax.vmap(clipped), parts, [jnp.asarray(b, jnp.finfo(x.dtype).dtype) for x, b in zip(parts, bounds, strict=True)]))
 
   return optax.stateless(update)
 

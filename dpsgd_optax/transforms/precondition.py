@@ -32,8 +32,8 @@ from dpsgd_optax.transforms._control import (
   is_due,
   make_key,
   scheduled,
-  split_key,
   static_arguments,
+  step_keys,
 )
 from dpsgd_optax.transforms.fitted import Fitted
 
@@ -68,7 +68,7 @@ def annealed_probability(
 class ScaleByPreconditionerState(NamedTuple):
   """Attributes:
   count: (), int32, calls of ``update``.
-  key: (2,), uint32 (more words for other generators), the raw data of a PRNG key, which is split on every step.
+  key: (2,), uint32 (more words for other generators), the raw data of a PRNG key, of which with the count that of each step is made.
   debt: (), float32 in [0, 1), what the fit schedule has summed up since the last fit; 0 if ``every`` is an int.
   fits: (), int32, fits done.
   skipped: (), int32, steps skipped because the gradient, the preconditioned gradient or λ was not finite.
@@ -244,7 +244,7 @@ def scale_by_preconditioner(
     check_state(state, ScaleByPreconditionerState)
     check_automatic(updates)
     strength = scheduled(damping, state.count)
-    next_key, probe_key, fit_key = split_key(state.key, generator)
+    probe_key, fit_key = step_keys(state.key, generator, state.count)
     planned, debt = _fits_now(every, state)
     due = is_due(planned, refresh, "refresh", accumulating)
     prepare = lambda: before.update(updates, state.before, params, **extra)
@@ -269,7 +269,7 @@ def scale_by_preconditioner(
     if finite_check:
       applied, states, usable = _skipped_if_not_finite(applied, states, state, strength)
     counts = _counts(state, jnp.asarray(due), sound, usable)
-    new_state = state._replace(key=next_key, debt=debt, preconditioner=new, **states, **counts)
+    new_state = state._replace(debt=debt, preconditioner=new, **states, **counts)
     return cast_like(applied, updates), new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
