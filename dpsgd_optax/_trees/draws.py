@@ -36,21 +36,27 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
   return jax.tree.unflatten(treedef, drawn)
 
 
+def _signs(words: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """±1 from random words, 32 of each, where a normal number takes a word."""
+  bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+  return (2 * bits.reshape(-1)[: math.prod(shape)].astype(dtype) - 1).reshape(shape)
+
+
+def _words(shape: tuple[int, ...]) -> int:
+  return -(-math.prod(shape) // 32)
+
+
 def noise(key: jax.Array, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
-  """Random signs ξ of these shapes and dtypes, ±1 each: E ξξᴴ = I, which is all that is asked of noise here.
+  """Random signs ξ of these shapes and dtypes, ±1 each: E ξξᴴ = I, which is all that is asked of this noise.
 
-  One random word gives 32 signs, where a normal number takes a word.
+  Drawn by the generator of the device, 4 kernels where Threefry is a loop of 26 on a CPU.
   """
-  counts = [-(-math.prod(shape) // 32) for shape, _ in shapes]
-  drawn = pieces(jax.random.bits(key, (sum(counts),), jnp.uint32), counts)
-  found = []
-  for (shape, dtype), words in zip(shapes, drawn, strict=True):
-    bits = (replicated(words)[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
-    signs = 2 * bits.reshape(-1)[: math.prod(shape)].astype(dtype) - 1
-    found.append(signs.reshape(shape))
-  return found
+  data = jnp.resize(jax.random.key_data(key), 4)
+  counts = [_words(shape) for shape, _ in shapes]
+  drawn = jax.random.bits(jax.random.wrap_key_data(data, impl="unsafe_rbg"), (sum(counts),), jnp.uint32)
+  return [_signs(replicated(words), *like) for like, words in zip(shapes, pieces(drawn, counts), strict=True)]
 
 
-def noise_like(key: jax.Array, x: jax.Array) -> jax.Array:
-  """The same for one array."""
-  return noise(key, [(x.shape, x.dtype)])[0]
+def signs_like(key: jax.Array, x: jax.Array) -> jax.Array:
+  """Random signs in the shape of x, by the generator of the key."""
+  return _signs(jax.random.bits(key, (_words(x.shape),), jnp.uint32), x.shape, x.dtype)

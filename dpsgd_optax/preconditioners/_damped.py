@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import tiny
-from dpsgd_optax._trees.draws import noise_like
+from dpsgd_optax._trees.draws import signs_like
 from dpsgd_optax.base import Preconditioner, Probe
 
 
@@ -36,7 +36,7 @@ def damp(probe: Probe, xi: jax.Array | None, damping) -> Probe:
 
 def sampled(probe: Probe, key: jax.Array) -> Probe:
   """The probe with v drawn, where it was integrated out."""
-  return probe if probe.vector is not None else Probe(noise_like(key, probe.product), probe.product)
+  return probe if probe.vector is not None else Probe(signs_like(key, probe.product), probe.product)
 
 
 def unless_zero(x: jax.Array, fit: Callable[[Probe], Any], probe: Probe, old: Any) -> Any:

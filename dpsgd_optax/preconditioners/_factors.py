@@ -12,7 +12,7 @@ from dpsgd_optax._trees.buckets import Classes
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
 from dpsgd_optax.geometry.fit import check_init_scale, fit_factors, scale_before_fit
 from dpsgd_optax.geometry.linalg import balancing, kron_power, sandwich, scale_smallest
-from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer
+from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, pro, quad
 from dpsgd_optax.geometry.seen import count_idle_slices, idle_counters, seen_lately
 from dpsgd_optax.preconditioners._damped import sampled
 
@@ -95,9 +95,9 @@ def check_max_padding(value: Any) -> None:
   check(lambda x: x >= 1, value, "max_padding", "at least 1", hint)
 
 
-def size_classes(layout: Callable[[tuple[int, ...]], Layout], geometry: Geometry, bound: float) -> Classes | None:
+def size_classes(layout: Callable[[tuple[int, ...]], Layout], geometry: Geometry | None, bound: float) -> Classes | None:
   """Matrices whose factors are of the same kinds may share a class; none may where a move solves equations with q."""
-  if not geometry.inverse_free:
+  if geometry is not None and not geometry.inverse_free:
     return None
 
   def kind(shape: tuple[int, ...]) -> Any:
@@ -146,28 +146,29 @@ def move_factors(
 def kron_of_array(
   layout: Callable[[tuple[int, ...]], Layout],
   *,
-  geometry: Geometry,
+  geometry: Geometry | None,
   normalizer: Normalizer,
   step_size: Any,
   init_scale: float | None,
 ) -> Preconditioner:
   """The Kronecker preconditioner of one array, seen in the ``layout`` of its shape; see `kron` for the rest."""
-  check_options(geometry, step_size)
+  of_state = geometry or pro  # the states of `quad` and `pro` are alike
+  check_options(of_state, step_size)
   check_init_scale(init_scale)
-  options = dict(geometry=geometry, normalizer=normalizer, step_size=step_size)
 
   def init(x: jax.Array) -> KronState:
-    return initial(layout(x.shape), x, 1.0 if init_scale is None else init_scale, geometry)
+    return initial(layout(x.shape), x, 1.0 if init_scale is None else init_scale, of_state)
 
   def fit(state: KronState, probe: Probe, *, key: jax.Array) -> KronState:
     """q_i ← move(q_i, ⟨a a*⟩_i − ⟨b b*⟩_i, step_size / L_i)."""
-    if geometry.samples:
+    moves = geometry or (quad if probe.vector is None else pro)
+    if moves.samples:
       probe = sampled(probe, key)
     to_tensor = layout(probe.product.shape).to_tensor
     h = to_tensor(probe.product)
     v = None if probe.vector is None else to_tensor(probe.vector)
     scale = scale_before_fit(init_scale, state.lipschitz[0], v, h, jnp.prod(state.sizes))
-    return move_factors(state, v, h, scale=scale, **options)
+    return move_factors(state, v, h, scale=scale, geometry=moves, normalizer=normalizer, step_size=step_size)
 
   def apply(state: KronState, x: jax.Array) -> jax.Array:
     view = layout(x.shape)
@@ -177,4 +178,4 @@ def kron_of_array(
     view = layout(x.shape)
     return view.to_parameter(kron_power(state.p, view.to_tensor(x), exponent), x.shape)
 
-  return Preconditioner(init, fit, apply, power=power, meaning=f"geometry={geometry.name}")
+  return Preconditioner(init, fit, apply, power=power, meaning=f"geometry={geometry.name if geometry else 'quad or pro'}")

@@ -8,6 +8,7 @@ of them may share a class, `classes`; its ``init`` is given ones where a matrix 
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpsgd_optax._trees.buckets import Bucket, Classes, Stacked, bucket_paths, make_buckets, ones, stack, unstack
+from dpsgd_optax._trees.by_shape import LARGE
 from dpsgd_optax._trees.draws import noise
 from dpsgd_optax._trees.mesh import as_leaves, divided, on_mesh
 from dpsgd_optax.base import Preconditioner, Probe
@@ -59,12 +61,12 @@ def _check_meaning(state: LiftState, group: Preconditioner) -> None:
     )
 
 
-def over_matrices(one: Callable, size: int) -> Callable:
-  """``vmap(one)``; for a single matrix ``one`` itself, which compiles to less and to faster products.
+def over_matrices(one: Callable, size: int, numbers: int = LARGE) -> Callable:
+  """``vmap(one)``; for a single matrix of many ``numbers`` ``one`` itself, whose products and branches are faster.
 
   On a mesh (`dpsgd_optax.sharded`) each device runs its share of the matrices.
   """
-  if size > 1:
+  if size > 1 or numbers < LARGE:
     return divided(jax.vmap(one), size)
 
   def single(*stacked):
@@ -124,9 +126,9 @@ def _fit(group: Preconditioner, cut: Cut, state: LiftState, probe: Probe, *, key
   keys_of = {name: keys[start:end] for name, (start, end) in zip(state.buckets, itertools.pairwise(ends), strict=True)}
   trees = [None if tree is None else jax.tree.leaves(tree) for tree in probe]
   drawn: dict[str, Any] = dict.fromkeys(buckets)
-  if with_noise:  # folded, not split: a key that no group draws from is dropped by the compiler
+  if with_noise:
     shapes = [((buckets[name].size, *buckets[name].shape), buckets[name].dtype) for name in state.buckets]
-    drawn = dict(zip(state.buckets, noise(jax.random.fold_in(key, 0), shapes), strict=True))
+    drawn = dict(zip(state.buckets, noise(key, shapes), strict=True))
 
   def one(state, v, h, xi, key):
     given = {} if xi is None else {"noise": xi}
@@ -137,7 +139,7 @@ def _fit(group: Preconditioner, cut: Cut, state: LiftState, probe: Probe, *, key
     bucket = buckets[name]
     paths = bucket_paths(bucket, probe.product)
     v, h = (None if leaves is None else as_leaves(stack(bucket, leaves), paths) for leaves in trees)
-    new[name] = over_matrices(one, bucket.size)(old, v, h, drawn[name], keys_of[name])
+    new[name] = over_matrices(one, bucket.size, math.prod(bucket.shape))(old, v, h, drawn[name], keys_of[name])
   return state._replace(buckets=new)
 
 
@@ -147,7 +149,7 @@ def _product(of_one: Callable, cut: Cut, state: LiftState, updates: Any, *more: 
   buckets = cut(updates)
   check_same_leaves(state, buckets)
   for bucket in buckets:
-    run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size)
+    run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size, math.prod(bucket.shape))
     paths = bucket_paths(bucket, updates)
     done = run(state.buckets[bucket.name], as_leaves(stack(bucket, leaves), paths))
     unstack(bucket, as_leaves(done, paths), leaves)

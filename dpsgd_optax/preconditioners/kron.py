@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dpsgd_optax._trees.buckets import Stacked
 from dpsgd_optax.base import Preconditioner, check, is_static
-from dpsgd_optax.geometry.moves import Geometry, Normalizer, lipschitz, pro
+from dpsgd_optax.geometry.moves import Geometry, Normalizer, lipschitz
 from dpsgd_optax.preconditioners._factors import (
   KronState,
   Layout,
@@ -30,7 +30,7 @@ from dpsgd_optax.preconditioners._lift import per_leaf
 MIN_LEAF = 64  # numbers that `max_skew` counts at least: an axis of 8 or less has a dense factor, that of a vector too
 
 
-def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
+def check_state_dtype(dtype: Any, geometry: Geometry | None, step_size: Any) -> None:
   """Half precision keeps 8 bits: too few for P itself, and for the small steps of a Q."""
   if dtype is None:
     return
@@ -38,7 +38,7 @@ def check_state_dtype(dtype: Any, geometry: Geometry, step_size: Any) -> None:
     raise ValueError(f"`state_dtype` must be a real floating dtype or None, got {dtype}. Try `jnp.bfloat16`.")
   if jnp.finfo(dtype).bits >= 32:
     return
-  if geometry.fits_p:
+  if geometry is not None and geometry.fits_p:
     raise ValueError(
       f"`state_dtype` must be float32 at least for a geometry that fits P itself, got {jnp.dtype(dtype).name}: "
       "rounding costs P its definiteness. Use `geometry=dpsgd_optax.qeq`, which fits the same P, or leave out "
@@ -73,7 +73,7 @@ def kron(
   *,
   max_size: float = 2048,
   max_skew: float = 1.0,
-  geometry: Geometry = pro,
+  geometry: Geometry | None = None,
   step_size: float = 0.1,
   init_scale: float | None = None,
   normalizer: Normalizer = lipschitz,
@@ -93,9 +93,9 @@ def kron(
     max_size: the longest axis that may have a dense factor. Static (decides shapes). ``jnp.inf``: any.
     max_skew: a dense factor holds at most ``max_skew`` · max(N, 64) numbers. Static. ``jnp.inf``: all dense.
     geometry: how the factors move: ``pro``, ``quad``, ``qeq``, ``qep`` (matrix products only), ``eq`` (triangular
-      solves), or ``geometry.quad4p``, ``geometry.pro4p``, which fit P itself and keep no Q. On gradients ``quad`` is a
-      little faster than ``pro`` (``python -m benchmarks defaults``), but on Newton products of an ill-conditioned H it
-      does not settle where ``pro`` does, and so ``pro`` is the default.
+      solves), or ``geometry.quad4p``, ``geometry.pro4p``, which fit P itself and keep no Q. None: ``quad`` on gradients,
+      where it is as good as ``pro`` and cheaper (``python -m benchmarks defaults``); ``pro`` on Newton probes, where
+      ``quad`` does not settle if H is ill-conditioned.
     step_size: of the fit, in (0, 1]; the largest relative change of a factor per fit.
     init_scale: the initial Q = init_scale · I; None: set from the first probe that is not zero, for each matrix.
     normalizer: what the step is divided by: ``geometry.lipschitz``, ``geometry.spectral`` or ``geometry.max_abs``.

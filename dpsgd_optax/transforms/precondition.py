@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from dpsgd_optax._trees.arithmetic import select, separate
-from dpsgd_optax._trees.by_shape import all_finite, map_by_shape
+from dpsgd_optax._trees.by_shape import LARGE, all_finite, map_by_shape
 from dpsgd_optax._trees.paths import same_structure
 from dpsgd_optax.base import (
   Curvature,
@@ -118,6 +118,18 @@ def _fits_now(every: Any, state: ScaleByPreconditionerState) -> tuple[Any, jax.A
   return due, debt - due.astype(jnp.float32)
 
 
+def _where(sound: jax.Array, new: Any, old: Any) -> Any:
+  """The new arrays if they are sound, else the old ones.
+
+  A branch copies at most what it takes, where a select reads both and writes a third; but of small arrays a branch
+  makes two kernels, a select one.
+  """
+  pairs, treedef = list(zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)), jax.tree.structure(new)
+  large = [pair for pair in pairs if jnp.size(pair[0]) >= LARGE]
+  kept = iter(choose(sound, lambda x: [a for a, _ in x], lambda x: [b for _, b in x], large) if large else ())
+  return treedef.unflatten([next(kept) if jnp.size(a) >= LARGE else jnp.where(sound, a, b) for a, b in pairs])
+
+
 def _refitted(
   p: Preconditioner, due: Any, old: Any, observe: Callable, updates: Any, key: Any, damping: Any, check: bool
 ) -> tuple[Any, jax.Array]:
@@ -132,8 +144,7 @@ def _refitted(
     if not check:
       return new, jnp.array(True)
     sound = all_finite((damping, *parts))
-    # a branch copies at most what it takes; a select would read both states and write a third
-    return choose(sound, lambda new, old: new, lambda new, old: old, new, old), sound
+    return _where(sound, new, old), sound
 
   def fit():
     seen, observation = observe()
