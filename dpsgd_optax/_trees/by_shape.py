@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax._trees.mesh import on_mesh, spec_of
 
-MIN_LIBRARY_SUM = 4096  # XLA on a CPU calls a library for longer sums; each shorter one is a kernel to compile
+MIN_LIBRARY_SUM = 2**14  # XLA on a CPU calls a library for longer sums; each shorter one is a kernel or two of its own
 FEW = 8  # up to so many leaves of equal shape are not stacked: their kernels are not worth the copy
 LARGE = 2**16  # nor leaves of so many numbers: over a training the copies take longer than the compilation
 

@@ -1,18 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """One fit of the factors: look at the probe through Q, take its moments, move. The notation is that of `moves`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import tiny
+from dpsgd_optax._trees.by_shape import LARGE, grouped
 from dpsgd_optax.base import check
 from dpsgd_optax.geometry.linalg import cross_gram, gram, hermitian, scaled, triu
 from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, keep_all, spectral, unchanged
 from dpsgd_optax.geometry.norms import norm_bound, normal_norm_bound
 from dpsgd_optax.geometry.seen import Seen, zero_unseen_block, zero_unseen_slices
 from dpsgd_optax.geometry.structured import hermitian_outer, outer
+
+
+def each(function: Callable, rows: list[tuple]) -> list:
+  """``function(*row)`` of each row; rows of small arrays of equal shape at once, as one kernel in place of many."""
+
+  def key(i: int) -> Any:
+    plain = all(x is None or isinstance(x, jax.Array) and x.size < LARGE for x in rows[i])
+    return tuple((x.shape, x.dtype) for x in jax.tree.leaves(rows[i])) if plain else i
+
+  found: list = [None] * len(rows)
+  for members in grouped((key(i), i) for i in range(len(rows))).values():
+    if len(members) == 1:
+      found[members[0]] = function(*rows[members[0]])
+      continue
+    done = jax.vmap(function)(*jax.tree.map(lambda *x: jnp.stack(x), *(rows[i] for i in members)))
+    for place, i in enumerate(members):
+      found[i] = jax.tree.map(lambda x, place=place: x[place], done)
+  return found
 
 
 def tracked_step(step_size: Any, old: jax.Array, measured: jax.Array, memory: float) -> tuple[jax.Array, jax.Array]:
@@ -47,32 +67,37 @@ def directions(
   a, b = geometry.lift(q, p, v, h)
   if seen is not None:
     a, b = zero_unseen_slices(a, seen), None if b is None else zero_unseen_slices(b, seen)
-  found, measured = [], []
   expected = geometry.expected(q, a.shape, seen) if b is None else None
   masked = seen is not None and (b is None or geometry.moment is not unchanged)  # otherwise a and b are enough
   bound_of = norm_bound if geometry.project is triu else normal_norm_bound
   by_difference = normalizer.of_difference and b is not None and not low_rank and geometry.moment is unchanged
   two_terms = geometry.project is keep_all and normalizer is spectral
+  moments = []
   for i, factor in enumerate(q):
-    dense = factor.ndim == 2
-    if by_difference and dense and isinstance(factor, jax.Array):
-      t1 = t2 = None
+    if by_difference and factor.ndim == 2 and isinstance(factor, jax.Array):
       # one product: a aᴴ − b bᴴ is the Hermitian part of (a − b)(a + b)ᴴ; of a vector it is never written down
       if two_terms and a.size == len(factor):
         e = hermitian_outer((a - b).reshape(-1), (a + b).reshape(-1))
       else:
         e = hermitian(cross_gram(a - b, a + b, i))
+      moments.append((None, None, e))
     else:
       of = outer if low_rank else lambda x, i=i, factor=factor: gram(x, i, factor)
       second = expected[i] if b is None else of(b)
-      t1, t2 = geometry.moment(factor, of(a)), geometry.moment(factor, second)
+      moments.append((geometry.moment(factor, of(a)), geometry.moment(factor, second), None))
+
+  def measured(t1, t2, e, s):
+    dense = (t1 if e is None else e).ndim == 2
+    if e is None:
       e = t1 - (t2 * jnp.eye(len(t1), dtype=t1.dtype) if dense and b is None and t2.ndim == 0 else t2)
-    e = zero_unseen_block(e, seen[i]) if masked and seen is not None else e
+    e = e if s is None else zero_unseen_block(e, s)
     e = geometry.project(e) if dense else e
-    measured.append(normalizer.measure(t1, t2, e, bound_of).astype(lip.dtype))
-    found.append(e)
-  mu, lip = tracked_step(step_size, lip, jnp.stack(measured), normalizer.memory)
-  return tuple(found), mu.astype(jnp.finfo(a.dtype).dtype), lip
+    return e, normalizer.measure(t1, t2, e, bound_of).astype(lip.dtype)
+
+  rows = [(*moments[i], seen[i] if masked and seen is not None else None) for i in range(len(q))]
+  found, sizes = zip(*each(measured, rows), strict=True)
+  mu, lip = tracked_step(step_size, lip, jnp.stack(sizes), normalizer.memory)
+  return found, mu.astype(jnp.finfo(a.dtype).dtype), lip
 
 
 def fit_factors(
@@ -85,9 +110,13 @@ def fit_factors(
   """
   at = q if multiples is None else scaled(q, multiples)
   found, mu, lip = directions(at, *args, geometry=geometry, **options)
-  move = lambda i: (geometry.move if q[i].ndim == 2 else geometry.move_diagonal)(q[i], found[i], mu[i])
-  new = tuple(map(move, range(len(q))))
-  return new if multiples is None else scaled(new, multiples), lip
+
+  def move(q, e, mu, multiple):
+    new = (geometry.move if q.ndim == 2 else geometry.move_diagonal)(q, e, mu)
+    return new if multiple is None else new * multiple.astype(new.dtype)
+
+  rows = [(q[i], found[i], mu[i], None if multiples is None else multiples[i]) for i in range(len(q))]
+  return tuple(each(move, rows)), lip
 
 
 def check_init_scale(value: Any) -> None:

@@ -109,9 +109,12 @@ def clip_spikes(
     scale = jnp.where(jumps, jnp.where(finite, max_jump / jnp.where(jumps, ratio, 1), 0), 1)
     grown = jnp.where(known, sizes * (decay + (1 - decay) * jnp.minimum(ratio, max_jump)), ratio)
     kept = jnp.where((ratio > 0) & (finite | jumps), grown, sizes).astype(sizes.dtype)
-    times = lambda x, a: x * a.astype(jnp.finfo(x.dtype).dtype).reshape(-1, *(1,) * (x.ndim - 1))
     clipped = state.clipped + jnp.any(jumps).astype(jnp.int32)
-    return join(_over(times, parts, of_parts(scale))), ClipSpikesState(kept, clipped)
+    spread = lambda x, a: jnp.broadcast_to(a.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)), x.shape)
+    # the gradients are multiplied where they lie, since they need not be put together for it
+    by_leaf = join([spread(x, a) for x, a in zip(parts, of_parts(scale), strict=True)])
+    times = lambda g, a: g * a.astype(jnp.finfo(g.dtype).dtype) if jnp.size(g) else g
+    return jax.tree.map(times, updates, by_leaf), ClipSpikesState(kept, clipped)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
