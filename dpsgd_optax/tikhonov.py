@@ -3,7 +3,7 @@
 
 Notation: that of `damped_kron`, [paper] included, and
   π        (tr Pbar_L / m) / (tr Pbar_R / n), the ratio of the mean eigenvalues
-  β_t      the weight of the old average at step t
+  β_t      the weight of the old average at fit t
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dpsgd_optax.base import check_fraction, check_not_negative
 
-__all__ = ["Average", "Form", "additive", "factored", "two_tap"]
+__all__ = ["Average", "Form", "additive", "factored", "recursive", "two_tap"]
 
 Form = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 """(mean eigenvalue of Pbar_L, of Pbar_R, c) -> (shift of Pbar_L, of Pbar_R, multiple of G): the damped factors."""
@@ -41,16 +41,22 @@ class Average(NamedTuple):
   Attributes:
     advance: (count, average, memory, current) -> (average, memory), each a tuple of factors; memory may be None.
     remembers: True if the average needs a memory beside itself.
+    each_step: True if it moves on on every step, False if on every fit. P must then be kept beside its average.
   """
 
   advance: Callable
   remembers: bool
+  each_step: bool = False
 
 
-def recursive(decay) -> Average:
+def recursive(decay, each_step: bool = False) -> Average:
   """Pbar_t = β_t Pbar_{t−1} + (1 − β_t) P_t with β_t = min(t/(t+1), decay), t = 0, 1, …: [paper] Eq. 47.
 
   The plain mean until t/(t+1) reaches ``decay``; the zero initial value has no weight.
+
+  t counts fits. Departure: in the paper it counts steps, ``each_step=True``. Where a fit is due on every k-th step,
+  P stays between two of them, and of the older ones β^k is left (0.7¹⁰ = 0.03): the average is undone. With a fit on
+  every step the two are the same.
   """
   check_fraction(decay, "average")
 
@@ -60,7 +66,7 @@ def recursive(decay) -> Average:
     mixed = tuple((beta * a + (1 - beta) * p).astype(p.dtype) for a, p in zip(average, current, strict=True))
     return mixed, memory
 
-  return Average(advance, False)
+  return Average(advance, False, each_step)
 
 
 def two_tap(new: float, old: float) -> Average:
@@ -76,4 +82,4 @@ def two_tap(new: float, old: float) -> Average:
     del count, average
     return tuple(new * p + old * m for p, m in zip(current, memory, strict=True)), current
 
-  return Average(advance, True)
+  return Average(advance, True, True)

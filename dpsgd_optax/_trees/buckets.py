@@ -66,6 +66,12 @@ class Bucket(NamedTuple):
     return any(member.shape != self.shape for member in self.members)
 
   @property
+  def shapes(self) -> np.ndarray | None:
+    """(size, axes) of floats, the shape of each matrix without padding; None if none is padded."""
+    shapes = np.repeat(np.array([m.shape for m in self.members], np.float32), [m.count for m in self.members], axis=0)
+    return shapes if self.padded else None
+
+  @property
   def numbers(self) -> np.ndarray:
     """(size,), how many numbers each matrix has, without padding."""
     return np.repeat([math.prod(m.shape) for m in self.members], [m.count for m in self.members])

@@ -13,13 +13,15 @@ import jax
 
 from dpsgd_optax.preconditioners._lift import LiftState
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """Raised by one whenever a field of a state of this package is added, removed, renamed or takes another meaning."""
 
 CHANGES = {
   2: "the PRNG key is raw data (uint32) in place of a typed key; `dropped`, `idle` and `before` are new; "
   '`levenberg_marquardt` says "not yet" with 0 and the largest number in place of NaN; the preconditioners name their '
-  "geometry"
+  "geometry",
+  3: "matrices of similar shape share a bucket, padded with zeros; Kronecker factors are kept as Q alone unless "
+  "`keep_p=True`; DPSGD's averages move on with the fits, their mean eigenvalues are new; the key of the run stays",
 }
 """What each version changed."""
 

@@ -22,7 +22,7 @@ import optax
 from dpsgd_optax._trees.arithmetic import working_dtype
 from dpsgd_optax._trees.by_shape import safe_norm
 from dpsgd_optax.geometry.structured import Arrow
-from dpsgd_optax.preconditioners._factors import KronState
+from dpsgd_optax.preconditioners._factors import KronState, factors_of_p
 from dpsgd_optax.preconditioners._lift import LiftState
 from dpsgd_optax.preconditioners.damped_kron import DampedKronState
 from dpsgd_optax.preconditioners.diagonal import DiagonalState
@@ -102,8 +102,9 @@ def _unit(tree: Any) -> Any:
 
 
 def _ends(diagonal: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The smallest and the largest entry."""
-  return jnp.min(jnp.real(diagonal)), jnp.max(jnp.real(diagonal))
+  """The smallest and the largest entry; zeros are padding."""
+  real = jnp.real(diagonal)
+  return jnp.min(jnp.where(real > 0, real, jnp.inf)), jnp.max(real)
 
 
 def _factor_ends(p: Any) -> tuple[jax.Array, jax.Array]:
@@ -120,8 +121,7 @@ def _kron_ends(factors: Any, shifts: Any = None) -> tuple[jax.Array, jax.Array]:
 def _damped_kron_ends(state: DampedKronState) -> tuple[jax.Array, jax.Array]:
   """(Pbar_L + s_L) (Pbar_R + s_R) + c."""
   *shifts, c = state.shifts
-  factors = state.kron.p if state.average is None else state.average
-  low, high = _kron_ends(factors, shifts)
+  low, high = _kron_ends(state.factors(), shifts)
   return low + c, high + c
 
 
@@ -134,7 +134,7 @@ def _lra_ends(state: LRAState) -> tuple[jax.Array, jax.Array]:
 
 ENDS: dict[type, Callable[[Any], tuple[jax.Array, jax.Array]]] = {
   DiagonalState: lambda state: _ends(state.q**2),
-  KronState: lambda state: _kron_ends(state.p),
+  KronState: lambda state: _kron_ends(factors_of_p(state)),
   DampedKronState: _damped_kron_ends,
   LRAState: _lra_ends,
   XMatState: lambda state: _ends(state.a**2 + state.b[::-1] ** 2),

@@ -21,7 +21,7 @@ def each(function: Callable, rows: list[tuple]) -> list:
   """``function(*row)`` of each row; rows of small arrays of equal shape at once, as one kernel in place of many."""
 
   def key(i: int) -> Any:
-    plain = all(x is None or isinstance(x, jax.Array) and x.size < LARGE for x in rows[i])
+    plain = all(x is None or (isinstance(x, jax.Array) and x.size < LARGE) for x in rows[i])
     return tuple((x.shape, x.dtype) for x in jax.tree.leaves(rows[i])) if plain else i
 
   found: list = [None] * len(rows)

@@ -22,7 +22,7 @@ from dpsgd_optax.transforms.clipping import clip_matrices, clip_spikes
 from dpsgd_optax.transforms.precondition import annealed_probability, scale_by_preconditioner
 
 
-@static_arguments("preconditioner", "curvature", "every", "key", "mask")
+@static_arguments("preconditioner", "curvature", "every", "key", "mask", "mu_dtype")
 def psgd(
   learning_rate: optax.ScalarOrSchedule,
   preconditioner: Preconditioner | None = None,
@@ -30,6 +30,7 @@ def psgd(
   *,
   every: int | optax.Schedule | None = None,
   b1: float | None = None,
+  mu_dtype: Any = None,
   weight_decay: float | None = None,
   damping: Any = 1e-9,
   key: int | jax.Array = 0,
@@ -53,6 +54,7 @@ def psgd(
       step at first and on one in 33 in the end. Static.
     b1: weight kept by the running mean of the gradients (debiased, as Adam's); P is fitted on the raw gradients.
       None: no momentum, and none in the state.
+    mu_dtype: of that mean; None: as the gradients. Static.
     weight_decay: decoupled, as in AdamW; None: none.
     mask: which leaves decay, as for ``optax.add_decayed_weights``. Static.
     damping: λ ≥ 0 of the curvature: P ≤ 1/λ.
@@ -99,7 +101,7 @@ def psgd(
     every=annealed_probability() if every is None else every,
     damping=damping,
     before=None if max_jump is None else clip_spikes(max_jump, matrices=p.matrices),
-    momentum=None if b1 is None else optax.ema(b1),
+    momentum=None if b1 is None else optax.ema(b1, accumulator_dtype=mu_dtype),
     key=key,
   )
   parts = [preconditioned]

@@ -54,13 +54,15 @@ def unless_zero(x: jax.Array, fit: Callable[[Probe], Any], probe: Probe, old: An
 def damped(group: Preconditioner) -> Preconditioner:
   """A group whose ``fit(state, probe, *, key)`` knows no λ, fitted on the probe of the damped curvature.
 
-  Its ``fit`` takes ``damping`` λ and, where v is integrated out, ``noise`` ξ, shaped like the probe.
+  Its ``fit`` takes ``damping`` λ and, where v is integrated out, ``noise`` ξ, shaped like the probe; the ``shape`` of a
+  matrix that is padded goes on to the group, as the ``numbers`` in it.
   """
 
-  def fit(state, probe, *, key, damping, noise=None):
+  def fit(state, probe, *, key, damping, noise=None, shape=None):
+    padded = {} if shape is None else {"numbers": jnp.prod(shape)}
     # decided on the undamped h: λ alone says nothing about a leaf that is not in use, whose P would grow up to I/λ
     like = lambda new: jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
-    fitted = lambda seen: like(group.fit(state, seen, key=key))
+    fitted = lambda seen: like(group.fit(state, seen, key=key, **padded))
     return unless_zero(probe.product, fitted, damp(probe, noise, damping), state)
 
   return group._replace(fit=fit)

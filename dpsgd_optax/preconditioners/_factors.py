@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from dpsgd_optax._trees.buckets import Classes
 from dpsgd_optax.base import Preconditioner, Probe, check, check_step_size
 from dpsgd_optax.geometry.fit import check_init_scale, fit_factors, scale_before_fit
-from dpsgd_optax.geometry.linalg import balancing, kron_power, sandwich, scale_smallest
+from dpsgd_optax.geometry.linalg import (
+  balancing,
+  kron_power,
+  multiply,
+  sandwich,
+  scale_smallest,
+  square,
+)
 from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, pro, quad
 from dpsgd_optax.geometry.seen import count_idle_slices, idle_counters, seen_lately
 from dpsgd_optax.preconditioners._damped import sampled
@@ -21,23 +28,39 @@ class KronState(NamedTuple):
   """Attributes:
   q: the factors, (d_i, d_i) or (d_i,); parameter^(1/k) units of Q; the diagonal is positive.
     () where P is fitted itself.
-  p: q_iᴴ q_i, kept so that ``apply`` costs one product per dense factor.
+  p: q_iᴴ q_i where they are kept, so that ``apply`` costs one product per dense factor in place of two; else ().
   lipschitz: (k,), 0 before the first fit.
   idle: (d_i,) of each axis, uint8, fits since each slice was seen; (): all slices take part in every fit.
-  sizes: (k,), the lengths of the axes without padding; q and p are zero where a matrix is padded.
+
+  Where a matrix is padded q and p are zero.
   """
 
   q: Factors
   p: Factors
   lipschitz: jax.Array
-  idle: Factors
-  sizes: jax.Array
+  idle: Factors = ()
 
 
-def with_factors(q: Factors, geometry: Geometry, lipschitz: jax.Array, idle: Factors, sizes: jax.Array) -> KronState:
+def with_factors(q: Factors, geometry: Geometry, lipschitz: jax.Array, idle: Factors, keep_p: bool) -> KronState:
   """The state for factors that a geometry has moved."""
-  p = tuple(geometry.factor_of_p(x) for x in q)
-  return KronState(() if geometry.fits_p else q, p, lipschitz, idle, sizes)
+  if geometry.fits_p:
+    return KronState((), q, lipschitz, idle)
+  keep_p = keep_p or not all(isinstance(x, jax.Array) for x in q)  # an arrow-head is small
+  return KronState(q, tuple(map(square, q)) if keep_p else (), lipschitz, idle)
+
+
+def factors_of_p(state: KronState) -> Factors:
+  """p_i, made of q_i where they are not kept."""
+  return state.p or tuple(map(square, state.q))
+
+
+def product(state: KronState, x: jax.Array) -> jax.Array:
+  """P x, x with one axis per factor; where P is not kept Qᴴ (Q x)."""
+  if state.p:
+    return sandwich(state.p, x)
+  for i, q in enumerate(state.q):
+    x = multiply(multiply(x, q, i), jnp.conj(q.T), i) if q.ndim > 1 else multiply(x, square(q), i)
+  return x
 
 
 def dense_factor(d: int, dtype: Any) -> jax.Array:
@@ -95,7 +118,9 @@ def check_max_padding(value: Any) -> None:
   check(lambda x: x >= 1, value, "max_padding", "at least 1", hint)
 
 
-def size_classes(layout: Callable[[tuple[int, ...]], Layout], geometry: Geometry | None, bound: float) -> Classes | None:
+def size_classes(
+  layout: Callable[[tuple[int, ...]], Layout], geometry: Geometry | None, bound: float
+) -> Classes | None:
   """Matrices whose factors are of the same kinds may share a class; none may where a move solves equations with q."""
   if geometry is not None and not geometry.inverse_free:
     return None
@@ -111,7 +136,7 @@ def size_classes(layout: Callable[[tuple[int, ...]], Layout], geometry: Geometry
   return Classes(kind, multiplications, bound)
 
 
-def initial(layout: Layout, ones: jax.Array, scale: float, geometry: Geometry) -> KronState:
+def initial(layout: Layout, ones: jax.Array, scale: float, geometry: Geometry, keep_p: bool) -> KronState:
   """Q = scale · I, P = scale² · I, and zero where ``ones``, in the shape of the parameter, says that it is padded."""
   x = layout.to_tensor(jnp.real(ones))
   each = scale ** ((2 if geometry.fits_p else 1) / x.ndim)
@@ -119,11 +144,10 @@ def initial(layout: Layout, ones: jax.Array, scale: float, geometry: Geometry) -
 
   def identity(d: int, factor: Callable, own: jax.Array) -> Any:
     whole = factor(d, ones.dtype)
-    return jax.tree.map(lambda q: q * (each * own).astype(q.dtype), whole)
+    return jax.tree.map(lambda q: q * (each * own).astype(q.dtype).reshape((1,) * (q.ndim - 1) + (-1,)), whole)
 
   q = tuple(identity(d, f, own) for d, f, own in zip(layout.shape, layout.factors, real, strict=True))
-  idle, sizes = tuple(map(idle_counters, layout.shape)), jnp.stack([jnp.sum(own) for own in real])
-  return with_factors(q, geometry, jnp.zeros(x.ndim, x.dtype), idle, sizes)
+  return with_factors(q, geometry, jnp.zeros(x.ndim, x.dtype), tuple(map(idle_counters, layout.shape)), keep_p)
 
 
 def move_factors(
@@ -136,11 +160,12 @@ def move_factors(
   """
   geometry, normalizer = options["geometry"], options["normalizer"]
   of_p = None if scale is None else scale**2
-  q, idle = state.q or state.p, count_idle_slices(state.idle, h)
-  p = state.p if of_p is None else scale_smallest(state.p, of_p)
+  q, idle, p = state.q or state.p, count_idle_slices(state.idle, h), None
+  if state.p:
+    p = state.p if of_p is None else scale_smallest(state.p, of_p)
   multiples = balancing(q, normalizer.size, of_p if geometry.fits_p else scale)
   q, lip = fit_factors(q, p, state.lipschitz, v, h, multiples=multiples, seen=seen_lately(idle), **options)
-  return with_factors(q, geometry, lip, idle, state.sizes)
+  return with_factors(q, geometry, lip, idle, bool(state.p))
 
 
 def kron_of_array(
@@ -150,6 +175,7 @@ def kron_of_array(
   normalizer: Normalizer,
   step_size: Any,
   init_scale: float | None,
+  keep_p: bool = False,
 ) -> Preconditioner:
   """The Kronecker preconditioner of one array, seen in the ``layout`` of its shape; see `kron` for the rest."""
   of_state = geometry or pro  # the states of `quad` and `pro` are alike
@@ -157,9 +183,9 @@ def kron_of_array(
   check_init_scale(init_scale)
 
   def init(x: jax.Array) -> KronState:
-    return initial(layout(x.shape), x, 1.0 if init_scale is None else init_scale, of_state)
+    return initial(layout(x.shape), x, 1.0 if init_scale is None else init_scale, of_state, keep_p)
 
-  def fit(state: KronState, probe: Probe, *, key: jax.Array) -> KronState:
+  def fit(state: KronState, probe: Probe, *, key: jax.Array, numbers: Any = None) -> KronState:
     """q_i ← move(q_i, ⟨a a*⟩_i − ⟨b b*⟩_i, step_size / L_i)."""
     moves = geometry or (quad if probe.vector is None else pro)
     if moves.samples:
@@ -167,15 +193,17 @@ def kron_of_array(
     to_tensor = layout(probe.product.shape).to_tensor
     h = to_tensor(probe.product)
     v = None if probe.vector is None else to_tensor(probe.vector)
-    scale = scale_before_fit(init_scale, state.lipschitz[0], v, h, jnp.prod(state.sizes))
+    scale = scale_before_fit(init_scale, state.lipschitz[0], v, h, numbers)
     return move_factors(state, v, h, scale=scale, geometry=moves, normalizer=normalizer, step_size=step_size)
 
   def apply(state: KronState, x: jax.Array) -> jax.Array:
     view = layout(x.shape)
-    return view.to_parameter(sandwich(state.p, view.to_tensor(x)), x.shape)
+    return view.to_parameter(product(state, view.to_tensor(x)), x.shape)
 
   def power(state: KronState, x: jax.Array, exponent: Any) -> jax.Array:
     view = layout(x.shape)
-    return view.to_parameter(kron_power(state.p, view.to_tensor(x), exponent), x.shape)
+    return view.to_parameter(kron_power(factors_of_p(state), view.to_tensor(x), exponent), x.shape)
 
-  return Preconditioner(init, fit, apply, power=power, meaning=f"geometry={geometry.name if geometry else 'quad or pro'}")
+  return Preconditioner(
+    init, fit, apply, power=power, meaning=f"geometry={geometry.name if geometry else 'quad or pro'}"
+  )

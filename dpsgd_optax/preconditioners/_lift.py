@@ -61,11 +61,23 @@ def _check_meaning(state: LiftState, group: Preconditioner) -> None:
     )
 
 
-def over_matrices(one: Callable, size: int, numbers: int = LARGE) -> Callable:
+def check_batch_size(value: Any) -> None:
+  """Raises unless it is None or a whole number from 1 on."""
+  whole = value is None or (isinstance(value, int) and value >= 1)
+  if not whole:
+    raise ValueError(
+      f"`batch_size` must be a whole number, at least 1, or None, got {value!r}. So many matrices of a stack "
+      "are worked on at once; None: all."
+    )
+
+
+def over_matrices(one: Callable, size: int, numbers: int = LARGE, batch_size: int | None = None) -> Callable:
   """``vmap(one)``; for a single matrix of many ``numbers`` ``one`` itself, whose products and branches are faster.
 
-  On a mesh (`dpsgd_optax.sharded`) each device runs its share of the matrices.
+  With a ``batch_size`` as many at once as it says. On a mesh (`dpsgd_optax.sharded`) each device runs its share.
   """
+  if batch_size is not None and size > batch_size:
+    return divided(lambda *stacked: jax.lax.map(lambda x: one(*x), stacked, batch_size=batch_size), size)
   if size > 1 or numbers < LARGE:
     return divided(jax.vmap(one), size)
 
@@ -76,13 +88,17 @@ def over_matrices(one: Callable, size: int, numbers: int = LARGE) -> Callable:
   return single
 
 
-def batched(group: Preconditioner, stacked: Stacked = None, classes: Classes | None = None) -> Preconditioner:
+def batched(
+  group: Preconditioner, stacked: Stacked = None, classes: Classes | None = None, batch_size: int | None = None
+) -> Preconditioner:
   """The preconditioner of a pytree that runs ``group`` once per size class; ``stacked`` as for :func:`per_leaf`.
 
   The group's ``fit(state, probe, *, key, damping)`` is handed the ``noise`` of a matrix where the lifted one is told to
-  draw it, ``with_noise=True``.
+  draw it, ``with_noise=True``, and the ``shape`` of one that may be padded, an array of floats.
   """
+  check_batch_size(batch_size)
   cut = functools.partial(make_buckets, stacked=stacked, classes=classes)
+  over = lambda one, bucket: over_matrices(one, bucket.size, math.prod(bucket.shape), batch_size)
 
   def init(params):
     states = {b.name: jax.vmap(group.init)(ones(b)) for b in cut(params)}
@@ -97,11 +113,11 @@ def batched(group: Preconditioner, stacked: Stacked = None, classes: Classes | N
     each = lambda old: jax.vmap(one)(old) if jax.tree.leaves(old) else old
     return state._replace(buckets={name: each(old) for name, old in state.buckets.items()})
 
-  lift = lambda of_one: of_one and functools.partial(_product, of_one, cut)
+  lift = lambda of_one: of_one and functools.partial(_product, of_one, cut, over)
   return Preconditioner(
     meaning=group.meaning,
     init=init,
-    fit=functools.partial(_fit, group, cut),
+    fit=functools.partial(_fit, group, cut, over),
     apply=lift(group.apply),
     advance=advance if group.advance else None,
     diagonal=group.diagonal,
@@ -112,9 +128,12 @@ def batched(group: Preconditioner, stacked: Stacked = None, classes: Classes | N
 
 
 Cut = Callable[[Any], list[Bucket]]
+Over = Callable[[Callable, Bucket], Callable]
 
 
-def _fit(group: Preconditioner, cut: Cut, state: LiftState, probe: Probe, *, key, damping, with_noise: bool = False):
+def _fit(
+  group: Preconditioner, cut: Cut, over: Over, state: LiftState, probe: Probe, *, key, damping, with_noise=False
+):
   """``group.fit`` on every matrix, each with a key of its own."""
   buckets = {b.name: b for b in cut(probe.product)}
   check_same_leaves(state, list(buckets.values()))
@@ -130,8 +149,8 @@ def _fit(group: Preconditioner, cut: Cut, state: LiftState, probe: Probe, *, key
     shapes = [((buckets[name].size, *buckets[name].shape), buckets[name].dtype) for name in state.buckets]
     drawn = dict(zip(state.buckets, noise(key, shapes), strict=True))
 
-  def one(state, v, h, xi, key):
-    given = {} if xi is None else {"noise": xi}
+  def one(state, v, h, xi, key, shape):
+    given = {name: x for name, x in (("noise", xi), ("shape", shape)) if x is not None}
     return group.fit(state, Probe(v, h), key=key, damping=damping, **given)
 
   new = {}
@@ -139,17 +158,17 @@ def _fit(group: Preconditioner, cut: Cut, state: LiftState, probe: Probe, *, key
     bucket = buckets[name]
     paths = bucket_paths(bucket, probe.product)
     v, h = (None if leaves is None else as_leaves(stack(bucket, leaves), paths) for leaves in trees)
-    new[name] = over_matrices(one, bucket.size, math.prod(bucket.shape))(old, v, h, drawn[name], keys_of[name])
+    new[name] = over(one, bucket)(old, v, h, drawn[name], keys_of[name], bucket.shapes)
   return state._replace(buckets=new)
 
 
-def _product(of_one: Callable, cut: Cut, state: LiftState, updates: Any, *more: Any) -> Any:
+def _product(of_one: Callable, cut: Cut, over: Over, state: LiftState, updates: Any, *more: Any) -> Any:
   """``of_one(state, x, *more)`` on every matrix: `apply`, `power` or `root` of the group."""
   leaves, treedef = jax.tree.flatten(updates)
   buckets = cut(updates)
   check_same_leaves(state, buckets)
   for bucket in buckets:
-    run = over_matrices(lambda old, x: of_one(old, x, *more), bucket.size, math.prod(bucket.shape))
+    run = over(lambda old, x: of_one(old, x, *more), bucket)
     paths = bucket_paths(bucket, updates)
     done = run(state.buckets[bucket.name], as_leaves(stack(bucket, leaves), paths))
     unstack(bucket, as_leaves(done, paths), leaves)
@@ -172,7 +191,9 @@ def _matrices(cut: Cut, updates: Any) -> tuple[list[jax.Array], list[np.ndarray]
   return [stack(bucket, leaves) for bucket in buckets], [bucket.numbers for bucket in buckets], join
 
 
-def per_leaf(group: Preconditioner, stacked: Stacked = None, classes: Classes | None = None) -> Preconditioner:
+def per_leaf(
+  group: Preconditioner, stacked: Stacked = None, classes: Classes | None = None, batch_size: int | None = None
+) -> Preconditioner:
   """One P for each leaf (block diagonal), the leaves of equal shape batched, fitted on the damped curvature.
 
   Args:
@@ -180,6 +201,7 @@ def per_leaf(group: Preconditioner, stacked: Stacked = None, classes: Classes | 
     stacked: leaves that stand for a stack of layers (``nn.scan``, vmapped modules): the number of their leading
       axes, as a prefix tree of ints or as a callable on (path, leaf). Each layer gets a P of its own. None: no leaf.
     classes: which shapes may be padded with zeros and batched together; None: none. For groups that know of it.
+    batch_size: matrices of equal shape that are worked on at once; None: all.
 
   Returns:
     A preconditioner of any pytree of floating-point leaves. Its ``fit`` takes λ as ``damping``.
@@ -196,7 +218,7 @@ def per_leaf(group: Preconditioner, stacked: Stacked = None, classes: Classes | 
     >>> p.apply(state, {"a": jnp.ones(3), "b": jnp.ones(3)})["b"]
     Array([4., 4., 4.], dtype=float32)
   """
-  lifted = batched(damped(group), stacked, classes)
+  lifted = batched(damped(group), stacked, classes, batch_size)
 
   def fit(state, probe, *, key, damping):
     return lifted.fit(state, probe, key=key, damping=damping, with_noise=probe.vector is None)

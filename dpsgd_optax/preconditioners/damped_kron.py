@@ -28,6 +28,7 @@ from dpsgd_optax.preconditioners._factors import (
   check_max_padding,
   check_options,
   factor_kind,
+  factors_of_p,
   initial,
   move_factors,
   size_classes,
@@ -43,6 +44,7 @@ class DampedKronState(NamedTuple):
   average: (Pbar_L, Pbar_R), undamped; None without averaging.
   memory: what the average needs beside itself, or None.
   shifts: (3,), added to Pbar_L, to Pbar_R, and the multiple of G itself.
+  means: (2,), the mean eigenvalues of Pbar_L and Pbar_R.
   """
 
   kron: KronState
@@ -50,10 +52,11 @@ class DampedKronState(NamedTuple):
   average: Factors | None
   memory: Factors | None
   shifts: jax.Array
+  means: jax.Array
 
   def factors(self) -> Factors:
     """(Pbar_L, Pbar_R), undamped."""
-    return self.kron.p if self.average is None else self.average
+    return factors_of_p(self.kron) if self.average is None else self.average
 
 
 def damped_kron(
@@ -115,47 +118,66 @@ def damped_kron(
     average = recursive(average)
 
   def layout(shape: tuple[int, ...]) -> Layout:
-    limit = max_vector_size if len(shape) < 2 else max_size
+    limit = (max_vector_size or 0) if len(shape) < 2 else max_size
     matrix = as_matrix_shape(shape)
     return Layout(matrix, tuple(factor_kind(1 < d <= limit) for d in matrix))
 
-  def init(x: jax.Array) -> DampedKronState:
-    kron = initial(layout(x.shape), x, 1.0, geometry)
-    # until something is averaged P is the identity; the first weight β_0 = 0 then forgets it
-    first = None if average is None else kron.p
-    memory = kron.p if average is not None and average.remembers else None
-    return DampedKronState(kron, jnp.zeros((), jnp.int32), first, memory, jnp.zeros(3, jnp.finfo(x.dtype).dtype))
+  each_step = average is not None and average.each_step
+  keep_p = average is None or each_step
 
-  def advance(state: DampedKronState, *, damping) -> DampedKronState:
-    mean, memory = state.kron.p, state.memory
+  def init(x: jax.Array) -> DampedKronState:
+    kron = initial(layout(x.shape), x, 1.0, geometry, keep_p)
+    # until something is averaged P is the identity; the first weight β_0 = 0 then forgets it
+    first = None if average is None else factors_of_p(kron)
+    memory = factors_of_p(kron) if average is not None and average.remembers else None
+    zeros, ones = jnp.zeros(3, jnp.finfo(x.dtype).dtype), jnp.ones(2, jnp.finfo(x.dtype).dtype)
+    return DampedKronState(kron, jnp.zeros((), jnp.int32), first, memory, zeros, ones)
+
+  def averaged(state: DampedKronState, shape: Any = None) -> DampedKronState:
+    """The average with the factors as they are now, and its mean eigenvalues; ``shape``: see `batched`."""
+    current, memory, mean = factors_of_p(state.kron), state.memory, None
     if average is not None:
-      mean, memory = average.advance(state.count, state.average, memory, state.kron.p)
+      current, memory = average.advance(state.count, state.average, memory, current)
+      mean = current
+    traces = jnp.stack([jnp.sum(p if p.ndim == 1 else jnp.real(jnp.diagonal(p))) for p in current])
+    sizes = jnp.array([len(p) for p in current], traces.dtype) if shape is None else _matrix_sizes(shape, traces.dtype)
+    return DampedKronState(state.kron, state.count + 1, mean, memory, state.shifts, traces / sizes)
+
+  def damp(state: DampedKronState, damping: Any) -> DampedKronState:
     shifts = jnp.zeros_like(state.shifts)
     if damping is not None:
       c = jnp.sqrt(jnp.asarray(damping + eta, shifts.dtype))
-      traces = jnp.stack([jnp.sum(p if p.ndim == 1 else jnp.real(jnp.diagonal(p))) for p in mean])
-      shifts = jnp.stack(form(*(traces / state.kron.sizes), c))  # of the mean eigenvalues
-    kept = None if average is None else mean
-    return DampedKronState(state.kron, state.count + 1, kept, memory, shifts.astype(state.shifts.dtype))
+      shifts = jnp.stack(form(state.means[0], state.means[1], c)).astype(shifts.dtype)
+    return state._replace(shifts=shifts)
 
-  def fit(state: DampedKronState, probe: Probe, *, key: jax.Array, damping) -> DampedKronState:
+  def advance(state: DampedKronState, *, damping) -> DampedKronState:
+    return damp(averaged(state) if each_step else state, damping)
+
+  def fit(state: DampedKronState, probe: Probe, *, key: jax.Array, damping, shape: Any = None) -> DampedKronState:
     if geometry.samples:
       probe = sampled(probe, key)
 
     def move(probe: Probe) -> KronState:
-      shape = as_matrix_shape(probe.product.shape)
-      v, h = jax.tree.map(lambda x: x.reshape(shape), (probe.vector, probe.product))
+      matrix = as_matrix_shape(probe.product.shape)
+      v, h = jax.tree.map(lambda x: x.reshape(matrix), (probe.vector, probe.product))
       kron = state.kron
       for _ in range(repeats):
         kron = move_factors(kron, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size)
       return jax.tree.map(lambda new, old: new.astype(old.dtype), kron, state.kron)
 
-    return advance(state._replace(kron=unless_zero(probe.product, move, probe, state.kron)), damping=damping)
+    moved = state._replace(kron=unless_zero(probe.product, move, probe, state.kron))
+    return damp(averaged(moved, shape), damping)
 
   meaning = f"geometry={geometry.name}, form={getattr(form, '__name__', 'own')}"
   group = Preconditioner(init, fit, _product, advance, power=_power, meaning=meaning)
   classes = size_classes(layout, geometry, max_padding)
-  return batched(_matrices_only(group) if max_vector_size is None else group, stacked, classes)
+  return batched(_matrices_only(group) if max_vector_size is None else group, stacked, None if each_step else classes)
+
+
+def _matrix_sizes(shape: jax.Array, dtype: Any) -> jax.Array:
+  """`as_matrix_shape` of a shape that is an array of floats."""
+  sizes = [jnp.prod(shape[:-1]), shape[-1]] if len(shape) > 1 else [jnp.prod(shape), jnp.ones((), shape.dtype)]
+  return jnp.stack(sizes).astype(dtype)
 
 
 def _product(state: DampedKronState, x: jax.Array) -> jax.Array:

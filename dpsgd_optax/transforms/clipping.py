@@ -7,7 +7,6 @@ Notation
   c        the largest ‖g‖ / s
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype, tiny
+from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype, tiny, working_dtype
 from dpsgd_optax._trees.by_shape import map_by_shape, safe_norm
+from dpsgd_optax._trees.draws import pieces
 from dpsgd_optax._trees.mesh import on_mesh
 from dpsgd_optax.base import check, check_fraction, check_learning_rate, check_not_negative
 from dpsgd_optax.transforms._control import scheduled
@@ -30,6 +30,16 @@ Matrices = Callable[[Any], tuple[list[jax.Array], list[np.ndarray], Callable[[li
 def _over(function: Callable[..., jax.Array], parts: list[jax.Array], *rest: list[jax.Array]) -> list[jax.Array]:
   """Equal parts at once; on a mesh one by one, since stacking may mean sending them."""
   return (jax.tree.map if on_mesh() else map_by_shape)(function, parts, *rest)
+
+
+def split_like(x: jax.Array, parts: list[jax.Array]) -> list[jax.Array]:
+  """A vector of one number per matrix, cut as the parts are."""
+  return pieces(x, [len(part) for part in parts])
+
+
+def times(x: jax.Array, scales: jax.Array) -> jax.Array:
+  """Each matrix of a part times its number."""
+  return x * scales.astype(x.real.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 class ClipSpikesState(NamedTuple):
@@ -95,26 +105,23 @@ def clip_spikes(
     known = sizes > 0
     # ratios are measured in units of s: no square of a usual gradient overflows, nor vanishes
     unit = jnp.where(known, 1 / jnp.where(known, sizes, 1), 1)
-    ends = list(itertools.accumulate(len(x) for x in parts))
-    of_parts = lambda x: jnp.split(x, ends[:-1])
 
     def squares(x, unit):
       wide = jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)
       scaled = jnp.abs(x).astype(wide) * unit.astype(wide).reshape(-1, *(1,) * (x.ndim - 1))
       return jnp.sum(scaled * scaled, axis=range(1, x.ndim)).astype(sizes.dtype)
 
-    ratio = jnp.sqrt(jnp.concatenate(_over(squares, parts, of_parts(unit))))
+    ratio = jnp.sqrt(jnp.concatenate(_over(squares, parts, split_like(unit, parts))))
     jumps = known & (ratio > max_jump)
     finite = jnp.isfinite(ratio)
     scale = jnp.where(jumps, jnp.where(finite, max_jump / jnp.where(jumps, ratio, 1), 0), 1)
     grown = jnp.where(known, sizes * (decay + (1 - decay) * jnp.minimum(ratio, max_jump)), ratio)
     kept = jnp.where((ratio > 0) & (finite | jumps), grown, sizes).astype(sizes.dtype)
     clipped = state.clipped + jnp.any(jumps).astype(jnp.int32)
-    spread = lambda x, a: jnp.broadcast_to(a.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)), x.shape)
     # the gradients are multiplied where they lie, since they need not be put together for it
-    by_leaf = join([spread(x, a) for x, a in zip(parts, of_parts(scale), strict=True)])
-    times = lambda g, a: g * a.astype(jnp.finfo(g.dtype).dtype) if jnp.size(g) else g
-    return jax.tree.map(times, updates, by_leaf), ClipSpikesState(kept, clipped)
+    by_leaf = join([times(jnp.ones_like(x), a) for x, a in zip(parts, split_like(scale, parts), strict=True)])
+    scaled = lambda g, a: g * a if jnp.size(g) else g
+    return jax.tree.map(scaled, updates, by_leaf), ClipSpikesState(kept, clipped)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -129,18 +136,23 @@ def clip_matrices(max_rms: Any, matrices: Matrices | None = None) -> optax.Gradi
   matrix after the scaling. ``matrices`` is as in :func:`clip_spikes`.
   """
 
-  def clipped(x, bound):
+  def cut(x):
+    if not jnp.iscomplexobj(x):
+      return jnp.clip(x, -LARGEST_ENTRY * max_rms, LARGEST_ENTRY * max_rms)
     size, largest = jnp.abs(x), LARGEST_ENTRY * max_rms
-    x = jnp.where(size > largest, x * (largest / jnp.where(size > largest, size, 1)).astype(size.dtype), x)
-    clip = optax.clip_by_block_rms(bound)
-    return jnp.asarray(clip.update(x, clip.init(x))[0], x.dtype)
+    return x * jnp.where(size > largest, largest / jnp.where(size > largest, size, 1), 1).astype(size.dtype)
 
   def update(updates, params):
     del params
     parts, sizes, join = (leaves_apart if matrices is None else matrices)(updates)
-    # the mean is taken over the zeros of the padding too
-    bounds = [max_rms * np.sqrt(n / math.prod(x.shape[1:])) for x, n in zip(parts, sizes, strict=True)]
-    return join(_over(jax.vmap(clipped), parts, [jnp.asarray(b, jnp.finfo(x.dtype).dtype) for x, b in zip(parts, bounds, strict=True)]))
+    if not parts:
+      return updates
+    parts = [cut(x) for x in parts]
+    squares = lambda x: jnp.sum(jnp.real(x * jnp.conj(x)), axis=range(1, x.ndim), dtype=working_dtype(x.real.dtype))
+    # all matrices in one array: as scalars each would be a kernel to compile
+    rms = jnp.sqrt(jnp.concatenate(_over(squares, parts)) / np.concatenate(sizes))
+    scales = 1 / jnp.maximum(1, rms / max_rms)
+    return join([times(x, a) for x, a in zip(parts, split_like(scales, parts), strict=True)])
 
   return optax.stateless(update)
 

@@ -68,7 +68,8 @@ def annealed_probability(
 class ScaleByPreconditionerState(NamedTuple):
   """Attributes:
   count: (), int32, calls of ``update``.
-  key: (2,), uint32 (more words for other generators), the raw data of a PRNG key, of which with the count that of each step is made.
+  key: (2,), uint32 (more words for other generators), the raw data of a PRNG key; with the count it gives
+    the keys of a step.
   debt: (), float32 in [0, 1), what the fit schedule has summed up since the last fit; 0 if ``every`` is an int.
   fits: (), int32, fits done.
   skipped: (), int32, steps skipped because the gradient, the preconditioned gradient or λ was not finite.

@@ -96,7 +96,8 @@ def damped_state(p, params, q, damping):
   (name, bucket), *_ = state.buckets.items()
   q = tuple(factor(x)[None] for x in q)
   kron = KronState(q, tuple(jax.vmap(lambda x: x.T @ x if x.ndim == 2 else x**2)(x) for x in q), bucket.kron.lipschitz)
-  return p.advance(state._replace(buckets={name: bucket._replace(kron=kron)}), damping=damping)
+  means = jnp.stack([jnp.mean(jax.vmap(lambda x: jnp.diagonal(x) if x.ndim == 2 else x)(x)) for x in kron.p])[None]
+  return p.advance(state._replace(buckets={name: bucket._replace(kron=kron, means=means)}), damping=damping)
 
 
 @pytest.mark.parametrize("shape", ["s4x3", "s1x6", "s7x2", "s5x5"])
@@ -213,7 +214,7 @@ def test_dpsgd_follows_the_canonical_trajectories(problem, kind):
     return dpo.dpsgd(
       hyper["alpha"],
       dpo.damped_kron(
-        average=hyper["beta_max"],
+        average=dpo.tikhonov.recursive(hyper["beta_max"], each_step=True),
         eta=hyper["eta"],
         step_size=hyper["precond_step"],
         form={"absorbed": dpo.tikhonov.factored, "additive": dpo.tikhonov.additive}[form],

@@ -54,11 +54,11 @@ def test_affine_is_the_explicit_product(shape):
   """vec(P G) = (P_l ⊗ P_r) vec(G), G the parameter with its axes in the order that was chosen."""
   rng, p = np.random.default_rng(0), dpo.affine(max_skew=jnp.inf)
   ((name, bucket),) = p.init(jnp.zeros(shape)).buckets.items()
-  left, right = (rng.standard_normal(x.shape[1:]) for x in bucket.p)
-  state = LiftState({name: bucket._replace(p=(jnp.float32(left)[None], jnp.float32(right)[None]))})
+  left, right = (rng.standard_normal(x.shape[1:]) for x in bucket.q)
+  state = LiftState({name: bucket._replace(q=(jnp.float32(left)[None], jnp.float32(right)[None]))})
   g = rng.standard_normal(shape)
   order = sum(squarest(shape), ())
-  merged = np.kron(left, right) @ g.transpose(order).reshape(-1)
+  merged = np.kron(left.T @ left, right.T @ right) @ g.transpose(order).reshape(-1)
   expected = merged.reshape([shape[i] for i in order]).transpose(np.argsort(order))
   np.testing.assert_allclose(p.apply(state, jnp.float32(g)), expected, rtol=1e-4, atol=1e-5)
 
@@ -132,7 +132,7 @@ def trained(name, features, start, left, probes):
   p = {"scan": dpo.scan, "scaw": dpo.scaw}[name](init_scale=1.0, step_size=0.5)
   ((bucket, kron),) = p.init(start).buckets.items()
   with_lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
-  state = LiftState({bucket: kron._replace(q=(with_lead(left), kron.q[1]), p=(with_lead(square(left)), kron.p[1]))})
+  state = LiftState({bucket: kron._replace(q=(with_lead(left), kron.q[1]), p=kron.p and (with_lead(square(left)), kron.p[1]))})
 
   def loss(kernel):
     logits = features @ kernel

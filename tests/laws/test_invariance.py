@@ -31,12 +31,12 @@ def test_kron_is_the_explicit_kronecker_product(shape, seed):
   rng, p = np.random.default_rng(seed), dpo.kron(max_skew=jnp.inf)
   state = p.init(jnp.zeros(shape))
   ((name, bucket),) = state.buckets.items()
-  factors = [rng.standard_normal(x.shape[1:]) for x in bucket.p]
+  factors = [rng.standard_normal(x.shape[1:]) for x in bucket.q]
   x = rng.standard_normal(shape)
   explicit = np.ones((1, 1))
   for factor in factors:
-    explicit = np.kron(explicit, factor if factor.ndim == 2 else np.diag(factor))
-  state = LiftState({name: bucket._replace(p=tuple(jnp.float32(f)[None] for f in factors))})
+    explicit = np.kron(explicit, factor.T @ factor if factor.ndim == 2 else np.diag(factor**2))
+  state = LiftState({name: bucket._replace(q=tuple(jnp.float32(f)[None] for f in factors))})
   expected = (explicit @ x.reshape(-1)).reshape(shape)
   np.testing.assert_allclose(p.apply(state, jnp.float32(x)), expected, rtol=1e-4, atol=1e-4)
 
