@@ -8,7 +8,7 @@ Notation
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +63,8 @@ class Moments(NamedTuple):
 def _kl_weights(v: jax.Array) -> tuple[jax.Array, ...]:
   """1/λ_i, with V ≈ λ_1 ⊗ λ_2 the nearest product: λ_i = mean over the other axis of V / λ_j, by turns, from λ_2 = 1.
 
-  These are the eigenvalues of the coupled moments in their bases, read off V, with mean 1 for each axis: a scale changes
-  no basis. A direction of none counts a millionth of the mean one.
+  These are the eigenvalues of the coupled moments in their bases, read off V, with mean 1 for each axis: a scale
+  changes no basis. A direction of none counts a millionth of the mean one.
   """
   if v.ndim < 2:
     return (jnp.ones_like(v),)
