@@ -45,7 +45,7 @@ def soap(
   basis_every: int = 10,
   eps: float = 1e-8,
   max_size: float = 2048,
-  max_skew: float = 1.0,
+  max_skew: float = 2.0,
   moments: Moments = shampoo,
   refresh: Refresh = power_iteration,
   factored: bool = False,
@@ -79,7 +79,8 @@ def soap(
     basis_every: the bases move on every ``basis_every``-th fit. Static.
     eps: ε ≥ 0, in units of √V.
     max_size: the longest side that may have a basis. Static. ``jnp.inf``: any.
-    max_skew: a basis holds at most ``max_skew`` · N numbers. Static. ``jnp.inf``: every side has one.
+    max_skew: a basis holds at most ``max_skew`` · N numbers: with the default both sides have one unless the longer is
+      more than twice the other, and then the shorter. Static. ``jnp.inf``: every side up to ``max_size``.
     moments: ``geometry.shampoo``, or ``geometry.kl``, where L and R weigh each other. Static.
     refresh: how a basis moves: ``geometry.power_iteration``, or ``geometry.exact`` eigenvectors. Static.
     factored: keep of V the means of its rows and columns only, as Adafactor: V = r cᵀ / mean(r). Static.
@@ -113,7 +114,9 @@ def soap(
   check_period(basis_every, "basis_every")
   check_not_negative(eps, "eps", "It bounds P by 1/eps. Try 1e-8.")
   check(lambda x: x > 0, max_size, "max_size", "positive", "Use `max_size=1` for Adam, `jnp.inf` for any size.")
-  check(lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for Adam, 1.0 for bases of Adam's size.")
+  check(
+    lambda x: x >= 0, max_skew, "max_skew", "not negative", "Use 0 for Adam, 2.0 for bases unless a side is very long."
+  )
   _check_dtype(moment_dtype, b2)
 
   def layout(shape: tuple[int, ...]) -> Layout:

@@ -94,7 +94,7 @@ def test_it_recovers_at_once_from_two_thousand_zeros():
 
 @pytest.mark.parametrize("refresh", [dpo.geometry.power_iteration, dpo.geometry.exact])
 def test_equal_eigenvalues_leave_p_defined(refresh):
-  """Gradients that are multiples of one rotation: every basis is right, and with any of them P is symmetric positive."""
+  """Gradients that are multiples of one rotation: every basis is right, P is symmetric positive with any of them."""
   turn = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))[0]
   g = jnp.asarray(turn * np.array([1.0, -2.0, 0.5, 1.5])[:, None, None], jnp.float32)
   p = whole(basis_every=1, refresh=refresh, eps=1e-3)
@@ -164,9 +164,10 @@ def test_the_state_holds_what_is_said():
 
   n = 64 * 32
   assert numbers(max_skew=jnp.inf) == n + 2 * 64**2 + 2 * 32**2 + 32
-  assert numbers() == n + 2 * 32**2 + 32  # 64² > 64 · 32
+  assert numbers() == n + 2 * 64**2 + 2 * 32**2 + 32  # 64² = 2 · 64 · 32
+  assert numbers(max_skew=1.0) == n + 2 * 32**2 + 32
   assert numbers(max_size=1) == n + 32
-  assert numbers(factored=True) == 64 + 32 + 2 * 32**2 + 32
+  assert numbers(factored=True, max_skew=1.0) == 64 + 32 + 2 * 32**2 + 32
 
 
 def test_the_optimizer_trains_with_every_option():
