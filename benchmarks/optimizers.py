@@ -84,7 +84,9 @@ OPTIMIZERS = {
   "psgd_whiten": Method(dpo.psgd, keyed=True),
   "psgd_newton": Method(dpo.psgd, {"curvature": dpo.newton(), "every": 1}, newton=True, keyed=True),
   "soap": Method(dpo.psgd, SOAP, keyed=True),
-  "soap_newton": Method(dpo.psgd, SOAP | {"curvature": dpo.newton()}, newton=True, keyed=True),
+  "soap_newton": Method(
+    dpo.psgd, SOAP | {"preconditioner": dpo.soap(factored=True), "curvature": dpo.newton()}, newton=True, keyed=True
+  ),
   "psgd+damping": Method(dpsgd, {"average": None}, newton=True, judged=True, keyed=True),
   "psgd+averaging": Method(dpsgd, {"damping": None}, newton=True, keyed=True),
   "dpsgd": Method(dpsgd, newton=True, judged=True, keyed=True),
