@@ -84,7 +84,7 @@ def soap(
     moments: ``geometry.shampoo``, or ``geometry.kl``, where L and R weigh each other. Static.
     refresh: how a basis moves: ``geometry.power_iteration``, or ``geometry.exact`` eigenvectors. Static.
     factored: keep of V the means of its rows and columns only, as Adafactor: V = r cᵀ / mean(r). Static. It saves N
-      numbers, and takes noise away: on Newton products, each of which is one probe, it needed half the steps.
+      numbers, and it averages noise out: a Newton product is one probe, which says little of a single entry.
     moment_dtype: of L, R and V between the fits; None: that of the parameters, float32 at least. The bases always have
       that: rounded to bfloat16 they would not be orthonormal. Complex moments keep their dtype. Static.
     stacked: see :func:`dpsgd_optax.per_leaf`.
