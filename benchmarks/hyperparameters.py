@@ -101,7 +101,8 @@ GRIDS = {
   "muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
   "psgd": SECOND_ORDER_GRID,
   "psgd_whiten": ADAPTIVE_GRID,
-  **dict.fromkeys(("psgd_newton", "psgd+damping", "psgd+averaging", "dpsgd"), SECOND_ORDER_GRID),
+  "soap": ADAPTIVE_GRID,
+  **dict.fromkeys(("psgd_newton", "soap_newton", "psgd+damping", "psgd+averaging", "dpsgd"), SECOND_ORDER_GRID),
   **dict.fromkeys(("gls", "gls_curvature"), (0.05, 0.1, 0.2, 0.4, 0.8)),
   **dict.fromkeys(("bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released"), (0.01, 0.03, 0.1, 0.3, 1.0)),
 }
@@ -121,7 +122,7 @@ def tuned(problem: str) -> dict[str, float]:
 
 GROUPS = {  # names for several contestants
   "all": tuple(name for name in GRIDS if name not in PARTICULAR),
-  "demo": ("sgd", "momentum", "adam", "muon", "psgd", "psgd_whiten", "dpsgd"),
+  "demo": ("sgd", "momentum", "adam", "muon", "psgd", "psgd_whiten", "soap", "dpsgd"),
   "ablation": ABLATION,
   "betas": ("psgd+damping", *(f"dpsgd(average={beta})" for beta in (0.3, 0.5, 0.7, 0.9, 0.97))),
   "geometries": tuple(f"dpsgd(geometry={geometry})" for geometry in ("eq", "qeq", "quad", "pro")),

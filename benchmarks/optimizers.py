@@ -71,6 +71,7 @@ def gls_curvature(learning_rate: Any, **options: Any) -> optax.GradientTransform
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+SOAP: Options = {"preconditioner": dpo.soap(), "b1": 0.95, "every": 1}
 NORM: Options = {"where": training.is_norm_param}
 OPTIMIZERS = {
   "sgd": Method(optax.sgd),
@@ -82,6 +83,10 @@ OPTIMIZERS = {
   "psgd": Method(dpsgd, {"average": None, "damping": None}, newton=True, keyed=True),
   "psgd_whiten": Method(dpo.psgd, keyed=True),
   "psgd_newton": Method(dpo.psgd, {"curvature": dpo.newton(), "every": 1}, newton=True, keyed=True),
+  "soap": Method(dpo.psgd, SOAP, keyed=True),
+  "soap_newton": Method(
+    dpo.psgd, SOAP | {"preconditioner": dpo.soap(factored=True), "curvature": dpo.newton()}, newton=True, keyed=True
+  ),
   "psgd+damping": Method(dpsgd, {"average": None}, newton=True, judged=True, keyed=True),
   "psgd+averaging": Method(dpsgd, {"damping": None}, newton=True, keyed=True),
   "dpsgd": Method(dpsgd, newton=True, judged=True, keyed=True),
@@ -110,6 +115,7 @@ PRECONDITIONERS: dict[str, Callable[[], dpo.Preconditioner]] = {
   "lra": dpo.lra,
   "xmat": dpo.xmat,
   "damped_kron": dpo.damped_kron,
+  "soap": dpo.soap,
 }
 
 

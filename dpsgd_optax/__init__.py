@@ -41,6 +41,7 @@ from dpsgd_optax.preconditioners.kron import kron
 from dpsgd_optax.preconditioners.least_squares import least_squares
 from dpsgd_optax.preconditioners.lra import lra
 from dpsgd_optax.preconditioners.second_moment import second_moment
+from dpsgd_optax.preconditioners.soap import soap
 from dpsgd_optax.preconditioners.xmat import xmat
 from dpsgd_optax.sharding import partition_specs, sharded
 from dpsgd_optax.transforms.clipping import clip_spikes, clipped_learning_rate
@@ -58,7 +59,7 @@ __all__ += ["whitening", "newton", "hessian_diagonal", "layer_inputs"]
 __all__ += ["hvp", "ggnvp", "hvp_finite_difference", "value_and_grad_and_hvp", "value_and_grad_then_hvp"]
 __all__ += ["LayerRecord", "capture", "is_vector"]
 # FIT, APPLY: how P is shaped, and how to write another.
-__all__ += ["kron", "affine", "scan", "scaw", "diagonal", "dense", "lra", "xmat", "blocked"]
+__all__ += ["kron", "affine", "scan", "scaw", "diagonal", "dense", "lra", "xmat", "soap", "blocked"]
 __all__ += ["damped_kron", "diagonal_newton", "second_moment", "least_squares", "batch_norm"]
 __all__ += ["eq", "qep", "qeq", "quad", "pro"]
 __all__ += ["Preconditioner", "Probe", "per_leaf", "raveled"]

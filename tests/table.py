@@ -63,11 +63,14 @@ PRECONDITIONERS: dict[str, Callable[..., dpo.Preconditioner]] = {
   "blocked": lambda **options: dpo.blocked(dpo.kron(max_skew=jnp.inf, **options), 2),  # w in two blocks, 2 x 2, 1 x 2
   "second_moment": lambda **_: dpo.second_moment(),
   "diagonal_newton": lambda **_: dpo.diagonal_newton(),
+  "soap": lambda **_: dpo.soap(max_skew=jnp.inf, basis_every=2),
+  "soap factored": lambda **_: dpo.soap(max_skew=jnp.inf, moments=dpo.geometry.kl, factored=True),
 }
 DESCENDING = [
   name
   for name in PRECONDITIONERS
-  if name not in ("damped_kron factored", "damped_kron additive", "raveled", "second_moment", "diagonal_newton")
+  if name.split()[0] not in ("raveled", "second_moment", "diagonal_newton", "soap")
+  and name not in ("damped_kron factored", "damped_kron additive")
 ]
 """Those whose fit descends the criterion: no average, no damping of the factors."""
 
@@ -117,7 +120,8 @@ def fit(name: str, state: Any, v: Any, h: Any, *, key: int = 0, damping: Any = 0
 
 def matrix(name: str, state: Any) -> np.ndarray:
   """P as (BATCH, SIZE, SIZE) in the coordinates of ``ravel_pytree(PARAMS)``: b, then w row by row."""
-  return np.asarray(_matrix(name.split()[0])(state), np.float64)
+  family = name if name.startswith("soap") else name.split()[0]
+  return np.asarray(_matrix(family)(state), np.float64)
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -175,6 +179,10 @@ def first_leaf(params):
 OPTIMIZERS = {
   "psgd whitening": Row(functools.partial(dpo.psgd, 0.1), frozenset(), bound=0.2),
   "psgd newton": Row(functools.partial(dpo.psgd, 0.1, dpo.kron(), dpo.newton()), frozenset({"hvp"}), bound=0.2),
+  "soap": Row(functools.partial(dpo.psgd, 0.1, dpo.soap(max_skew=jnp.inf), every=1), frozenset(), bound=0.2),
+  "soap newton": Row(
+    functools.partial(dpo.psgd, 0.1, dpo.soap(basis_every=2), dpo.newton()), frozenset({"hvp"}), bound=0.2
+  ),
   "dpsgd": Row(
     functools.partial(dpo.dpsgd, 0.1, judge_every=2),
     frozenset({"hvp", "value", "value_fn"}),

@@ -24,6 +24,7 @@ COLOURS = {
   "psgd+damping": "#f4845f",
   "psgd+averaging": "#9d4edd",
   "psgd_whiten": "#457b9d",
+  "soap": "#588157",
   "adam": "#2a9d8f",
   "muon": "#e9a820",
   "momentum": "#6c757d",

@@ -140,12 +140,15 @@ def updates(work: Workload, name: str) -> dict[str, Timed]:
   whitening = partial(dpo.psgd, RATE, b1=0.9)
   product, given = (lambda v: v), {"judge": False, "value": jnp.ones(())}
   fitted = lambda p: update(whitening(p), refresh=True)
+  soap = lambda period: dpo.psgd(RATE, dpo.soap(basis_every=period), b1=0.95, every=1)
   found = {name: update(tx) for name, tx in NO_P.items()} | {
     "psgd, no fit": update(whitening(QUICK), refresh=False),
     "psgd, fit": fitted(QUICK),
     "psgd dense, no fit": update(whitening(DENSE), refresh=False),
     "psgd dense, fit": fitted(DENSE),
     "psgd dense, scheduled": update(whitening(DENSE)),
+    "soap, bases kept": update(soap(1000)),
+    "soap, bases refreshed": update(soap(1)),
     "dpsgd, no fit": update(dpo.dpsgd(RATE), refresh=False, **given),
     "dpsgd, fit": update(dpo.dpsgd(RATE), refresh=True, hvp=product, **given),
   }

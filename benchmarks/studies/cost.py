@@ -56,6 +56,7 @@ def row(label: str, of: str | Weights, against: str | Weights, *limits: Any) -> 
 
 
 ALONE, OURS, THEIRS = "`update` alone: ", "update: psgd dense", "update: psgd-jax kron"
+SOAP = "update: soap, bases"
 MLP, BLOCKS, SECOND = ("mlp",), ("charlm", "resnet8"), "gradient and second moments"
 ROWS = (
   row(ALONE + "kron, no fit", f"{OURS}, no fit", f"{THEIRS}, no fit", 0.6, 0.4, MLP),
@@ -66,6 +67,17 @@ ROWS = (
   row(ALONE + "xmat, a fit", "update: psgd xmat, fit", "update: psgd-jax xmat, fit"),
   row(ALONE + "kron in blocks of 256, a fit", f"{OURS} in blocks of 256, fit", f"{OURS}, fit"),
   row(ALONE + "xmat, a fit, beside adam", "update: psgd xmat, fit", "update: adam", 4.0),
+  row(ALONE + "soap, bases refreshed, beside kept", f"{SOAP} refreshed", f"{SOAP} kept"),
+  row(
+    ALONE + "soap, one refresh in 10, beside kron with a fit",
+    {f"{SOAP} refreshed": 0.1, f"{SOAP} kept": 0.9},
+    f"{OURS}, fit",
+  ),
+  row(
+    ALONE + "soap, one refresh in 10, beside muon",
+    {f"{SOAP} refreshed": 0.1, f"{SOAP} kept": 0.9},
+    "update: muon",
+  ),
   row("a fit not taken, beside one taken", "update: a fit not taken", "update: a fit taken", 0.02, 0.002),
   row("gradient + Hvp, fused", "gradient + Hvp", "gradient", 2.6),
   row("gradient + Hvp by finite differences", "gradient + Hvp by differences", "gradient", None, 2.0),

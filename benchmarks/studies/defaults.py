@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which geometry and which cadence ought to be the default of `psgd`: every choice, tuned alike, on four problems.
+"""Which geometry, cadence and P ought to be the default of `psgd`: every choice, tuned alike, on four problems.
 
 For each problem and each choice: RATES on seed TUNING_SEED, then the best of them on seeds 1, 2, ...; the median of the
 final training loss, and the seconds of training as a ratio to the first choice of the same seed, run side by side.
@@ -28,6 +28,11 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 CHOICES = {
   "geometry": {name: {"preconditioner": f"kron(geometry={name})"} for name in ("pro", "quad", "qeq", "eq")},
   "every": {"annealed": {}} | {str(period): {"every": period} for period in (1, 10, 33)},
+  "preconditioner": {"kron": {}, "kron, b1": {"b1": 0.95}}
+  | {
+    name: {"preconditioner": f"soap({options})", "b1": 0.95, "every": 1}
+    for name, options in {"soap": "", "soap, short sides": "max_skew=1.0", "soap, kl": "moments=kl"}.items()
+  },
 }
 
 
@@ -70,7 +75,7 @@ def run(args: Namespace) -> None:
     kept = json.loads(path.read_text())
     if any(kept[name] != document[name] for name in ("seeds", "rates")):
       raise ResumeError(f"{path} was made with other seeds or rates. Leave --resume out, or type another --out.")
-    document |= {question: kept[question] for question in CHOICES}
+    document |= {question: kept.get(question, {}) for question in CHOICES}
   for question, choices in CHOICES.items():
     for problem, options in PROBLEMS.items():
       if problem not in document[question]:

@@ -44,7 +44,8 @@ def advice(results: Path) -> str:
   """Markdown of what the page on choosing goes by: who won where, defaults, and comparisons of one kind each."""
   parts = [winners(results)]
   if (path := results / "defaults.json").exists():
-    parts += [defaults.table(question, json.loads(path.read_text())).markdown() for question in defaults.CHOICES]
+    document = json.loads(path.read_text())
+    parts += [defaults.table(question, document).markdown() for question in defaults.CHOICES if question in document]
   if (path := results / f"{LENET}.json").exists():
     parts.append(final_table(load(path)).markdown())
   for path in sorted(results.glob("rl-*.json")):

@@ -33,7 +33,7 @@ from benchmarks.studies._ppo import USUAL, Episodes, Recipe, World, initial, tra
 
 ENVIRONMENTS = {"CartPole-v1": 60, "Acrobot-v1": 60, "Pendulum-v1": 200}  # iterations; DEFAULT of any other
 DEFAULT = 300
-OPTIMIZERS = "adam(clip=0.5),muon(clip=0.5),psgd_whiten(b1=0.9),psgd_newton(every=10),dpsgd"
+OPTIMIZERS = "adam(clip=0.5),muon(clip=0.5),psgd_whiten(b1=0.9),soap,psgd_newton(every=10),dpsgd"
 
 
 @dataclass

@@ -54,6 +54,7 @@ LENGTHS = {"Rosenbrock": 30_000}
 CONVERGING: dict[str, Callable[[], Any]] = {
   "psgd whitening": lambda: dpo.psgd(1e-2),
   "psgd newton": lambda: dpo.psgd(0.1, dpo.kron(), dpo.newton(), every=1),
+  "soap": lambda: dpo.psgd(1e-2, dpo.soap(max_skew=jnp.inf), b1=0.95, every=1),
   "levenberg_marquardt": lambda: dpo.levenberg_marquardt(optax.sgd(1e-3)),
   "chain": lambda: optax.chain(
     dpo.scale_by_preconditioner(dpo.diagonal(), dpo.newton(), momentum=optax.ema(0.9)),

@@ -28,6 +28,20 @@ def layered(make, params=LAYER, inputs=None, **options):
 
 
 CALLS = {
+  "soap basis_every": (lambda: dpo.soap(basis_every=0), "basis_every", "at least 1", "basis_every=10"),
+  "soap basis_every, a float": (lambda: dpo.soap(basis_every=10.0), "basis_every", "an int", "basis_every=10"),
+  "soap b2": (lambda: dpo.soap(b2=1.0), "b2", "[0, 1)", "1.0", "Try"),
+  "soap b2, negative": (lambda: dpo.soap(b2=-0.1), "b2", "[0, 1)", "-0.1"),
+  "soap eps": (lambda: dpo.soap(eps=-1e-8), "eps", "not negative", "-1e-08", "Try 1e-8"),
+  "soap max_size": (lambda: dpo.soap(max_size=0), "max_size", "positive", "max_size=1"),
+  "soap max_skew": (lambda: dpo.soap(max_skew=-1.0), "max_skew", "not negative", "-1.0"),
+  "soap moment_dtype": (
+    lambda: dpo.soap(moment_dtype=jnp.int8),
+    "moment_dtype",
+    "real floating",
+    "int8",
+    "jnp.bfloat16",
+  ),
   "gls learning rate": (lambda: dpo.gls(-0.1), "learning_rate", "-0.1"),
   "gls damping": (lambda: dpo.gls(0.1, damping=-0.1), "damping", "not negative", "-0.1"),
   "gls decay": (lambda: dpo.gls(0.1, decay=1.0), "decay", "[0, 1)", "1.0"),
