@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 import dpsgd_optax as dpo
+from benchmarks import rivals
 from benchmarks.engine import calls
 from benchmarks.engine.arguments import PLAN
 from benchmarks.engine.calls import Options, SpecError
@@ -71,6 +72,18 @@ def gls_curvature(learning_rate: Any, **options: Any) -> optax.GradientTransform
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def rival(package: str) -> Callable[..., optax.GradientTransformation]:
+  """Kron of another package, with its geometry as an option: psgdax(geometry=quad)."""
+
+  def make(learning_rate: Any, geometry: Any = dpo.pro, key: int = 0) -> optax.GradientTransformation:
+    name = next((name for name in rivals.MODES if getattr(dpo, name) is geometry), None)
+    if name is None:
+      raise SpecError(f"`geometry` of {package} must be one of {', '.join(rivals.MODES)}.")
+    return rivals.kron(package, name, learning_rate, key=key)
+
+  return make
+
+
 NORM: Options = {"where": training.is_norm_param}
 OPTIMIZERS = {
   "sgd": Method(optax.sgd),
@@ -93,6 +106,7 @@ OPTIMIZERS = {
   "gls": Method(dpo.gls, layerwise=True),
   "gls_curvature": Method(gls_curvature, layerwise=True),
   "bnp": Method(dpo.bnp, layerwise=True),
+  **{package: Method(rival(package), keyed=True) for package in ("psgdax", "rollfast")},
 }
 
 GEOMETRIES = ("pro", "qeq", "qep", "quad", "eq", "quad4p", "pro4p")
