@@ -252,7 +252,7 @@ def table(document: dict[str, Any]) -> Table:
     cells = [ratio_text(of[kind]) if kind in of else "" for of in found for kind in ("cpu", "wall")]
     if "count" in found[0]:
       cells[0] = f"{found[0]['count'][1]:.2f}"
-    against = found[0].get("against", " + ".join(*row.against))
+    against = found[0].get("against", " + ".join(next(iter(row.against), ())))
     rows.append((row.label, against.replace("update: ", ""), *cells, *limits))
   header = tuple(f"{kind}, {mode} thread{'s' * (mode == 'all')}" for mode in modes for kind in ("CPU", "wall"))
   note = "; ".join(f"load average {mode['load_average']}, threads: {key}" for key, mode in modes.items())

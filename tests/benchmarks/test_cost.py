@@ -78,6 +78,24 @@ def test_a_row_against_nothing_is_the_number_itself():
   assert cost.ratio_of(row, {"compiling": {"cpu": {"ours": [7.0]}}}) == {"against": "", "cpu": [7.0] * 3}
 
 
+def test_the_table_shows_seconds_counts_and_rows_against_nothing():
+  names = ("adam", "psgd, fit", "psgd, no fit", "dpsgd, fit")
+  quantities = {
+    "seconds": {kind: {name: [2.0 + (name != "adam")] * 3 for name in names} for kind in ("cpu", "wall")},
+    "kernels": {"count": {name: [50.0 * (1 + (name != "adam"))] for name in names}},
+    "compiling": {"cpu": {name: [7.0] for name in names}},
+  }
+  rows = cost.rows_of("small", names)
+  mode = {"load_average": [0, 0], "recompiled": 0, "contestants": {name: {} for name in names}}
+  mode["ratios"] = {row.label: cost.ratio_of(row, quantities) for row in rows}
+  del mode["ratios"]["psgd step, no fit"]  # as in a document that is older than the row
+  found = cost.table({"workload": "small", "rounds": 3, "calls": 1, "threads": {"one": mode}}).rows
+  assert ("psgd step, a fit", "adam", "1.50 [1.50, 1.50]", "1.50 [1.50, 1.50]", "3.5", "2.5") in found
+  assert ("kernels: psgd step, a fit", "adam", "2.00", "", "5", "3.5") in found
+  assert ("first compilation of a dpsgd step, CPU seconds", "", "7.00 [7.00, 7.00]", "", "5", "3") in found
+  assert not [row for row in found if row[0] == "psgd step, no fit"]
+
+
 def test_leaf_by_leaf_is_the_same_rule():
   params = {"a": jnp.ones((4, 3)), "b": 2 * jnp.ones((4, 3))}
   apart = calls.per_leaf(lambda: optax.scale_by_adam(), params)
