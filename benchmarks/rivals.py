@@ -105,7 +105,8 @@ def kron(
   return plain(needed(package).kron(learning_rate, **options))
 
 
-KRONS = {f"{package} {geometry}": (package, geometry) for package in ("psgdax", "rollfast") for geometry in MODES}
+PACKAGES = ("psgdax", "rollfast")
+KRONS = {f"{package} {geometry}": (package, geometry) for package in PACKAGES for geometry in MODES}
 
 
 def installed() -> dict[str, Callable[..., optax.GradientTransformation]]:

@@ -5,6 +5,7 @@ small      64-64-32-10, batch 64: what a step costs when flops cost nothing
 mlp        784-512-512-10, batch 256            charlm    4 decoder blocks of width 128, 16 x 128 characters
 lenet5     5 layers on 28 x 28, batch 64        resnet8   8 layers with batch norm on 32 x 32 x 3, batch 64
 deep       kernels of 100 layers 64 x 64        gpt2      12 decoder blocks of width 768, 8 x 1024 tokens: for a GPU
+resnet18   18 layers, 11.2 million parameters, batch 128: for a GPU
 layers     lenet5 as `nn.Conv` and `nn.Dense`: `capture` and `bnp` on an unchanged model, convolutions in a `lax.cond`
 
 Each call is a whole step, or `update` alone, that goes on from its own result; its state is donated, as in training.
@@ -51,7 +52,7 @@ BLOCKED = ("mlp", "charlm")  # beside distributed-kron
 HISTORY = ("mlp", "lenet5", "layers")  # beside psgd-jax
 
 
-def _classifier(model: nn.Module, shape: tuple[int, ...], classes: int = 10, **train: Any) -> Workload:
+def classification(model: nn.Module, shape: tuple[int, ...], classes: int = 10, **train: Any) -> Workload:
   """Cross-entropy of random images or tokens; `train`: arguments of a model that has running statistics."""
   rng = np.random.default_rng(0)
   images = len(shape) != 2 or not isinstance(model, Transformer)
@@ -89,14 +90,15 @@ def deep(depth: int = 100, width: int = 64) -> Workload:
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
-  "small": lambda: _classifier(MLP((64, 32, 10)), (64, 64)),
-  "mlp": lambda: _classifier(MLP((512, 512, 10)), (256, 784)),
-  "lenet5": lambda: _classifier(LeNet5(), (64, 28, 28, 1)),
-  "charlm": lambda: _classifier(Transformer(65, 4, 128, 4), (16, 128), 65),
-  "resnet8": lambda: _classifier(ResNet(*SIZES["resnet8"], "batch", True), (64, 32, 32, 3), train=True),
+  "small": lambda: classification(MLP((64, 32, 10)), (64, 64)),
+  "mlp": lambda: classification(MLP((512, 512, 10)), (256, 784)),
+  "lenet5": lambda: classification(LeNet5(), (64, 28, 28, 1)),
+  "charlm": lambda: classification(Transformer(65, 4, 128, 4), (16, 128), 65),
+  "resnet8": lambda: classification(ResNet(*SIZES["resnet8"], "batch", True), (64, 32, 32, 3), train=True),
+  "resnet18": lambda: classification(ResNet(*SIZES["resnet18"], "batch", True), (128, 32, 32, 3), train=True),
   "deep": deep,
-  "layers": lambda: _classifier(Layers(), (64, 28, 28, 1)),
-  "gpt2": lambda: _classifier(Transformer(50257, 12, 768, 12), (8, 1024), 50257),
+  "layers": lambda: classification(Layers(), (64, 28, 28, 1)),
+  "gpt2": lambda: classification(Transformer(50257, 12, 768, 12), (8, 1024), 50257),
 }
 USUAL = ("small", "mlp", "lenet5", "charlm", "resnet8", "deep", "layers")
 

@@ -282,7 +282,9 @@ def details(document: dict[str, Any]) -> Table:
 
 def add_arguments(parser: ArgumentParser) -> None:
   add, name = parser.add_argument, known("workload", WORKLOADS)
-  add("workloads", nargs="*", type=name, metavar="WORKLOAD", help=f"{', '.join(WORKLOADS)} (default: all but gpt2)")
+  add(
+    "workloads", nargs="*", type=name, metavar="WORKLOAD", help=f"{', '.join(WORKLOADS)} (default: {', '.join(USUAL)})"
+  )
   add("--threads", choices=tuple(THREADS), help="that many, in this process (default: both, apart)")
   add("--rounds", type=positive(int), default=9, help="interleaved (default: %(default)d)")
   add("--calls", type=positive(int), help="of each contestant in a round (default: 4; of `small` 100)")
