@@ -5,31 +5,30 @@ python -m benchmarks defaults                           every question
 python -m benchmarks defaults "newton geometry"         one of them; the others in the file are kept
 
 For each problem and each choice: four learning rates on seed TUNING_SEED, then the best of them on seeds 1, 2, ...;
-the median of the final training loss, and the CPU seconds of training as a ratio to the first choice of the same seed,
-run side by side. A choice settles if the loss does not climb again: the largest rise over the lowest loss so far.
+CPU seconds of training are a ratio to those of the first choice of the same seed, run side by side. Rates are chosen
+and choices compared by the settled loss, the largest of the last three evaluations: a run that jumps is not taken for a
+good one because it happened to end low. The final losses are kept beside it.
 """
 
-import itertools
 import json
+import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from benchmarks import rivals
 from benchmarks.engine import arguments
-from benchmarks.engine.analysis import TINY, spread
+from benchmarks.engine.analysis import spread
 from benchmarks.engine.calls import Options
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import ResumeError, write
+from benchmarks.engine.records import ResumeError, Run, write
 from benchmarks.engine.report import Table, number
 from benchmarks.engine.tune_then_race import tune_then_race
 from benchmarks.optimizers import Races, typed
 
 PROBLEMS: dict[str, dict[str, Any]] = {
   "digits": {"epochs": 12},  # 276 steps
-  "mnist": {"epochs": 4, "train_size": 4000, "test_size": 500},  # 252
+  "mnist": {"epochs": 4, "train_size": 4000, "test_size": 500, "evaluations": 6},  # 252
   "charlm(layers=1,block=32)": {"epochs": 0.025, "test_size": 500, "evaluations": 4},  # 392
   "xor(length=16)": {"epochs": 2},  # 2048
   "addition": {"epochs": 1, "test_size": 500, "evaluations": 5},  # 450
@@ -37,7 +36,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
   "quadratic": {"epochs": 20},  # 400
 }
 CADENCES = ("digits", "mnist", "charlm(layers=1,block=32)", "xor(length=16)")  # where a rarer fit can pay
-CLIMB = 1.5  # a loss that rises by more than this factor over its lowest has not settled
+LAST = 3  # evaluations
 
 
 class Choice(NamedTuple):
@@ -75,25 +74,24 @@ def problems_of(question: str) -> list[str]:
   return [problem for problem in PROBLEMS if question != "every" or problem in CADENCES]
 
 
-def climb(losses: Sequence[float]) -> float:
-  """The largest loss over the lowest before it; infinite if one is not finite, 1 if it never rose."""
-  lowest = itertools.accumulate((max(loss, TINY) for loss in losses), min)
-  rises = [loss / low for loss, low in zip(losses[1:], lowest, strict=False)]
-  return max([1.0, *(rise if np.isfinite(rise) else np.inf for rise in rises)])
+def settled(run: Run) -> float:
+  """The largest of the last training losses; infinite if the run broke off."""
+  last = run.curves["train_loss"][-LAST:]
+  return max(last) if run.finished and all(map(math.isfinite, last)) else math.inf
 
 
 def compare(problem: str, options: dict[str, Any], choices: Mapping[str, Choice], seeds: Sequence[int]) -> Any:
   """One problem: final losses of every choice, and its CPU seconds beside those of the first on the same seed."""
   label = lambda name, rate: typed(choices[name].optimizer, choices[name].options, rate)
   races = Races(problem, label, {"evaluations": 10} | options)
-  raced = tune_then_race({name: choice.rates for name, choice in choices.items()}, races, seeds)
+  raced = tune_then_race({name: choice.rates for name, choice in choices.items()}, races, seeds, settled)
   base = {run.seed: run.curves["cpu_seconds"][-1] for run in next(iter(raced.values())).runs}
   found = {
     name: {
       **entry.finals("train_loss", "test_loss"),
       "cpu_seconds": [run.curves["cpu_seconds"][-1] for run in entry.runs],
       "seconds_ratio": [run.curves["cpu_seconds"][-1] / base[run.seed] for run in entry.runs],
-      "climb": [climb(run.curves["train_loss"]) for run in entry.runs],
+      "settled_loss": [settled(run) for run in entry.runs],
       "learning_rate": entry.learning_rate,
       "trials": entry.trials,
     }
@@ -103,32 +101,25 @@ def compare(problem: str, options: dict[str, Any], choices: Mapping[str, Choice]
   return {"plan": vars(races.last.plan), "sessions": races.last.sessions, "choices": found}
 
 
-def cell(found: dict[str, Any]) -> str:
-  """The median loss, (the median ratio of seconds), and the median climb where it is large."""
-  rise = spread(found["climb"]).median
-  climbed = f" ↑{number(rise)}" if not rise <= CLIMB else ""
-  return f"{number(spread(found['train_loss']).median)} ({spread(found['seconds_ratio']).median:.2f}){climbed}"
-
-
 def table(question: str, document: dict[str, Any]) -> Table:
-  """A row per problem: the median loss, and the CPU seconds beside the first choice."""
-  answers = document[question]
+  """A row per problem: the median settled loss, and the CPU seconds beside the first choice."""
+  cell = lambda of: f"{number(spread(of['settled_loss']).median)} ({spread(of['seconds_ratio']).median:.2f})"
+  note = f"Largest of the last {LAST} training losses, median over {document['seeds']} seeds (CPU seconds as a ratio)."
+  return _table(f"psgd, {question}", cell, document[question], note)
+
+
+def finals(question: str, document: dict[str, Any]) -> Table:
+  """The same races by the final loss alone, and in absolute CPU seconds, which compare within a row."""
+  cell = lambda of: f"{number(spread(of['train_loss']).median)} ({number(spread(of['cpu_seconds']).median)} s)"
+  note = "Median final training loss (median CPU seconds of training)."
+  return _table(f"psgd, {question}: how it ended", cell, document[question], note)
+
+
+def _table(title: str, cell: Callable[[dict[str, Any]], str], answers: dict[str, Any], note: str) -> Table:
   names = list(dict.fromkeys(name for found in answers.values() for name in found["choices"]))
-  row = lambda choices: [cell(choices[name]) if name in choices else "" for name in names]
-  rows = [(problem, *row(found["choices"])) for problem, found in answers.items()]
-  note = (
-    f"Median final training loss over {document['seeds']} seeds (CPU seconds as a ratio to `{names[0]}`); "
-    f"↑: the loss climbed by this factor over its lowest, where it is more than {CLIMB:g}."
-  )
-  return Table(f"psgd, {question}", ("problem", *names), rows, (note,))
-
-
-def seconds(question: str, document: dict[str, Any]) -> Table:
-  """The same races in absolute CPU seconds, which mean something beside each other alone."""
-  names = list(next(iter(document[question].values()))["choices"])
-  median = lambda found, name: number(spread(found["choices"][name]["cpu_seconds"]).median)
-  rows = [(problem, *(median(found, name) for name in names)) for problem, found in document[question].items()]
-  return Table(f"psgd, {question}: median CPU seconds of training", ("problem", *names), rows)
+  cells = lambda choices: [cell(choices[name]) if name in choices else "" for name in names]
+  rows = [(problem, *cells(found["choices"])) for problem, found in answers.items()]
+  return Table(title, ("problem", *names), rows, (note,))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -160,5 +151,5 @@ def run(args: Namespace) -> None:
         answers[problem] = compare(problem, PROBLEMS[problem] | {"data_dir": args.data_dir}, choices, seeds)
         write(document, path)
     table(question, document).show()
-    seconds(question, document).show()
+    finals(question, document).show()
   say(f"wrote {path}")

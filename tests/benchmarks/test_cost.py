@@ -2,6 +2,7 @@
 """`python -m benchmarks cost`: what is timed, how ratios are formed, what is asked where."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,23 @@ def test_of_several_rivals_the_fastest_counts_and_those_that_are_missing_do_not(
 def test_a_row_against_nothing_is_the_number_itself():
   row = cost.row("seconds to compile", "ours", None, 5.0, what="compiling")
   assert cost.ratio_of(row, {"compiling": {"cpu": {"ours": [7.0]}}}) == {"against": "", "cpu": [7.0] * 3}
+
+
+def test_contestants_that_are_compared_on_compiling_are_compiled_by_turns_unless_it_lasts(monkeypatch):
+  calls_made = []
+  monkeypatch.setattr(cost, "compile_anew", lambda name: calls_made.append(name) or (None, 2.0))
+  entered = {name: (name,) for name in ("ours", "theirs", "alone", "timed")}
+  rows = [
+    cost.row("compiling", "ours", ("theirs", "absent"), what="compiling"),
+    cost.row("seconds to compile", "alone", None, what="compiling"),
+    cost.row("seconds", "timed", "ours"),
+  ]
+  made = {name: SimpleNamespace(compile_seconds=1.0) for name in entered}
+  found = cost.compilations(entered, made, rows)
+  assert found == {"ours": [1.0, 2.0, 2.0], "theirs": [1.0, 2.0, 2.0], "alone": [1.0], "timed": [1.0]}
+  assert calls_made == ["ours", "theirs"] * 2
+  made["theirs"].compile_seconds = 1 + cost.LONG
+  assert cost.compilations(entered, made, rows)["ours"] == [1.0]
 
 
 def test_the_table_shows_seconds_counts_and_rows_against_nothing():

@@ -9,17 +9,10 @@ import pytest
 
 from benchmarks import rivals
 from benchmarks.__main__ import main
-from benchmarks.engine.records import ResumeError
+from benchmarks.engine.records import ResumeError, Run
 from benchmarks.optimizers import OPTIMIZERS, Races, typed
 from benchmarks.problems.table import PROBLEMS
 from benchmarks.studies import defaults
-
-
-def answer(**losses):
-  return {
-    name: {"train_loss": values, "seconds_ratio": [0.5] * 3, "cpu_seconds": [2.0] * 3, "climb": [climb] * 3}
-    for name, (values, climb) in losses.items()
-  }
 
 
 @pytest.mark.parametrize("question", defaults.QUESTIONS)
@@ -45,16 +38,22 @@ def test_rivals_that_cannot_be_imported_do_not_race(monkeypatch):
   assert [*defaults.choices_of("rivals")] == ["psgd", "psgdax quad", "psgdax pro", "muon", "adam"]
 
 
-def test_a_climb_is_over_the_lowest_loss_so_far():
-  assert defaults.climb([8.0, 2.0, 1.0]) == 1 and defaults.climb([8.0, 2.0, 6.0, 1.0, 2.0]) == 3
-  assert defaults.climb([1.0, 0.0]) == 1 and defaults.climb([1.0, math.nan]) == math.inf
+def test_a_run_that_jumps_is_not_taken_for_a_good_one():
+  run = lambda *losses, finished=True: Run("psgd", 1, finished, curves={"train_loss": [*losses]})
+  assert defaults.settled(run(9.0, 0.3, 8.0, 0.1)) == 8.0 and defaults.settled(run(9.0, 0.3, 0.2, 0.1)) == 0.3
+  assert defaults.settled(run(1.0, math.nan, finished=False)) == defaults.settled(run(1.0, finished=False)) == math.inf
 
 
-def test_the_table_shows_what_did_not_settle():
-  document = {"seeds": 3, "newton geometry": {"logistic": {"choices": answer(pro=([1, 2, 3], 1.2), quad=([4], 30.0))}}}
+def test_the_tables_show_medians_of_what_ran():
+  times = {"seconds_ratio": [0.5, 0.4, 0.6], "cpu_seconds": [2.0, 7.0, 1.0]}
+  pro = {"settled_loss": [1.0, 2.0, 3.0], "train_loss": [0.1, 0.3, 0.2]} | times
+  quad = {"settled_loss": [4.0, None, None], "train_loss": [None, 0.5, None]} | times
+  answers = {"logistic": {"choices": {"pro": pro, "quad": quad}}, "digits": {"choices": {"pro": pro}}}
+  document = {"seeds": 3, "newton geometry": answers}
   found = defaults.table("newton geometry", document)
-  assert found.header == ("problem", "pro", "quad") and found.rows == [("logistic", "2 (0.50)", "4 (0.50) ↑30")]
-  assert defaults.seconds("newton geometry", document).rows == [("logistic", "2", "2")]
+  assert found.header == ("problem", "pro", "quad")
+  assert found.rows == [("logistic", "2 (0.50)", "– (0.50)"), ("digits", "2 (0.50)", "")]
+  assert defaults.finals("newton geometry", document).rows[0] == ("logistic", "0.2 (2 s)", "– (2 s)")
 
 
 def test_what_is_not_asked_for_is_kept_and_other_seeds_are_refused(tmp_path):
