@@ -8,8 +8,8 @@ psgd-jax 0.2.9           the old reference, kept for history
 
 A package that is not installed is left out, and so is one that fails to import, which is said once. Two need a repair
 to be imported today, see REPAIRS. All get our momentum and, where they have one, our rule of which factor is dense:
-an axis of length d ≤ 2048 with d² ≤ N. It differs from that of `dpo.kron` on vectors of 8 or less alone, which are
-diagonal here. psgdax and distributed-kron print when they are initialized; that is swallowed.
+an axis of length d ≤ 2048 with d² ≤ N, vectors diagonal. `dpo.kron` differs on arrays of less than 64 numbers alone,
+where axes of up to 8 are dense. psgdax and distributed-kron print when they are initialized; that is swallowed.
 """
 
 import contextlib

@@ -35,7 +35,12 @@ PROBLEMS: dict[str, dict[str, Any]] = {
   "logistic": {"epochs": 50},  # 150
   "quadratic": {"epochs": 20},  # 400
 }
-CADENCES = ("digits", "mnist", "charlm(layers=1,block=32)", "xor(length=16)")  # where a rarer fit can pay
+NETWORKS = (
+  "digits",
+  "mnist",
+  "charlm(layers=1,block=32)",
+  "xor(length=16)",
+)  # for the questions that are not on geometry
 LAST = 3  # evaluations
 
 
@@ -59,8 +64,8 @@ RIVALS = {
 QUESTIONS: dict[str, dict[str, Choice]] = {
   "whitening geometry": {name: Choice("psgd_whiten", options, WHITENING) for name, options in GEOMETRIES.items()},
   "newton geometry": {name: Choice("psgd_newton", options, NEWTON) for name, options in GEOMETRIES.items()},
-  "every": {name: Choice("psgd_whiten", options, WHITENING) for name, options in EVERY.items()},
   "rivals": RIVALS,
+  "every": {name: Choice("psgd_whiten", options, WHITENING) for name, options in EVERY.items()},
 }
 
 
@@ -71,7 +76,7 @@ def choices_of(question: str) -> dict[str, Choice]:
 
 
 def problems_of(question: str) -> list[str]:
-  return [problem for problem in PROBLEMS if question != "every" or problem in CADENCES]
+  return [problem for problem in PROBLEMS if "geometry" in question or problem in NETWORKS]
 
 
 def settled(run: Run) -> float:

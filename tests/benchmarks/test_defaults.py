@@ -28,7 +28,7 @@ def test_geometries_are_compared_for_both_curvatures_on_six_problems_at_least():
   for question in ("whitening geometry", "newton geometry"):
     assert {"pro", "quad", "qeq"} <= {*defaults.QUESTIONS[question]} and len(defaults.problems_of(question)) >= 6
   assert {text.partition("(")[0] for text in defaults.PROBLEMS} <= {*PROBLEMS}
-  assert {*defaults.CADENCES} <= {*defaults.PROBLEMS}
+  assert {*defaults.NETWORKS} <= {*defaults.PROBLEMS}
 
 
 def test_rivals_that_cannot_be_imported_do_not_race(monkeypatch):
