@@ -52,6 +52,23 @@ def test_a_part_that_fails_or_lasts_too_long_is_reported_with_what_it_left(monke
   assert gpu.in_process("training", args) | {"seconds": 0} == {"found": {}, "ended": "failed with code 1", "seconds": 0}
 
 
+def test_tests_that_fail_or_do_not_end_are_named(monkeypatch):
+  args = Namespace(minutes=10.0, tiny=False, data_dir=None)
+  text = (
+    "..F\nFAILED tests/unit/test_products.py::test_one - assert 1 == 2\n1 failed, 12 passed, 3 deselected in 5.0s\n"
+  )
+  monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: Namespace(returncode=1, stdout=text))
+  found = gpu.tests(args)
+  assert (found["passed"], found["failed"], found["ended"]) == (12, 1, "ended")
+  assert found["failures"] == ["tests/unit/test_products.py::test_one"]
+
+  def endless(command, **options):
+    raise gpu.subprocess.TimeoutExpired(command, options["timeout"], output=b"....")
+
+  monkeypatch.setattr(gpu.subprocess, "run", endless)
+  assert gpu.tests(args)["ended"] == gpu.tests(args)["summary"] == "stopped after 120 s"
+
+
 def test_the_shares_of_the_time_are_all_of_it():
   assert sum(gpu.SHARES.values()) == pytest.approx(1) and {*gpu.PARTS, "tests"} == {*gpu.SHARES}
 
