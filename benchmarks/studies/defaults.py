@@ -3,6 +3,7 @@
 
 python -m benchmarks defaults                           every question
 python -m benchmarks defaults "newton geometry"         one of them; the others in the file are kept
+python -m benchmarks defaults rivals --resume --problems digits,xor    these problems besides those in the file
 
 For each problem and each choice: four learning rates on seed TUNING_SEED, then the best of them on seeds 1, 2, ...;
 CPU seconds of training are a ratio to those of the first choice of the same seed, run side by side. Rates are chosen
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import rivals
-from benchmarks.engine import arguments
+from benchmarks.engine import arguments, calls
 from benchmarks.engine.analysis import spread
 from benchmarks.engine.calls import Options
 from benchmarks.engine.progress import say
@@ -76,6 +77,7 @@ def choices_of(question: str) -> dict[str, Choice]:
 
 
 def problems_of(question: str) -> list[str]:
+  """Where it is asked, if nobody says so."""
   return [problem for problem in PROBLEMS if "geometry" in question or problem in NETWORKS]
 
 
@@ -130,6 +132,10 @@ def _table(title: str, cell: Callable[[dict[str, Any]], str], answers: dict[str,
 def add_arguments(parser: ArgumentParser) -> None:
   names = arguments.known("question", QUESTIONS)
   parser.add_argument("questions", nargs="*", type=names, metavar="QUESTION", help=f"any of {', '.join(QUESTIONS)}")
+  short = {calls.name_of(problem): problem for problem in PROBLEMS}
+  one = arguments.known("problem", short)
+  each = lambda text: [short[calls.name_of(one(part))] for part in calls.split(text)]
+  parser.add_argument("--problems", type=each, help=f"comma-separated, of {', '.join(short)} (default: by question)")
   arguments.add(parser, "data_dir", "resume", seeds=3)
 
 
@@ -150,7 +156,7 @@ def run(args: Namespace) -> None:
   document = kept(args, path)
   for question in args.questions or QUESTIONS:
     choices, answers = choices_of(question), document.setdefault(question, {})
-    for problem in problems_of(question):
+    for problem in args.problems or problems_of(question):
       if problem not in answers:
         seeds = range(1, 1 + args.seeds)
         answers[problem] = compare(problem, PROBLEMS[problem] | {"data_dir": args.data_dir}, choices, seeds)

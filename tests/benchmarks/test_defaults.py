@@ -81,7 +81,15 @@ def test_a_contestant_is_compiled_once_for_all_races(capsys):
 def test_the_whole_command(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(defaults, "PROBLEMS", {"quadratic": {"epochs": 0.2, "evaluations": 2}})
   question = "newton geometry"
-  assert main(["defaults", question, "--seeds", "1", "--out", str(tmp_path)]) == 0
+  asked = ["defaults", question, "--seeds", "1", "--problems", "quadratic", "--out", str(tmp_path)]
+  assert main(asked) == 0
   found = json.loads((tmp_path / "defaults.json").read_text())[question]["quadratic"]
   assert [*found["choices"]] == ["pro", "quad", "qeq"] and len(found["choices"]["quad"]["trials"]) == 4
   assert "psgd, newton geometry" in capsys.readouterr().out
+  assert main([*asked, "--resume"]) == 0 and "compiled" not in capsys.readouterr().out
+
+
+def test_a_problem_that_is_not_in_the_study_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    main(["defaults", "rivals", "--problems", "digits,logitsic"])
+  assert "Did you mean `logistic`?" in capsys.readouterr().err
