@@ -3,13 +3,14 @@
 
 engine/              trains, times and reports; knows no problem, no optimizer and no study
 problems/            what is minimised: one function, one row; with the data sets and the networks
+rivals.py            the same method by other people, where it is installed
 optimizers.py        who trains: the table, and contestants as they are typed on the command line
 hyperparameters.py   every number: settings, grids of learning rates, groups of contestants
 studies/             what is asked: one file, one subcommand
 __main__.py          the command line
 results/             what was measured: JSON and pictures, from which the figures of the pages are written
 
-Rooms import upwards only: engine, then problems, then hyperparameters and optimizers, then studies.
+Rooms import upwards only: engine, then problems and rivals, then hyperparameters and optimizers, then studies.
 """
 
 import os

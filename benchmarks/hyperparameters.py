@@ -100,13 +100,13 @@ GRIDS = {
   "lbfgs": (0.03, 0.1, 0.3, 0.6, 1.0),
   "muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
   "psgd": SECOND_ORDER_GRID,
-  "psgd_whiten": ADAPTIVE_GRID,
-  "soap": ADAPTIVE_GRID,
+  **dict.fromkeys(("psgd_whiten", "soap", "psgdax", "rollfast"), ADAPTIVE_GRID),
   **dict.fromkeys(("psgd_newton", "soap_newton", "psgd+damping", "psgd+averaging", "dpsgd"), SECOND_ORDER_GRID),
   **dict.fromkeys(("gls", "gls_curvature"), (0.05, 0.1, 0.2, 0.4, 0.8)),
   **dict.fromkeys(("bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released"), (0.01, 0.03, 0.1, 0.3, 1.0)),
 }
-PARTICULAR = ("gls", "gls_curvature", "bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released")  # they need (norm) layers
+# they need (norm) layers, or a package that may not be there
+PARTICULAR = ("gls", "gls_curvature", "bnp", "sgd_ph", "sgd_ph_tau", "sgd_ph_released", "psgdax", "rollfast")
 
 
 def tuned(problem: str) -> dict[str, float]:

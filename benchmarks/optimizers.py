@@ -13,7 +13,7 @@ its races on one problem.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import optax
 
 import dpsgd_optax as dpo
+from benchmarks import rivals
 from benchmarks.engine import calls
 from benchmarks.engine.arguments import PLAN
 from benchmarks.engine.calls import Options, SpecError
 from benchmarks.engine.contestant import Contestant, Method
 from benchmarks.engine.problem import Problem, limit
 from benchmarks.engine.records import Plan, Results, Run
-from benchmarks.engine.runner import make_plan
+from benchmarks.engine.runner import Racer, make_plan
 from benchmarks.engine.session import run
 from benchmarks.hyperparameters import GROUPS
 from benchmarks.hyperparameters import setting as setting_of
@@ -71,6 +72,18 @@ def gls_curvature(learning_rate: Any, **options: Any) -> optax.GradientTransform
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def rival(package: str) -> Callable[..., optax.GradientTransformation]:
+  """Kron of another package, with its geometry as an option: psgdax(geometry=quad)."""
+
+  def make(learning_rate: Any, geometry: Any = dpo.pro, key: int = 0) -> optax.GradientTransformation:
+    name = next((name for name in rivals.MODES if getattr(dpo, name) is geometry), None)
+    if name is None:
+      raise SpecError(f"`geometry` of {package} must be one of {', '.join(rivals.MODES)}.")
+    return rivals.kron(package, name, learning_rate, key=key)
+
+  return make
+
+
 SOAP: Options = {"preconditioner": dpo.soap(), "b1": 0.95, "every": 1}
 NORM: Options = {"where": training.is_norm_param}
 OPTIMIZERS = {
@@ -98,6 +111,7 @@ OPTIMIZERS = {
   "gls": Method(dpo.gls, layerwise=True),
   "gls_curvature": Method(gls_curvature, layerwise=True),
   "bnp": Method(dpo.bnp, layerwise=True),
+  **{package: Method(rival(package), keyed=True) for package in rivals.PACKAGES},
 }
 
 GEOMETRIES = ("pro", "qeq", "qep", "quad", "eq", "quad4p", "pro4p")
@@ -182,11 +196,12 @@ class Races:
   typed: Callable[[str, float], str]  # (contestant, learning rate) -> the optimizer as it is typed there
   options: dict[str, Any]  # of `prepare`
   last: Results | None = None  # the results of the latest race
+  compiled: dict[Any, Racer] = field(default_factory=dict)  # a contestant is compiled once for all races
 
   def __call__(self, entries: Sequence[tuple[str, float]], seeds: Sequence[int]) -> dict[tuple[str, float], list[Run]]:
     """The runs of each (contestant, learning rate), all of them side by side."""
     labels = {entry: self.typed(*entry).replace(" ", "") for entry in entries}
     built, plan, entered = prepare(self.problem, "tuned", ",".join(labels.values()), **self.options)
     with TemporaryDirectory() as folder:
-      self.last = run(built, plan, entered, seeds, Path(folder) / "race.json")
+      self.last = run(built, plan, entered, seeds, Path(folder) / "race.json", known=self.compiled)
     return {entry: self.last.of(label) for entry, label in labels.items()}

@@ -8,4 +8,5 @@ records          what is kept, as JSON           saved           what `--save` k
 analysis         from curves to figures          report, plots   figures as tables and pictures
 calls            names with options              arguments       arguments of several studies
 progress         messages during a run           devices         how params lie on many devices
+program          kernels of a compiled step
 """

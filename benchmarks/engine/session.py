@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from benchmarks.engine.problem import Problem
 from benchmarks.engine.progress import Reporter, say
 from benchmarks.engine.records import Plan, Results, Run, environment, load_average, resume, save
 from benchmarks.engine.report import number
-from benchmarks.engine.runner import Evaluator, compiled, describe, race
+from benchmarks.engine.runner import Evaluator, Racer, compiled, describe, race
 from benchmarks.engine.saved import Keeper
 
 
@@ -26,10 +27,12 @@ def run(
   path: Path,
   resumed: bool = False,
   kept: bool = False,
+  known: dict[Any, Racer] | None = None,
 ) -> Results:
   """Trains. Whenever this stops, the finished seeds are on disk; KeyboardInterrupt passes through.
 
-  With `kept`, what `engine/saved.py` lists is written beside the document.
+  With `kept`, what `engine/saved.py` lists is written beside the document. `known`: contestants that an earlier call
+  compiled for the same problem and plan; those that are compiled here are added.
   """
   about = {contestant.label: describe(problem, contestant, plan) for contestant in entered}
   results = (resume(path, plan, about) if resumed else None) or Results(path.stem, plan)
@@ -41,7 +44,7 @@ def run(
     say(f"{path.stem}: nothing left to do")
     return results
   train = jax.tree.map(jnp.asarray, problem.arrays.train)
-  racers, known = [], {}
+  racers, known = [], {} if known is None else known
   for contestant in entered:
     if (kind := contestant.compilation()) not in known:
       known[kind] = compiled(problem, contestant, plan, train)

@@ -19,6 +19,7 @@ import optax
 
 import dpsgd_optax as dpo
 from benchmarks.engine.problem import Problem
+from benchmarks.engine.program import kernels
 from dpsgd_optax import training
 
 Times = dict[str, dict[str, list[float]]]  # "cpu" or "wall" -> contestant -> seconds per call, by round
@@ -49,9 +50,13 @@ def mean_of(times: Mapping[str, list[float]], who: str | Weights) -> np.ndarray:
   return np.sum([weight * np.asarray(times[name]) for name, weight in weights.items()], axis=0)
 
 
+def quartiles(values: np.ndarray) -> list[float]:
+  return np.percentile(values, [25, 50, 75]).tolist()
+
+
 def quartiles_of(times: Times, a: str | Weights, b: str | Weights) -> dict[str, list[float]]:
   """Quartiles of the ratio a / b, formed within each round."""
-  return {kind: np.percentile(mean_of(of, a) / mean_of(of, b), [25, 50, 75]).tolist() for kind, of in times.items()}
+  return {kind: quartiles(mean_of(of, a) / mean_of(of, b)) for kind, of in times.items()}
 
 
 def ratio_text(quartiles: list[float]) -> str:
@@ -87,7 +92,8 @@ class Step:
     costs, memory = self.compiled.cost_analysis() or {}, self.compiled.memory_analysis()
     return {
       "compile_cpu_seconds": self.compile_seconds,
-      "instructions": self.compiled.as_text().count(" = "),
+      "instructions": (text := self.compiled.as_text()).count(" = "),
+      "kernels": kernels(text).total(),
       "flops": costs.get("flops"),
       "bytes": costs.get("bytes accessed"),
       "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `python -m benchmarks cost` times: networks with made-up data, and calls on each of them.
 
+small      64-64-32-10, batch 64: what a step costs when flops cost nothing
 mlp        784-512-512-10, batch 256            charlm    4 decoder blocks of width 128, 16 x 128 characters
 lenet5     5 layers on 28 x 28, batch 64        resnet8   8 layers with batch norm on 32 x 32 x 3, batch 64
 deep       kernels of 100 layers 64 x 64        gpt2      12 decoder blocks of width 768, 8 x 1024 tokens: for a GPU
+resnet18   18 layers, 11.2 million parameters, batch 128: for a GPU
 layers     lenet5 as `nn.Conv` and `nn.Dense`: `capture` and `bnp` on an unchanged model, convolutions in a `lax.cond`
 
 Each call is a whole step, or `update` alone, that goes on from its own result; its state is donated, as in training.
 `dense` is not among them: the square of the number of parameters of the smallest of these networks is 15 GB.
 
-psgd-jax 0.2.9 (extra `peers`) does not import today; `psgd_jax` gives back the two names that it misses. It holds the
-factors, not P; ours keeps P as well, so that a step without a fit costs one product per factor.
+Other people's Kron is in rivals.py: the same momentum, the same dense factors, donated too, and the fit on every step
+or on none as a probability of 1 or 1e-9, which they decide inside the step. They hold the factors, not P.
 """
 
-import importlib
-import importlib.util
 import itertools
-import sys
-import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,6 +27,7 @@ import optax
 from flax import linen as nn
 
 import dpsgd_optax as dpo
+from benchmarks import rivals
 from benchmarks.engine.problem import STATISTICS, cross_entropy
 from benchmarks.engine.timing import Timed, Workload, of_gradient, probe, whole_step
 from benchmarks.problems.models import MLP, LeNet5, Transformer
@@ -36,10 +35,11 @@ from benchmarks.problems.resnet import SIZES, ResNet
 from dpsgd_optax import training
 
 RATE = 1e-5  # nothing may run away: a step is repeated some hundred times
+NEVER = 1e-9  # the probability of a fit where there shall be none
 # both factors of every matrix dense, vectors diagonal: the structure of psgd-jax; the geometry of the fewest products
 DENSE = dpo.kron(max_skew=100.0, geometry=dpo.qeq)
-QUICK = dpo.kron(geometry=dpo.quad)  # what `psgd` fits here
 BLOCK = 256
+BLOCKS = dpo.blocked(dpo.kron(max_skew=100.0, geometry=dpo.pro), BLOCK)  # what distributed-kron has
 NO_P = {  # what every workload is trained with besides
   "sgd": optax.sgd(RATE),
   "adam": optax.adam(RATE),
@@ -47,9 +47,12 @@ NO_P = {  # what every workload is trained with besides
   "muon": optax.contrib.muon(RATE),
 }
 LAYERED = ("mlp", "layers")  # where each layer is shown what enters it
+RACED = ("small", "mlp", "lenet5", "charlm", "deep")  # beside psgdax and rollfast
+BLOCKED = ("mlp", "charlm")  # beside distributed-kron
+HISTORY = ("mlp", "lenet5", "layers")  # beside psgd-jax
 
 
-def _classifier(model: nn.Module, shape: tuple[int, ...], classes: int = 10, **train: Any) -> Workload:
+def classification(model: nn.Module, shape: tuple[int, ...], classes: int = 10, **train: Any) -> Workload:
   """Cross-entropy of random images or tokens; `train`: arguments of a model that has running statistics."""
   rng = np.random.default_rng(0)
   images = len(shape) != 2 or not isinstance(model, Transformer)
@@ -87,33 +90,17 @@ def deep(depth: int = 100, width: int = 64) -> Workload:
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
-  "mlp": lambda: _classifier(MLP((512, 512, 10)), (256, 784)),
-  "lenet5": lambda: _classifier(LeNet5(), (64, 28, 28, 1)),
-  "charlm": lambda: _classifier(Transformer(65, 4, 128, 4), (16, 128), 65),
-  "resnet8": lambda: _classifier(ResNet(*SIZES["resnet8"], "batch", True), (64, 32, 32, 3), train=True),
+  "small": lambda: classification(MLP((64, 32, 10)), (64, 64)),
+  "mlp": lambda: classification(MLP((512, 512, 10)), (256, 784)),
+  "lenet5": lambda: classification(LeNet5(), (64, 28, 28, 1)),
+  "charlm": lambda: classification(Transformer(65, 4, 128, 4), (16, 128), 65),
+  "resnet8": lambda: classification(ResNet(*SIZES["resnet8"], "batch", True), (64, 32, 32, 3), train=True),
+  "resnet18": lambda: classification(ResNet(*SIZES["resnet18"], "batch", True), (128, 32, 32, 3), train=True),
   "deep": deep,
-  "layers": lambda: _classifier(Layers(), (64, 28, 28, 1)),
-  "gpt2": lambda: _classifier(Transformer(50257, 12, 768, 12), (8, 1024), 50257),
+  "layers": lambda: classification(Layers(), (64, 28, 28, 1)),
+  "gpt2": lambda: classification(Transformer(50257, 12, 768, 12), (8, 1024), 50257),
 }
-USUAL = ("mlp", "lenet5", "charlm", "resnet8", "deep", "layers")
-
-
-peers_installed = lambda: importlib.util.find_spec("psgd_jax") is not None
-CLIPS = ("clip", "clip_by_block_rms", "clip_by_global_norm")
-
-
-def psgd_jax(module: str) -> Any:
-  """A module of it, importable again: `optax._src.clipping` and `jax.tree_unflatten` are gone from optax and jax."""
-  name = "optax._src.clipping"
-  if name not in sys.modules:
-    sys.modules[name] = types.ModuleType(name)
-    vars(sys.modules[name]).update({clip: getattr(optax, clip) for clip in CLIPS})
-  if not hasattr(jax, "tree_unflatten"):
-    jax.tree_unflatten = jax.tree_util.tree_unflatten
-  try:
-    return importlib.import_module(f"psgd_jax.{module}")
-  except ModuleNotFoundError:
-    raise SystemExit("error: psgd-jax is not installed. Type: pip install 'dpsgd_optax[peers]'") from None
+USUAL = ("small", "mlp", "lenet5", "charlm", "resnet8", "deep", "layers")
 
 
 def per_leaf(make: Callable[[], optax.GradientTransformation], params: Any) -> optax.GradientTransformation:
@@ -137,25 +124,29 @@ def alone(tx: optax.GradientTransformation, work: Workload, **extra: Any) -> Tim
 def updates(work: Workload, name: str) -> dict[str, Timed]:
   """`update` alone: name -> call, carry, arguments."""
   update = lambda tx, **extra: alone(tx, work, **extra)
-  whitening = partial(dpo.psgd, RATE, b1=0.9)
+  whitening = partial(dpo.psgd, RATE, b1=rivals.MOMENTUM)
   product, given = (lambda v: v), {"judge": False, "value": jnp.ones(())}
-  fitted = lambda p: update(whitening(p), refresh=True)
+  fitted = lambda p=None: update(whitening(p), refresh=True)
   soap = lambda period: dpo.psgd(RATE, dpo.soap(basis_every=period), b1=0.95, every=1)
   found = {name: update(tx) for name, tx in NO_P.items()} | {
-    "psgd, no fit": update(whitening(QUICK), refresh=False),
-    "psgd, fit": fitted(QUICK),
-    "psgd dense, no fit": update(whitening(DENSE), refresh=False),
-    "psgd dense, fit": fitted(DENSE),
-    "psgd dense, scheduled": update(whitening(DENSE)),
+    "psgd, no fit": update(whitening(), refresh=False),
+    "psgd, fit": fitted(),
+    "psgd, scheduled": update(whitening()),
     "soap, bases kept": update(soap(1000)),
     "soap, bases refreshed": update(soap(1)),
     "dpsgd, no fit": update(dpo.dpsgd(RATE), refresh=False, **given),
     "dpsgd, fit": update(dpo.dpsgd(RATE), refresh=True, hvp=product, **given),
   }
+  if name in BLOCKED:
+    found["psgd of bfloat16 factors, fit"] = fitted(dpo.kron(state_dtype=jnp.bfloat16))
+    found[f"psgd dense pro in blocks of {BLOCK}, fit"] = fitted(BLOCKS)
+  if name in ("mlp", "deep"):
+    found["psgd dense, fit"] = fitted(DENSE)
   if name == "deep":
     found["psgd dense per leaf, fit"] = update(per_leaf(lambda: whitening(DENSE), work.params), refresh=True)
   if name == "mlp":
     found |= {
+      "psgd dense, no fit": update(whitening(DENSE), refresh=False),
       "psgd lra of rank 10, fit": fitted(dpo.lra(rank=10)),
       "psgd xmat, fit": fitted(dpo.xmat()),
       "psgd affine, fit": fitted(dpo.affine(max_skew=100.0)),
@@ -165,9 +156,33 @@ def updates(work: Workload, name: str) -> dict[str, Timed]:
       "a fit taken": _fit(work, True),
       "a fit not taken": _fit(work, False),
     }
-  if peers_installed():
-    found |= of_peers(work, name)
-  return {f"update: {label}": call for label, call in found.items()}
+  return {f"update: {label}": call for label, call in (found | of_rivals(work, name)).items()}
+
+
+def of_rivals(work: Workload, name: str) -> dict[str, Timed]:
+  """The same by the packages that can be imported here."""
+  found = {}
+  for rival, make in rivals.installed().items() if name in RACED else ():
+    found[f"{rival}, fit"] = alone(make(RATE, probability=1.0), work)
+    if name != "deep":  # a second compilation of 100 layers would take minutes again
+      found[f"{rival}, no fit"] = alone(make(RATE, probability=NEVER), work)
+  if name in BLOCKED and rivals.module("distributed_kron.pro"):
+    found["distributed-kron pro, fit"] = alone(rivals.distributed_kron(RATE, BLOCK), work)
+  if name == "mlp" and rivals.module("psgd_jax.kron"):
+    found |= _psgd_jax(work)
+  return found
+
+
+def _psgd_jax(work: Workload) -> dict[str, Timed]:
+  """The same by psgd-jax."""
+  entered = {"kron": "kron", "lra of rank 10": "low_rank_approximation", "xmat": "xmat"}
+
+  def update(module: str, probability: float) -> Timed:
+    make = getattr(rivals.needed(f"psgd_jax.{module}"), module)
+    return alone(make(RATE, b1=rivals.MOMENTUM, preconditioner_update_probability=probability), work)
+
+  found = {f"psgd-jax {label}, fit": update(module, 1.0) for label, module in entered.items()}
+  return found | {"psgd-jax kron, no fit": update("kron", NEVER)}
 
 
 def _fit(work: Workload, taken: bool) -> Timed:
@@ -181,26 +196,12 @@ def _fit(work: Workload, taken: bool) -> Timed:
   return call, p.init(work.params), jnp.asarray(taken), work.gradients
 
 
-def of_peers(work: Workload, name: str) -> dict[str, Timed]:
-  """The same by psgd-jax."""
-  kron = psgd_jax("kron").kron
-  theirs = lambda p: alone(kron(RATE, b1=0.9, preconditioner_update_probability=p), work)
-  found = {"psgd-jax kron, fit": theirs(1.0)}
-  if name != "deep":  # it takes minutes to compile there
-    found["psgd-jax kron, no fit"] = theirs(1e-9)
-  if name == "mlp":
-    every = {"b1": 0.9, "preconditioner_update_probability": 1.0}
-    lra = psgd_jax("low_rank_approximation").low_rank_approximation
-    found["psgd-jax lra of rank 10, fit"] = alone(lra(RATE, **every), work)
-    found["psgd-jax xmat, fit"] = alone(psgd_jax("xmat").xmat(RATE, **every), work)
-  return found
-
-
 def steps(work: Workload, name: str) -> dict[str, Timed]:
   """Whole steps, gradient and all: name -> call, carry, arguments."""
   aux = {"has_aux": True}
   gradient, step = partial(of_gradient, work), partial(whole_step, work)
-  whitening, newton, dpsgd = dpo.psgd(RATE, QUICK, b1=0.9), dpo.psgd(RATE, QUICK, dpo.newton()), dpo.dpsgd(RATE)
+  whitening, newton = dpo.psgd(RATE, b1=rivals.MOMENTUM), dpo.psgd(RATE, curvature=dpo.newton())
+  dpsgd = dpo.dpsgd(RATE)
   found = {
     "gradient": gradient(lambda f, p, v: jax.value_and_grad(f, **aux)(p)),
     "gradient + Hvp": gradient(lambda f, p, v: dpo.value_and_grad_and_hvp(f, **aux)(p, v)),
@@ -219,7 +220,7 @@ def steps(work: Workload, name: str) -> dict[str, Timed]:
   }
   if name == "resnet8":
     found["sgd_ph"] = step(dpo.sgd_ph(RATE, training.is_norm_param), "leaves", refresh=True)
-  if name in ("mlp", "lenet5", "layers") and peers_installed():
+  if name in HISTORY and rivals.module("psgd_jax.affine"):
     found["psgd-jax affine, fit"] = _affine(work, True)
     found["psgd-jax affine on our Hvp, fit"] = _affine(work, False)
   return found | (layered(work) if name in LAYERED else {})
@@ -263,8 +264,8 @@ def _affine(work: Workload, as_documented: bool) -> Timed:
   ``as_documented``: with the products of its `hessian_helper`, as its README tells, which computes them in a
   `lax.cond`; otherwise it is handed products made as ours are, and told at trace time that there is one.
   """
-  tx = psgd_jax("affine").affine(RATE, b1=0.0)
-  helper = psgd_jax("utils").hessian_helper
+  tx = rivals.needed("psgd_jax.affine").affine(RATE, b1=0.0)
+  helper = rivals.needed("psgd_jax.utils").hessian_helper
 
   def run(carry: Any, batch: Any, vector: Any) -> tuple[Any, Any]:
     params, statistics, state, (key, count) = carry

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.engine import analysis
 from benchmarks.engine.records import Results, load
 from benchmarks.engine.report import Table, claim_table, final_table, number
-from benchmarks.studies import batch_sizes, cost, defaults, gls, rl, robustness
+from benchmarks.studies import batch_sizes, cost, defaults, gls, gpu, rl, robustness
 
 README = Path(__file__).parents[2] / "README.md"
 CHOOSING = README.parent / "notebooks" / "choosing.md"
@@ -37,6 +37,8 @@ def figures(results: Path) -> str:
         parts.append(f"![Training loss of the demo](benchmarks/{results.name}/{name}.png)")
   for path in sorted(results.glob("cost-*.json")):
     parts.append(cost.table(json.loads(path.read_text())).markdown())
+  if (path := results / "gpu.json").exists():
+    parts += [table.markdown() for table in gpu.tables(json.loads(path.read_text()))]
   return "\n\n".join(parts)
 
 
@@ -45,7 +47,7 @@ def advice(results: Path) -> str:
   parts = [winners(results)]
   if (path := results / "defaults.json").exists():
     document = json.loads(path.read_text())
-    parts += [defaults.table(question, document).markdown() for question in defaults.CHOICES if question in document]
+    parts += [defaults.table(question, document).markdown() for question in defaults.QUESTIONS if question in document]
   if (path := results / f"{LENET}.json").exists():
     parts.append(final_table(load(path)).markdown())
   for path in sorted(results.glob("rl-*.json")):
