@@ -19,7 +19,7 @@ from dpsgd_optax.geometry.linalg import (
   scale_smallest,
   square,
 )
-from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, pro, quad
+from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, pro, qeq
 from dpsgd_optax.geometry.seen import count_idle_slices, idle_counters, seen_lately
 from dpsgd_optax.preconditioners._damped import sampled
 
@@ -178,7 +178,7 @@ def kron_of_array(
   keep_p: bool = False,
 ) -> Preconditioner:
   """The Kronecker preconditioner of one array, seen in the ``layout`` of its shape; see `kron` for the rest."""
-  of_state = geometry or pro  # the states of `quad` and `pro` are alike
+  of_state = geometry or pro  # the states of `qeq` and `pro` are alike
   check_options(of_state, step_size)
   check_init_scale(init_scale)
 
@@ -187,7 +187,7 @@ def kron_of_array(
 
   def fit(state: KronState, probe: Probe, *, key: jax.Array, numbers: Any = None) -> KronState:
     """q_i ← move(q_i, ⟨a a*⟩_i − ⟨b b*⟩_i, step_size / L_i)."""
-    moves = geometry or (quad if probe.vector is None else pro)
+    moves = geometry or (qeq if probe.vector is None else pro)
     if moves.samples:
       probe = sampled(probe, key)
     to_tensor = layout(probe.product.shape).to_tensor

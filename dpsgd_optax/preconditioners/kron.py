@@ -125,9 +125,9 @@ def kron(
     max_size: the longest axis that may have a dense factor. Static (decides shapes). ``jnp.inf``: any.
     max_skew: a dense factor holds at most ``max_skew`` · max(N, 64) numbers. Static. ``jnp.inf``: all dense.
     geometry: how the factors move: ``pro``, ``quad``, ``qeq``, ``qep`` (matrix products only), ``eq`` (triangular
-      solves), or ``geometry.quad4p``, ``geometry.pro4p``, which fit P itself and keep no Q. None: ``quad`` on
-      gradients, where it is as good as ``pro`` and cheaper (``python -m benchmarks defaults``); ``pro`` on Newton
-      probes, where ``quad`` does not settle if H is ill-conditioned.
+      solves), or ``geometry.quad4p``, ``geometry.pro4p``, which fit P itself and keep no Q. None: ``qeq`` on
+      gradients, which is the cheapest and settles within 4 % of ``pro`` or lower on all seven problems of ``python -m
+      benchmarks defaults``; ``pro`` on Newton probes, where ``quad`` settles lower on one of them and higher on two.
     step_size: of the fit, in (0, 1]; the largest relative change of a factor per fit.
     init_scale: the initial Q = init_scale · I; None: set from the first probe that is not zero, for each matrix.
     normalizer: what the step is divided by: ``geometry.lipschitz``, ``geometry.spectral`` or ``geometry.max_abs``.

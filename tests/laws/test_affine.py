@@ -132,9 +132,8 @@ def trained(name, features, start, left, probes):
   p = {"scan": dpo.scan, "scaw": dpo.scaw}[name](init_scale=1.0, step_size=0.5)
   ((bucket, kron),) = p.init(start).buckets.items()
   with_lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
-  state = LiftState(
-    {bucket: kron._replace(q=(with_lead(left), kron.q[1]), p=kron.p and (with_lead(square(left)), kron.p[1]))}
-  )
+  kept = kron.p and (with_lead(square(left)), kron.p[1])
+  state = LiftState({bucket: kron._replace(q=(with_lead(left), kron.q[1]), p=kept)})
 
   def loss(kernel):
     logits = features @ kernel
