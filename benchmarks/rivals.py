@@ -94,9 +94,9 @@ def plain(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def kron(
-  package: str, geometry: str, learning_rate: Any, *, probability: float | None = None, key: int | None = None
+  package: str, geometry: str, learning_rate: Any, *, probability: Any = None, key: int | None = None
 ) -> optax.GradientTransformation:
-  """`kron` of psgdax or rollfast; `probability` of a fit on each step, None: their schedule, which is ours too."""
+  """`kron` of psgdax or rollfast; `probability` of a fit, a number or a schedule; None: theirs, which is ours too."""
   options: dict[str, Any] = {"b1": MOMENTUM, "preconditioner_mode": MODES[geometry], **DENSE_RULE}
   if probability is not None:
     options["preconditioner_update_probability"] = probability

@@ -73,13 +73,17 @@ def compile_anew(call: Callable, *arguments: Any) -> tuple[jax.stages.Compiled, 
 
 
 class Step:
-  """A compiled call `carry, *arguments -> carry, result` that goes on from its own carry, which is donated."""
+  """A compiled call `carry, *arguments -> carry, result` that goes on from its own carry, which is donated.
 
-  def __init__(self, call: Callable[..., tuple[Any, Any]], carry: Any, *arguments: Any):
+  `like`: another step of the same call, on arguments of the same types: what it compiled is used again.
+  """
+
+  def __init__(self, call: Callable[..., tuple[Any, Any]], carry: Any, *arguments: Any, like: "Step | None" = None):
     self.carry = jax.tree.map(jnp.copy, carry)  # no two donated arrays may be one buffer
     self.arguments = arguments
     before = process_types(self.carry)
-    self.compiled, self.compile_seconds = compile_anew(call, self.carry, *arguments)
+    anew = lambda: compile_anew(call, self.carry, *arguments)
+    self.compiled, self.compile_seconds = anew() if like is None else (like.compiled, like.compile_seconds)
     self()
     self.recompiled = int(process_types(self.carry) != before)
 

@@ -12,7 +12,7 @@ Each call is a whole step, or `update` alone, that goes on from its own result; 
 `dense` is not among them: the square of the number of parameters of the smallest of these networks is 15 GB.
 
 Other people's Kron is in rivals.py: the same momentum, the same dense factors, donated too, and the fit on every step
-or on none as a probability of 1 or 1e-9, which they decide inside the step. They hold the factors, not P.
+or on none as a probability of 1 or 1e-9, by which they decide inside the step. They hold the factors, not P.
 """
 
 import itertools
@@ -163,14 +163,23 @@ def of_rivals(work: Workload, name: str) -> dict[str, Timed]:
   """The same by the packages that can be imported here."""
   found = {}
   for rival, make in rivals.installed().items() if name in RACED else ():
-    found[f"{rival}, fit"] = alone(make(RATE, probability=1.0), work)
-    if name != "deep":  # a second compilation of 100 layers would take minutes again
-      found[f"{rival}, no fit"] = alone(make(RATE, probability=NEVER), work)
+    found |= {f"{rival}, {fit}": timed for fit, timed in _of_rival(make, work).items()}
   if name in BLOCKED and rivals.module("distributed_kron.pro"):
     found["distributed-kron pro, fit"] = alone(rivals.distributed_kron(RATE, BLOCK), work)
   if name == "mlp" and rivals.module("psgd_jax.kron"):
     found |= _psgd_jax(work)
   return found
+
+
+def _of_rival(make: Callable[..., optax.GradientTransformation], work: Workload) -> dict[str, Timed]:
+  """With a fit and without: one program, whose compilation may take minutes, with the probability as an argument."""
+
+  def call(state: Any, grads: Any, params: Any, probability: jax.Array) -> tuple[Any, Any]:
+    new, state = make(RATE, probability=lambda count: probability).update(grads, state, params)
+    return state, new
+
+  given = make(RATE).init(work.params), work.gradients, work.params
+  return {fit: (call, *given, jnp.asarray(p)) for fit, p in (("fit", 1.0), ("no fit", NEVER))}
 
 
 def _psgd_jax(work: Workload) -> dict[str, Timed]:

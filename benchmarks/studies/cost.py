@@ -187,10 +187,12 @@ def measure(name: str, rounds: int, calls: int) -> dict[str, Any]:
   """One workload in this process: its ratios, and what is known of each contestant."""
   before, work = load_average(), WORKLOADS[name]()
   entered = updates(work, name) | (steps(work, name) if work.loss else {})
-  made = {}
+  made, compiled = {}, {}
   for label in sorted(entered, key=lambda label: label != FIRST):
-    made[label] = Step(*entered[label])
-    say(f"  {label}: compiled in {made[label].compile_seconds:.1f} CPU s")
+    call = entered[label][0]
+    made[label] = Step(*entered[label], like=compiled.get(call))
+    if compiled.setdefault(call, made[label]) is made[label]:
+      say(f"  {label}: compiled in {made[label].compile_seconds:.1f} CPU s")
   rows, known = rows_of(name, made), {label: step.counts() for label, step in made.items()}
   for label, step in made.items():
     known[label]["carry_bytes"] = carried(step.carry)

@@ -26,6 +26,13 @@ def test_a_step_goes_on_from_its_own_result_and_compiles_once():
   assert step.counts()["flops"] >= 3
 
 
+def test_a_step_like_another_uses_its_program_on_its_own_arguments():
+  first = timing.Step(lambda carry, x: (carry + x, carry), jnp.zeros(3), jnp.ones(3))
+  second = timing.Step(lambda carry, x: (carry + x, carry), jnp.zeros(3), 2 * jnp.ones(3), like=first)
+  second()
+  assert second.compiled is first.compiled and second.carry.tolist() == [4.0] * 3 and first.carry.tolist() == [1.0] * 3
+
+
 def test_a_state_of_another_type_than_at_first_counts_as_a_recompilation():
   weak = timing.Step(lambda carry, x: (carry * 2.0, x), jnp.asarray(1.0), jnp.ones(3))
   assert weak.recompiled == 0

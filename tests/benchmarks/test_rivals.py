@@ -9,6 +9,7 @@ import pytest
 import dpsgd_optax as dpo
 from benchmarks import rivals
 from benchmarks.engine.calls import SpecError
+from benchmarks.engine.timing import Workload
 from benchmarks.optimizers import contestant
 from benchmarks.studies import _calls as calls
 
@@ -44,6 +45,21 @@ def test_a_rival_trains_in_silence_and_knows_no_extra_arguments(name, capsys):
   updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
   assert all(jnp.isfinite(x).all() and (x < 0).any() for x in jax.tree.leaves(updates))
   assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", rivals.KRONS)
+def test_one_program_of_a_rival_fits_or_does_not_as_its_probability_says(name):
+  if name not in rivals.installed():
+    pytest.skip(f"{name} is not installed")
+  steps = calls._of_rival(rivals.installed()[name], Workload({"w": jnp.ones((12, 9))}))
+  assert steps["fit"][0] is steps["no fit"][0]
+  factors = {}
+  for fit, (call, state, *arguments) in steps.items():
+    first, _ = jax.jit(call)(state, *arguments)  # sets the scale
+    second, _ = jax.jit(call)(first, *arguments)
+    of = lambda state: jax.tree.leaves(state[0].Qs_preconditioners)
+    factors[fit] = [bool(jnp.array_equal(q, after)) for q, after in zip(of(first), of(second), strict=True)]
+  assert not any(factors["fit"]) and all(factors["no fit"])
 
 
 @needs("psgdax")
