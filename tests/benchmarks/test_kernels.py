@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of a small network launches, in units of Adam's: seconds are kernels there, and so is compilation."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,7 +24,7 @@ def loss(params):
 
 
 def launches(tx, **given):
-  params = [{"kernel": jnp.ones((a, b)), "bias": jnp.ones(b)} for a, b in zip(SIZES, SIZES[1:], strict=False)]
+  params = [{"kernel": jnp.ones((a, b)), "bias": jnp.ones(b)} for a, b in itertools.pairwise(SIZES)]
 
   def step(params, state):
     value, grads = jax.value_and_grad(loss)(params)

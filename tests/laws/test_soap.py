@@ -96,7 +96,9 @@ def test_a_dense_hessian_is_inverted_as_far_as_a_kronecker_basis_goes():
   assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("options", [{}, {"moments": dpo.geometry.kl}, {"refresh": dpo.geometry.exact}], ids=["shampoo", "kl", "exact"])
+@pytest.mark.parametrize(
+  "options", [{}, {"moments": dpo.geometry.kl}, {"refresh": dpo.geometry.exact}], ids=["shampoo", "kl", "exact"]
+)
 def test_a_change_of_basis_changes_p_with_it(options, x64):
   """Gradients U g W, U and W orthogonal: P' = (U ⊗ Wᵀ) P (U ⊗ Wᵀ)ᵀ after any number of fits."""
   u, w = (np.linalg.qr(normal(1, (d, d), seed=d)[0])[0] for d in (M, N))
