@@ -253,3 +253,33 @@ def test_value_grad_and_ggn_product_in_one_pass(x64):
   np.testing.assert_allclose(product["a"], reference["a"], rtol=1e-10)
   (value, aux), _, _ = dpo.value_and_grad_then_ggnvp(loss, has_aux=True, outputs=lambda p: (outputs(p), 7))(params)
   assert aux == 7
+
+
+def network(p, x):
+  return (jnp.tanh(x @ p["first"]["w"] + p["first"]["b"]) @ p["last"]["w"])[0]
+
+
+FORWARD = lambda p, x: jax.jvp(lambda x: network(p, x), (x,), (jnp.ones_like(x),))[1]
+DERIVATIVES = {
+  "a tangent": FORWARD,
+  "a gradient": lambda p, x: jnp.sum(jax.grad(lambda x: network(p, x))(x) ** 2),
+  "a Laplacian": lambda p, x: jnp.trace(jax.hessian(lambda x: network(p, x))(x)),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_capture_says_that_it_cannot_see_derivatives_of_the_network(name):
+  """A loss of a physics-informed network: a warning names the kernels and what to type; the gradient is right."""
+  params = {"first": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}, "last": {"w": jnp.ones((3, 1))}}
+  points = jnp.linspace(0.0, 1.0, 10).reshape(5, 2)
+  loss = lambda p: jnp.mean(jax.vmap(DERIVATIVES[name], (None, 0))(p, points) ** 2)
+  with pytest.warns(UserWarning, match=r"no record of \['first/w'.*derivatives of the network.*dpo\.residuals"):
+    _, grads, layers = dpo.capture(loss)(params)
+  assert layers["first"]["w"] is None
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grads, jax.grad(loss)(params))
+
+
+def test_capture_of_a_plain_network_says_nothing(recwarn):
+  params = {"first": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}, "last": {"w": jnp.ones((3, 1))}}
+  _, _, layers = dpo.capture(lambda p: network(p, jnp.ones(2)) ** 2)(params)
+  assert layers["first"]["w"] is not None and not recwarn
