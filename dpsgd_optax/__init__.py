@@ -51,6 +51,7 @@ from dpsgd_optax.transforms.damping_rule import adapt_damping
 from dpsgd_optax.transforms.levenberg_marquardt import levenberg_marquardt
 from dpsgd_optax.transforms.precondition import annealed_probability, scale_by_preconditioner
 from dpsgd_optax.transforms.reduction_models import half_slope, newton_model, quadratic_model
+from dpsgd_optax.transforms.trust_region import trust_region
 
 __version__ = "0.1.0"
 
@@ -68,7 +69,7 @@ __all__ += ["eq", "qep", "qeq", "quad", "pro"]
 __all__ += ["Preconditioner", "Probe", "per_leaf", "raveled"]
 # THE STEP: transforms for `optax.chain`.
 __all__ += ["scale_by_preconditioner", "annealed_probability", "clip_spikes", "clipped_learning_rate"]
-__all__ += ["levenberg_marquardt", "adapt_damping", "half_slope", "newton_model", "quadratic_model"]
+__all__ += ["levenberg_marquardt", "adapt_damping", "half_slope", "newton_model", "quadratic_model", "trust_region"]
 __all__ += ["add_gradient_norm_penalty", "gradient_norm"]
 # Many devices.
 __all__ += ["data_parallel", "sharded", "partition_specs"]

@@ -47,6 +47,7 @@ TRANSFORMS = {
   "proximal_l1": unkeyed(lambda: dpo.penalties.proximal_l1(0.1, 0.1)),
   "proximal_l2": unkeyed(lambda: dpo.penalties.proximal_l2(0.1, 0.1)),
   "clip_output_change": unkeyed(lambda: dpo.layers.clip_output_change(), "layer_inputs"),
+  "trust_region": unkeyed(lambda: dpo.trust_region(optax.sgd(0.1)), "value", "value_fn"),
   "clip_spikes": unkeyed(lambda: dpo.clip_spikes()),
 }
 
