@@ -108,6 +108,7 @@ OPTIMIZERS = {
   "sgd_ph_released": Method(
     dpo.sgd_ph, NORM | {"probe": dpo.probes.ones, "cycle": True, "signed": False}, newton=True, keyed=True
   ),
+  "gauss_newton": Method(dpo.gauss_newton, solved=True),
   "gls": Method(dpo.gls, layerwise=True),
   "gls_curvature": Method(gls_curvature, layerwise=True),
   "bnp": Method(dpo.bnp, layerwise=True),
@@ -185,6 +186,8 @@ def prepare(name: str, setting: str, optimizers: str, **options: Any) -> tuple[P
   problem = limit(build(name, asked["data_dir"], folded), asked["train_size"], asked["test_size"])
   problem = replace(problem, batch_size=asked["batch_size"] or problem.batch_size)
   epochs, evaluations = asked["epochs"] or problem.epochs, asked["evaluations"] or problem.evaluations
+  if problem.residuals is None and (wrong := [x.label for x in found if x.method.solved]):
+    raise SpecError(f"{', '.join(wrong)} needs residuals, which `{name}` has not. Problems that have them: poisson, ….")
   return problem, make_plan(problem, setting, epochs, decay, folded, evaluations), found
 
 

@@ -9,13 +9,15 @@ for preconditioners and curvatures), ``penalties``, ``layers``, ``diagnostics``,
 imported by name: ``from dpsgd_optax import training``.
 """
 
-from dpsgd_optax import diagnostics, geometry, layers, penalties, probes, tikhonov
+from dpsgd_optax import diagnostics, geometry, layers, penalties, probes, solvers, tikhonov
 from dpsgd_optax._trees.selection import is_vector
 from dpsgd_optax.base import Preconditioner, Probe
 from dpsgd_optax.curvature.diagonal import hessian_diagonal
-from dpsgd_optax.curvature.fused import value_and_grad_and_hvp, value_and_grad_then_hvp
+from dpsgd_optax.curvature.fused import value_and_grad_and_hvp, value_and_grad_then_ggnvp, value_and_grad_then_hvp
+from dpsgd_optax.curvature.log_derivatives import log_derivatives
 from dpsgd_optax.curvature.observers import layer_inputs, newton, whitening
 from dpsgd_optax.curvature.products import ggnvp, hvp, hvp_finite_difference
+from dpsgd_optax.curvature.residuals import residuals
 from dpsgd_optax.diagnostics import diagonality, report, state_bytes
 from dpsgd_optax.geometry import eq, pro, qep, qeq, quad
 from dpsgd_optax.layers import LayerRecord
@@ -23,6 +25,7 @@ from dpsgd_optax.layers.capture import capture
 from dpsgd_optax.layers.irls import irls_fit
 from dpsgd_optax.optimizers.bnp import bnp
 from dpsgd_optax.optimizers.dpsgd import dpsgd
+from dpsgd_optax.optimizers.gauss_newton import gauss_newton
 from dpsgd_optax.optimizers.gls import gls
 from dpsgd_optax.optimizers.psgd import psgd
 from dpsgd_optax.optimizers.sgd_ph import sgd_ph
@@ -49,14 +52,16 @@ from dpsgd_optax.transforms.damping_rule import adapt_damping
 from dpsgd_optax.transforms.levenberg_marquardt import levenberg_marquardt
 from dpsgd_optax.transforms.precondition import annealed_probability, scale_by_preconditioner
 from dpsgd_optax.transforms.reduction_models import half_slope, newton_model, quadratic_model
+from dpsgd_optax.transforms.trust_region import trust_region
 
 __version__ = "0.1.0"
 
 # Optimizers, ready made.
-__all__ = ["dpsgd", "psgd", "sgd_ph", "bnp", "gls"]
+__all__ = ["dpsgd", "psgd", "sgd_ph", "bnp", "gls", "gauss_newton"]
 # OBSERVE: what P is fitted on, the products it is made of, and what enters a layer.
-__all__ += ["whitening", "newton", "hessian_diagonal", "layer_inputs"]
+__all__ += ["whitening", "newton", "hessian_diagonal", "layer_inputs", "residuals", "log_derivatives"]
 __all__ += ["hvp", "ggnvp", "hvp_finite_difference", "value_and_grad_and_hvp", "value_and_grad_then_hvp"]
+__all__ += ["value_and_grad_then_ggnvp"]
 __all__ += ["LayerRecord", "capture", "is_vector"]
 # FIT, APPLY: how P is shaped, and how to write another.
 __all__ += ["kron", "affine", "scan", "scaw", "diagonal", "dense", "lra", "xmat", "soap", "blocked"]
@@ -65,11 +70,11 @@ __all__ += ["eq", "qep", "qeq", "quad", "pro"]
 __all__ += ["Preconditioner", "Probe", "per_leaf", "raveled"]
 # THE STEP: transforms for `optax.chain`.
 __all__ += ["scale_by_preconditioner", "annealed_probability", "clip_spikes", "clipped_learning_rate"]
-__all__ += ["levenberg_marquardt", "adapt_damping", "half_slope", "newton_model", "quadratic_model"]
+__all__ += ["levenberg_marquardt", "adapt_damping", "half_slope", "newton_model", "quadratic_model", "trust_region"]
 __all__ += ["add_gradient_norm_penalty", "gradient_norm"]
 # Many devices.
 __all__ += ["data_parallel", "sharded", "partition_specs"]
 # Looking in, and a least-squares solver of single layers.
 __all__ += ["report", "diagonality", "state_bytes", "irls_fit"]
 # Submodules.
-__all__ += ["diagnostics", "geometry", "layers", "penalties", "probes", "tikhonov"]
+__all__ += ["diagnostics", "geometry", "layers", "penalties", "probes", "solvers", "tikhonov"]

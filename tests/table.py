@@ -198,6 +198,7 @@ OPTIMIZERS = {
   "sgd_ph": Row(functools.partial(dpo.sgd_ph, 0.05, first_leaf), frozenset({"hvp"})),
   "gradient penalty": Row(penalised, frozenset({"hvp"})),
   "bnp": Row(functools.partial(dpo.bnp, 0.05), frozenset({"layer_inputs"}), takes_key=False),
+  "gauss_newton": Row(dpo.gauss_newton, frozenset({"residual_fn"})),
   "gls": Row(functools.partial(dpo.gls, 0.1, fallback=optax.sgd(0.1)), frozenset({"layer_inputs"}), takes_key=False),
 }
 
@@ -212,6 +213,15 @@ def layer_inputs(params):
   if not isinstance(params, dict) or not hasattr(params.get("w"), "shape"):
     return {}
   return {"w": np.random.default_rng(0).standard_normal((4, params["w"].shape[0])).astype(np.float32)}
+
+
+def residual_of(of: Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
+  """A function params ↦ r with ½ Σ r² the loss ``of``; one number, √(2 L), for a loss that is not known."""
+  if of is loss:
+    return lambda p: jnp.concatenate(
+      [2**0.5 * (jnp.tanh(p["w"]) @ p["b"] - 1.0), jnp.sqrt(0.2) * p["w"].astype(p["b"].dtype).ravel()]
+    )
+  return lambda p: jnp.sqrt(2 * jnp.maximum(of(p), 1e-12))
 
 
 class Fault(NamedTuple):
@@ -281,6 +291,7 @@ def compiled(name: str) -> Compiled:
       "value_fn": lambda p: loss(p) + fault.ahead,
       "hvp": lambda v: spoil(hvp(v), fault.product, fault.scale),
       "layer_inputs": jax.tree.map(lambda x: x + fault.inputs, layer_inputs(params)),
+      "residual_fn": dpo.residuals(lambda p: residual_of(loss)(p) * fault.scale + fault.value).at(params),
     }
     extras = {k: v for k, v in offers.items() if k in row.extras}
     updates, state = tx.update(spoil(grads, fault.gradient, fault.scale), state, params, **extras)

@@ -21,6 +21,7 @@ class Method:
   `newton`: it fits on Hessian-vector products, and the host chooses the steps of fitting.
   `keyed`: it draws probes, from a key that is given by the seed of the run.
   `judged`: its damping follows a Levenberg-Marquardt rule, and the host chooses the steps of judging.
+  `solved`: it takes the residuals of the problem, which must be a sum over some.
   `layerwise`: it is shown what enters each linear layer, and the host chooses the steps of fitting.
   """
 
@@ -30,6 +31,7 @@ class Method:
   judged: bool = False
   keyed: bool = False
   layerwise: bool = False
+  solved: bool = False
 
 
 @dataclass(frozen=True)

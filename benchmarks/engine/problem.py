@@ -50,6 +50,7 @@ class Problem:
   name: str = ""  # as it is typed on the command line: `build` knows it
   training: Callable[[Any, Batch], tuple[jax.Array, Any]] | None = None  # -> loss, new statistics
   outputs: Callable[[Any, jax.Array], jax.Array] | None = None  # of a classifier: (variables, x) -> logits
+  residuals: Callable[[Any], Any] | None = None  # params -> what `gauss_newton` takes as `residual_fn`
   deficit: int = 0  # epochs of the beginning in which `spoiled` takes the place of "x"
 
   def loss(self, params: Any, batch: Batch) -> jax.Array:

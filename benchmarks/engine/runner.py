@@ -119,6 +119,8 @@ def make_step(problem: Problem, tx: optax.GradientTransformationExtraArgs, recor
     else:
       captured = dpo.capture(advance, has_aux=True, gradients=records == "gradients")
       (value, statistics), grads, extra["layer_inputs"] = captured(params)
+    if problem.residuals is not None:
+      extra |= {"residual_fn": problem.residuals(params), "grad": grads}
     updates, opt_state = tx.update(grads, opt_state, params, value=value, **extra)
     return problem.join(optax.apply_updates(params, updates), statistics), opt_state
 

@@ -19,7 +19,7 @@ from flax import linen as nn
 from benchmarks.engine import calls
 from benchmarks.engine.calls import SpecError, choice
 from benchmarks.engine.problem import Metrics, Problem, classifier, regression, supervised
-from benchmarks.problems import data, layered, vision
+from benchmarks.problems import data, layered, science, vision
 from benchmarks.problems.models import MLP, Elman, LanguageLSTM, LastOfLSTM, NormNet, Transformer
 
 
@@ -167,7 +167,7 @@ def quadratic(data_dir: str | None, folded: bool) -> Problem:
 ROWS = (
   *(digits, digits_bn, vision.cifar10, curves, mnist_autoencoder, addition, rosenbrock, quadratic, xor, logistic),
   *(tensor_decomposition, charlm, ptb, layered.mlp_mnist, layered.mlp_cifar10, layered.ae_digits, layered.ae_cifar10),
-  *(layered.uci, layered.single_layer),
+  *(layered.uci, layered.single_layer, *science.ROWS),
 )
 PROBLEMS: dict[str, Callable[..., Problem]] = {row.__name__: row for row in ROWS}
 PROBLEMS |= {name: partial(vision.lenet, name) for name in ("mnist", "fashion_mnist")}

@@ -103,6 +103,53 @@ def value_and_grad_then_hvp(
   return linearized
 
 
+def value_and_grad_then_ggnvp(
+  loss: Callable[..., Any], has_aux: bool = False, *, outputs: Callable[..., Any]
+) -> Callable[[optax.Params], tuple]:
+  """L, g and the function v ↦ G v = Jᵀ ∇²ℓ(z) J v that goes on from their passes: the outputs linearized at θ.
+
+  Args:
+    loss, outputs, has_aux: ℓ, f and whether f returns auxiliary data, as for :func:`dpsgd_optax.ggnvp`.
+
+  Returns:
+    A function params ↦ (value, grads, product), or ((value, aux), grads, product) if `has_aux`, as
+    `value_and_grad_then_hvp`. The product takes v with holes.
+
+  Raises:
+    ValueError, TypeError: as :func:`dpsgd_optax.ggnvp`.
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> fused = dpo.value_and_grad_then_ggnvp(lambda z: 0.5 * z**2, outputs=lambda w: w**2)
+    >>> value, grad, product = fused(jnp.float32(3.0))
+    >>> float(value), float(grad), float(product(jnp.float32(1.0)))
+    (40.5, 54.0, 36.0)
+  """
+  name = "value_and_grad_then_ggnvp"
+
+  def linearized(params):
+    check_differentiable(name, jax.tree_util.tree_leaves_with_path(params))
+    block = block_of(name, params, params)
+    f = lambda theta: outputs(block.join(theta)) if has_aux else (outputs(block.join(theta)), None)
+    with explaining(name, lambda theta: loss(f(theta)[0]), block.theta):
+      z, push, aux = jax.linearize(f, block.theta, has_aux=True)
+      value, slope = jax.value_and_grad(loss)(z)
+    pull = lambda dz: jax.linear_transpose(push, block.theta)(dz)[0]
+
+    def product(vector):
+      part = block_of(name, params, vector)
+      given = dict(zip(part.indices, part.vector, strict=True))
+      tangents = [
+        given[i] if i in given else jnp.zeros_like(x) for i, x in zip(block.indices, block.theta, strict=True)
+      ]
+      bent = jax.jvp(jax.grad(loss), (z,), (push(tangents),))[1]
+      return part.restore(part.take(block.restore(ascent(pull(bent)))))
+
+    return (value, aux) if has_aux else value, block.restore(ascent(pull(slope))), Product(product, params)
+
+  return linearized
+
+
 def _differentiated(
   name: str, loss: Callable, has_aux: bool, params: Any, vector: Any, forward: Callable
 ) -> tuple[Any, Any, Any, Block]:

@@ -15,9 +15,10 @@ Notation
 | `hvp_finite_difference`  | H v + O(√eps) | two gradients                   | one derivative of L          |
 | `value_and_grad_and_hvp` | L, g and H v  | the derivative of a gradient    | v before the gradient        |
 | `value_and_grad_then_hvp`| L, g, v ↦ H v | the gradient, linearized        | v after the gradient         |
+| `value_and_grad_then_ggnvp`| L, g, v ↦ G v | the outputs, linearized       | L = ℓ∘f                      |
 
 The first three are lazy: `hvp(loss, params)` remembers its arguments, and differentiates when the product is called.
-So a call inside `jax.lax.cond` costs nothing in the steps that do not take it. The last two are in `curvature.fused`.
+So a call inside `jax.lax.cond` costs nothing in the steps that do not take it. The last three are in `curvature.fused`.
 
 **Holes.** The vector may have `optax.MaskedNode()` or `None` in place of a leaf or a subtree of θ, as transforms inside
 `optax.masked` and `optax.partition` see it. Those parameters are held constant and come back as the same hole. The

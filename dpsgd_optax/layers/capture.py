@@ -12,6 +12,7 @@ in the jaxpr too, by their patterns and by tags; here a product with a parameter
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ def capture(
   table (``table[ids]``); inside ``jit``, ``vmap`` and ``checkpoint`` too (which is inlined, and saves no memory then).
   The bias is the parameter that is added to the product. Not recorded are products inside ``scan``, ``while_loop``,
   ``cond`` and functions with their own derivative, and those with a parameter that was changed before (masked, sliced).
+  A kernel that is used in two ways has no record; of dense layers a warning names it, for so it is in losses that hold
+  derivatives of the network.
 
   Args:
     loss: (params, *args, **kwargs) → scalar, or (scalar, aux) if ``has_aux``.
@@ -112,12 +115,29 @@ def _differentiable(leaves: list) -> list[int]:
 def _by_leaf(records, walk: Interpreter, paths, shapes, reduce) -> list[LayerRecord | None]:
   """The calls of each leaf that is a kernel, merged; a leaf that is used in two ways has none."""
   found: list[LayerRecord | None] = [None] * len(paths)
+  derivatives: list[str] = []
   for leaf in {call.leaf for call in walk.calls} - walk.hidden:
     mine = [i for i, call in enumerate(walk.calls) if call.leaf == leaf]
     way = lambda r, bias: (r.kind, r.kernel_shape, r.layout, r.window, bias)
-    if len({way(records[i], walk.calls[i].bias) for i in mine}) == 1:
+    ways = {way(records[i], walk.calls[i].bias) for i in mine}
+    if len(ways) > 1 and {kind for kind, *_ in ways} == {"dense"}:
+      derivatives.append("/".join(paths[leaf]))
+    if len(ways) == 1:
       bias = walk.calls[mine[0]].bias
       one = dataclasses.replace(merged([records[i] for i in mine]), bias=None if bias is None else paths[bias])
       depth = len(shapes[leaf]) - len(one.kernel_shape)
       found[leaf] = one if reduce is None else reduce(one, shapes[leaf][:depth])
+  if derivatives:
+    _warn_of_derivatives(sorted(derivatives))
   return found
+
+
+def _warn_of_derivatives(kernels: list[str]) -> None:
+  warnings.warn(
+    f"`capture` keeps no record of {kernels}: each enters the loss in two ways, as it does where the loss holds "
+    "derivatives of the network (physics-informed networks: tangents are multiplied with the same kernel, without its "
+    "bias) and where weights are tied. `gls` and `bnp` cannot train them. For a loss of residuals type "
+    "`gauss_newton()` with `residual_fn=dpo.residuals((fn, *arrays))`; `psgd(lr)` takes any loss.",
+    UserWarning,
+    stacklevel=4,
+  )

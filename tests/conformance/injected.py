@@ -95,6 +95,7 @@ PLAIN_FORMS = {
   "proximal_l1": functools.partial(dpo.penalties.proximal_l1, 0.1, 0.1),
   "proximal_l2": functools.partial(dpo.penalties.proximal_l2, 0.1, 0.1),
   "clip_output_change": functools.partial(dpo.layers.clip_output_change, 0.1),
+  "trust_region": functools.partial(dpo.trust_region, optax.sgd(0.1)),
   "clip_spikes": functools.partial(dpo.clip_spikes, 8.0),
 }
 

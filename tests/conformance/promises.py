@@ -131,9 +131,9 @@ EXCUSES = [
   ),
   Excuse(
     "flatten",
-    lambda name, row: bool({"hvp", "value_fn"} & row.extras),
+    lambda name, row: bool({"hvp", "value_fn", "residual_fn"} & row.extras),
     (ValueError, IndexError, TypeError),
-    r"structure of the parameters|index",
+    r"structure of the parameters|index|float32",
     "the loss and its Hessian take the tree, not one vector",
   ),
   Excuse(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import dpsgd_optax as dpo
-from tests.table import OPTIMIZERS, PARAMS, Fault, Row, compiled, layer_inputs, scaling
+from tests.table import OPTIMIZERS, PARAMS, Fault, Row, compiled, layer_inputs, residual_of, scaling
 
 CALM = Fault()
 
@@ -47,6 +47,7 @@ TRANSFORMS = {
   "proximal_l1": unkeyed(lambda: dpo.penalties.proximal_l1(0.1, 0.1)),
   "proximal_l2": unkeyed(lambda: dpo.penalties.proximal_l2(0.1, 0.1)),
   "clip_output_change": unkeyed(lambda: dpo.layers.clip_output_change(), "layer_inputs"),
+  "trust_region": unkeyed(lambda: dpo.trust_region(optax.sgd(0.1)), "value", "value_fn"),
   "clip_spikes": unkeyed(lambda: dpo.clip_spikes()),
 }
 
@@ -71,6 +72,7 @@ def one_step(tx, extras, loss=squares, **more):
   def step(params, state):
     value, grads = jax.value_and_grad(loss)(params)
     offers = {"value": value, "value_fn": loss, "hvp": dpo.hvp(loss, params), "layer_inputs": layer_inputs(params)}
+    offers["residual_fn"] = dpo.residuals(residual_of(loss)).at(params)
     updates, state = tx.update(grads, state, params, **{k: v for k, v in offers.items() if k in extras}, **more)
     return optax.apply_updates(params, updates), state, updates
 
