@@ -22,7 +22,7 @@ from dpsgd_optax.curvature._loss_errors import check_scalar
 from dpsgd_optax.curvature._tangents import block_of
 from dpsgd_optax.curvature.residuals import as_residuals
 from dpsgd_optax.optimizers._damped_search import Options, agrees, taken_step
-from dpsgd_optax.transforms._control import cast_like, check_state, make_key, scheduled, split_key, static_arguments
+from dpsgd_optax.transforms._control import cast_like, check_state, make_key, scheduled, static_arguments, step_keys
 from dpsgd_optax.transforms.damping_rule import Record, Rule, check_rule
 
 
@@ -235,7 +235,7 @@ def gauss_newton(
     given = _linearized(residual_fn, updates, params, value_fn)
     if not given.size:
       return updates, state
-    next_key, probe_key, _ = split_key(state.key, generator)
+    probe_key, _ = step_keys(state.key, generator, state.count)
     record, judged = _record(state, rule, damping, adapt and given.loss is not None)
     given, factorize, inner, scale = _chosen(solver, given, max_bytes).prepare(
       given, state.solver, record.damping, probe_key
@@ -254,6 +254,6 @@ def gauss_newton(
       kept["momentum"] = select(taken, cast_like(moved, state.momentum), state.momentum)
     inner = select(sound & all_finite(inner), inner, state.solver)
     count = optax.safe_increment(state.count)
-    return cast_like(moved, updates), state._replace(count=count, key=next_key, solver=inner, **kept)
+    return cast_like(moved, updates), state._replace(count=count, solver=inner, **kept)
 
   return optax.GradientTransformationExtraArgs(init, update)
