@@ -122,6 +122,7 @@ def damped_kron(
     matrix = as_matrix_shape(shape)
     return Layout(matrix, tuple(factor_kind(1 < d <= limit) for d in matrix))
 
+  options = dict(geometry=geometry, normalizer=normalizer, step_size=step_size)
   each_step = average is not None and average.each_step
   keep_p = average is None or each_step
 
@@ -157,14 +158,7 @@ def damped_kron(
     if geometry.samples:
       probe = sampled(probe, key)
 
-    def move(probe: Probe) -> KronState:
-      matrix = as_matrix_shape(probe.product.shape)
-      v, h = jax.tree.map(lambda x: x.reshape(matrix), (probe.vector, probe.product))
-      kron = state.kron
-      for _ in range(repeats):
-        kron = move_factors(kron, v, h, geometry=geometry, normalizer=normalizer, step_size=step_size)
-      return jax.tree.map(lambda new, old: new.astype(old.dtype), kron, state.kron)
-
+    move = lambda probe: _refitted(state.kron, probe, repeats, **options)
     moved = state._replace(kron=unless_zero(probe.product, move, probe, state.kron))
     return damp(averaged(moved, shape), damping)
 
@@ -172,6 +166,16 @@ def damped_kron(
   group = Preconditioner(init, fit, _product, advance, power=_power, meaning=meaning)
   classes = size_classes(layout, geometry, max_padding)
   return batched(_matrices_only(group) if max_vector_size is None else group, stacked, None if each_step else classes)
+
+
+def _refitted(kron: KronState, probe: Probe, repeats: int, **options: Any) -> KronState:
+  """The factors after ``repeats`` moves on one probe; ``options`` as for `move_factors`."""
+  matrix = as_matrix_shape(probe.product.shape)
+  v, h = jax.tree.map(lambda x: x.reshape(matrix), (probe.vector, probe.product))
+  new = kron
+  for _ in range(repeats):
+    new = move_factors(new, v, h, **options)
+  return jax.tree.map(lambda new, old: new.astype(old.dtype), new, kron)
 
 
 def _matrix_sizes(shape: jax.Array, dtype: Any) -> jax.Array:
