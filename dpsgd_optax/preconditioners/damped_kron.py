@@ -136,12 +136,12 @@ def damped_kron(
 
   def averaged(state: DampedKronState, shape: Any = None) -> DampedKronState:
     """The average with the factors as they are now, and its mean eigenvalues; ``shape``: see `batched`."""
-    current, memory, mean = factors_of_p(state.kron), state.memory, None
+    current, memory = factors_of_p(state.kron), state.memory
     if average is not None:
       current, memory = average.advance(state.count, state.average, memory, current)
-      mean = current
     traces = jnp.stack([jnp.sum(p if p.ndim == 1 else jnp.real(jnp.diagonal(p))) for p in current])
     sizes = jnp.array([len(p) for p in current], traces.dtype) if shape is None else _matrix_sizes(shape, traces.dtype)
+    mean = None if average is None else current
     return DampedKronState(state.kron, state.count + 1, mean, memory, state.shifts, traces / sizes)
 
   def damp(state: DampedKronState, damping: Any) -> DampedKronState:
@@ -158,14 +158,16 @@ def damped_kron(
     if geometry.samples:
       probe = sampled(probe, key)
 
-    move = lambda probe: _refitted(state.kron, probe, repeats, **options)
-    moved = state._replace(kron=unless_zero(probe.product, move, probe, state.kron))
-    return damp(averaged(moved, shape), damping)
+    kron = unless_zero(probe.product, lambda x: _refitted(state.kron, x, repeats, **options), probe, state.kron)
+    return damp(averaged(state._replace(kron=kron), shape), damping)
 
-  meaning = f"geometry={geometry.name}, form={getattr(form, '__name__', 'own')}"
-  group = Preconditioner(init, fit, _product, advance, power=_power, meaning=meaning)
+  group = Preconditioner(init, fit, _product, advance, power=_power, meaning=_meaning(geometry, form))
   classes = size_classes(layout, geometry, max_padding)
   return batched(_matrices_only(group) if max_vector_size is None else group, stacked, None if each_step else classes)
+
+
+def _meaning(geometry: Geometry, form: Form) -> str:
+  return f"geometry={geometry.name}, form={getattr(form, '__name__', 'own')}"
 
 
 def _refitted(kron: KronState, probe: Probe, repeats: int, **options: Any) -> KronState:
