@@ -99,9 +99,10 @@ def partition_specs(
     >>> import jax, jax.numpy as jnp, optax, dpsgd_optax as dpo
     >>> from jax.sharding import AbstractMesh, PartitionSpec
     >>> params = [jnp.zeros((4, 4)) for _ in range(8)] + [jnp.zeros((4, 2))]
-    >>> specs = dpo.partition_specs(dpo.psgd(1e-3), params, PartitionSpec(), AbstractMesh((4,), ("data",)))
+    >>> tx = dpo.psgd(1e-3, dpo.kron(max_padding=1.0))  # equal shapes only, so that 4 divides 8
+    >>> specs = dpo.partition_specs(tx, params, PartitionSpec(), AbstractMesh((4,), ("data",)))
     >>> buckets = optax.tree.get(specs, "buckets")
-    >>> [[tuple(spec) for spec in buckets[name].p] for name in ("4x4_float32", "4x2_float32")]
+    >>> [[tuple(spec) for spec in buckets[name].q] for name in ("4x4_float32", "4x2_float32")]
     [[('data',), ('data',)], [(), ()]]
   """
   split = Split(mesh, _named(axes, mesh))

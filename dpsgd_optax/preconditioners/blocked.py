@@ -42,7 +42,7 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
   This is for a vocabulary or a wide layer, where a dense factor would be too large and a diagonal one too weak. An axis
   of length d is cut into ⌈d / block_size⌉ parts whose lengths differ by one at most: with 1024, 50257 × 768 becomes 50
   blocks of 1005 or 1006 × 768. Each block has a P of its own; the curvature between blocks is left out. Blocks of equal
-  shape are fitted and applied together. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the
+  or nearly equal shape, of all leaves, are fitted and applied as one stack. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the
   flops of a fit are O(d² · block_size) in place of O(d³).
 
   Args:
@@ -60,7 +60,7 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
     >>> p = dpo.blocked(dpo.kron(max_skew=jnp.inf), 4)
     >>> state = p.init({"embedding": jnp.zeros((10, 4))})
     >>> {name: [q.shape for q in group.q] for name, group in state.buckets.items()}
-    {'4x4_float32': [(1, 4, 4), (1, 4, 4)], '3x4_float32': [(2, 3, 3), (2, 4, 4)]}
+    {'4x4_with_3x4_float32': [(3, 4, 4), (3, 4, 4)]}
   """
   whole = lambda x: isinstance(x, int) and x >= 1
   check(whole, block_size, "block_size", "a whole number, at least 1", "512 to 2048 is usual.")

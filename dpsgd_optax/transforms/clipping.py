@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype, tiny, working_dtype
+from dpsgd_optax._trees.arithmetic import leaves_apart, scalar_dtype, tiny
 from dpsgd_optax._trees.by_shape import map_by_shape, safe_norm
 from dpsgd_optax._trees.draws import pieces
 from dpsgd_optax._trees.mesh import on_mesh
@@ -148,9 +148,10 @@ def clip_matrices(max_rms: Any, matrices: Matrices | None = None) -> optax.Gradi
     if not parts:
       return updates
     parts = [cut(x) for x in parts]
-    squares = lambda x: jnp.sum(jnp.real(x * jnp.conj(x)), axis=range(1, x.ndim), dtype=working_dtype(x.real.dtype))
+    dtype = scalar_dtype(updates)
+    squares = lambda x: jnp.sum(jnp.real(x * jnp.conj(x)).astype(dtype), axis=range(1, x.ndim))
     # all matrices in one array: as scalars each would be a kernel to compile
-    rms = jnp.sqrt(jnp.concatenate(_over(squares, parts)) / np.concatenate(sizes))
+    rms = jnp.sqrt(jnp.concatenate(_over(squares, parts)) / np.concatenate(sizes).astype(dtype))
     scales = 1 / jnp.maximum(1, rms / max_rms)
     return join([times(x, a) for x, a in zip(parts, split_like(scales, parts), strict=True)])
 
