@@ -42,8 +42,8 @@ def blocked(preconditioner: Preconditioner, block_size: int) -> Preconditioner:
   This is for a vocabulary or a wide layer, where a dense factor would be too large and a diagonal one too weak. An axis
   of length d is cut into ⌈d / block_size⌉ parts whose lengths differ by one at most: with 1024, 50257 × 768 becomes 50
   blocks of 1005 or 1006 × 768. Each block has a P of its own; the curvature between blocks is left out. Blocks of equal
-  or nearly equal shape, of all leaves, are fitted and applied as one stack. Dense factors of a d × d matrix hold 2 d² numbers at every ``block_size``; the
-  flops of a fit are O(d² · block_size) in place of O(d³).
+  or nearly equal shape, of all leaves, are fitted and applied as one stack. Dense factors of a d × d matrix hold 2 d²
+  numbers at every ``block_size``; the flops of a fit are O(d² · block_size) in place of O(d³).
 
   Args:
     preconditioner: of any pytree, fitted on gradients or Hessian-vector products: ``kron()``, ``affine()``,
