@@ -137,8 +137,8 @@ def size_classes(
 
 
 def initial(layout: Layout, ones: jax.Array, scale: float, geometry: Geometry, keep_p: bool) -> KronState:
-  """Q = scale · I, P = scale² · I, and zero where ``ones``, in the shape of the parameter, says that it is padded."""
-  x = layout.to_tensor(jnp.real(ones))
+  """Q = scale · I, P = scale² · I, and zero where ``ones``, in the shape of the parameter, is: there it is padded."""
+  x = layout.to_tensor((ones != 0).astype(jnp.finfo(ones.dtype).dtype))
   each = scale ** ((2 if geometry.fits_p else 1) / x.ndim)
   real = [jnp.max(x, axis=[j for j in range(x.ndim) if j != i]) for i in range(x.ndim)]
 

@@ -85,7 +85,7 @@ def test_padding_adds_no_more_than_its_bound_and_leaves_wide_layers_alone():
   assert names(layout_of(1.0)) == sorted([f"{'x'.join(map(str, x.shape))}_float32" for x in params])
   together = names(layout_of(4.0))
   assert "512x512_float32" in together and "512x400_float32" in together
-  assert len(together) == 4
+  assert len(together) == 5
   from dpsgd_optax.preconditioners._factors import Layout, dense_factor
 
   classes = size_classes(lambda shape: Layout(shape, (dense_factor,) * len(shape)), None, 1.5)

@@ -57,12 +57,12 @@ REFUSED = {
   "other params": (
     lambda saved: saved,
     lambda: jax.eval_shape(dpo.psgd(0.1).init, {**PARAMS, "c": jnp.zeros(7)}),
-    ("7_float32", "not there in the checkpoint"),
+    ("2_float32", "not there here"),
   ),
   "another group": (
     lambda saved: saved,
     lambda: shapes_of(dpo.psgd(0.1, dpo.diagonal())),
-    ("/p/0", "not there here", "more"),
+    ("/q/0", "not there here", "more"),
   ),
   "an older layout": (
     lambda saved: {**saved, "state_version": 0},

@@ -27,8 +27,8 @@ def layers(count: int, rows: int = 4) -> list[jax.ShapeDtypeStruct]:
 
 def factors(params, mesh, axes=None, tx=None):
   """The spec of the first factor of each bucket, by the rows of its matrices."""
-  specs = dpo.partition_specs(tx or dpo.psgd(0.1), params, P(), mesh, axes)
-  return {int(name.split("x")[0]): state.p[0] for name, state in optax.tree.get(specs, "buckets").items()}
+  specs = dpo.partition_specs(tx or dpo.psgd(0.1, dpo.kron(max_padding=1.0)), params, P(), mesh, axes)
+  return {int(name.split("x")[0]): state.q[0] for name, state in optax.tree.get(specs, "buckets").items()}
 
 
 def virtual_devices(count: int) -> dict[str, str]:
