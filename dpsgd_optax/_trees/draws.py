@@ -46,14 +46,19 @@ def _words(shape: tuple[int, ...]) -> int:
   return -(-math.prod(shape) // 32)
 
 
+FEW_WORDS = 1024  # so many are drawn by the generator of the device
+
+
 def noise(key: jax.Array, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
   """Random signs ξ of these shapes and dtypes, ±1 each: E ξξᴴ = I, which is all that is asked of this noise.
 
-  Drawn by the generator of the device, 4 kernels where Threefry is a loop of 26 on a CPU.
+  A few words are drawn by the generator of the device, 4 kernels where Threefry is a loop of 26 on a CPU. XLA fuses it
+  into what reads the words, which is then slow for many of them.
   """
-  data = jnp.resize(jax.random.key_data(key), 4)
   counts = [_words(shape) for shape, _ in shapes]
-  drawn = jax.random.bits(jax.random.wrap_key_data(data, impl="unsafe_rbg"), (sum(counts),), jnp.uint32)
+  if sum(counts) <= FEW_WORDS:
+    key = jax.random.wrap_key_data(jnp.resize(jax.random.key_data(key), 4), impl="unsafe_rbg")
+  drawn = jax.random.bits(key, (sum(counts),), jnp.uint32)
   return [_signs(replicated(words), *like) for like, words in zip(shapes, pieces(drawn, counts), strict=True)]
 
 
