@@ -208,8 +208,8 @@ def test_data_parallel_updates_take_one_all_gather_for_each_shape_and_nothing_el
 
 
 def test_fully_sharded_updates_take_one_exchange_of_each_shape_in_each_direction():
-  """In: the noise, the gradient for the fit, the gradient for P g; out: P g. No device ever holds all of either."""
-  assert exchanges(fit_and_apply(8, P("data")).as_text()) == {"all-to-all": 2 * 4}
+  """In: the gradient for the fit, the gradient for P g; out: P g. No device ever holds all of either."""
+  assert exchanges(fit_and_apply(8, P("data")).as_text()) == {"all-to-all": 2 * 3}
 
 
 def test_clip_and_check_exchange_no_leaves_where_those_of_one_shape_lie_differently():

@@ -134,7 +134,8 @@ def scale_of_probe(v: jax.Array | None, h: jax.Array, numbers: Any = None) -> ja
   top = jnp.max(size)
   safe = jnp.where(top > 0, top, 1)
   mean = lambda x: jnp.sum(x) / (x.size if numbers is None else numbers)
-  from_h = (mean((size / safe) ** 4) ** 0.125 * jnp.sqrt(safe)) ** -1
+  root = jnp.sqrt(safe)  # divided by twice: 1/1e38 is no normal number, and XLA would multiply by zero
+  from_h = (mean((size / root / root) ** 4) ** 0.125 * root) ** -1
   scale = from_h if v is None else from_h * mean(jnp.abs(v) ** 2) ** 0.25
   return jnp.maximum(scale, 1.1 * jnp.sqrt(jnp.finfo(scale.dtype).tiny))
 

@@ -49,7 +49,9 @@ def norm_bound(a: jax.Array, normal: bool = False) -> jax.Array:
     y = jnp.where(by_row, x @ a, x @ a.T) * scale
   both = jnp.concatenate([x, y])
   inner = jnp.real(jnp.matmul(both, jnp.conj(both.T), precision="highest"))  # a product compiles sooner than two sums
-  return size * jnp.sqrt(inner[1, 1]) / (jnp.sqrt(inner[0, 0]) + tiny(size))
+  bound = size * jnp.sqrt(inner[1, 1]) / (jnp.sqrt(inner[0, 0]) + tiny(size))
+  # of larger numbers the reciprocal is none, the bound would be 0 and the step without bound; so the fit is dropped
+  return jnp.where(size < jnp.finfo(size.dtype).max / 4, bound, jnp.inf)
 
 
 normal_norm_bound = functools.partial(norm_bound, normal=True)

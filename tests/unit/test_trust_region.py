@@ -97,8 +97,8 @@ def poisson_errors(wrapped: bool, method: str, rates: tuple, seeds: int, steps: 
 @pytest.mark.full
 def test_newton_stalls_on_a_young_network_without_it_and_not_with_it():
   """Bare: error 1, that of u = 0, on most seeds at a rate of 0.3. Wrapped: below 0.5 on all."""
-  bare = poisson_errors(False, "kron", (0.3,), 4, 200, "ggn")
-  wrapped = poisson_errors(True, "kron", (0.3,), 4, 200, "ggn")
+  bare = poisson_errors(False, "kron", (0.3,), 4, 400, "ggn")
+  wrapped = poisson_errors(True, "kron", (0.3,), 4, 400, "ggn")
   assert np.median(bare) > 0.8, bare
   assert wrapped.max() < 0.5, wrapped
 
