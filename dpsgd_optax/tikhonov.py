@@ -57,6 +57,21 @@ def recursive(decay, each_step: bool = False) -> Average:
   t counts fits. Departure: in the paper it counts steps, ``each_step=True``. Where a fit is due on every k-th step,
   P stays between two of them, and of the older ones β^k is left (0.7¹⁰ = 0.03): the average is undone. With a fit on
   every step the two are the same.
+
+  Args:
+    decay: β_max, in [0, 1).
+    each_step: whether t counts steps.
+
+  Raises:
+    ValueError: for a decay outside [0, 1).
+
+  Example:
+    >>> import jax.numpy as jnp, dpsgd_optax as dpo
+    >>> mean = (jnp.zeros(()),)
+    >>> for t, p in enumerate((1.0, 3.0, 5.0)):
+    ...   mean, _ = dpo.tikhonov.recursive(0.5).advance(jnp.array(t), mean, None, (jnp.array(p),))
+    >>> float(mean[0])
+    3.5
   """
   check_fraction(decay, "average")
 

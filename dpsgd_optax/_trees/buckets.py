@@ -2,8 +2,8 @@
 """Buckets: matrices of one size class, whatever leaves they come from, stacked on a leading axis and cut again.
 
 A class holds matrices of one shape, or of similar ones, which are padded with zeros at the ends of their axes. Padding
-costs products with zeros and saves launches: each class is some 60 kernels of a fit, which take as long to launch as
-`LAUNCHES` multiplications take to run.
+costs products with zeros and saves launches: a fit launches dozens of kernels for each class, which take as long as
+`LAUNCHES` multiplications.
 """
 
 import math
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 Stacked = Any | Callable[[Any, jax.Array], int] | None
 """How many leading axes of each leaf count layers: a (prefix) tree of ints, or (path, leaf) ↦ int; None: no axis."""
 
-LAUNCHES = 2**21  # multiplications of one pass over a class that take as long as the launches of a class of its own
+LAUNCHES = 2**21  # so many more multiplications in a pass over a class are worth a class less
 NEARLY = 1.02  # padding that adds no more is always worth it: blocks whose lengths differ by one
 
 

@@ -40,6 +40,19 @@ def _stacks(leaves: list[jax.Array]) -> list[jax.Array]:
   return found
 
 
+def at_once(function: Callable, rows: list[tuple], groups: Iterable[list[int]]) -> list:
+  """``function(*row)`` of each row, a group of equal shapes at once under ``vmap``; ``groups`` are indices of rows."""
+  found: list = [None] * len(rows)
+  for group in groups:
+    if len(group) == 1:
+      found[group[0]] = function(*rows[group[0]])
+      continue
+    done = jax.vmap(function)(*jax.tree.map(lambda *x: jnp.stack(x), *(rows[i] for i in group)))
+    for place, i in enumerate(group):
+      found[i] = jax.tree.map(lambda x, place=place: x[place], done)
+  return found
+
+
 def map_by_shape(of_leaf: Callable[..., jax.Array], tree: Any, *rest: Any) -> Any:
   """``jax.tree.map(of_leaf, tree, *rest)``, leaves of equal shape at once under ``vmap``.
 
@@ -47,16 +60,8 @@ def map_by_shape(of_leaf: Callable[..., jax.Array], tree: Any, *rest: Any) -> An
   Mapped one by one, each slice would be a kernel to compile.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  columns = [leaves, *(treedef.flatten_up_to(other) for other in rest)]
-  found = list(leaves)
-  for group in _by_shape(tree):
-    if len(group) == 1:
-      found[group[0]] = of_leaf(*(column[group[0]] for column in columns))
-      continue
-    done = jax.vmap(of_leaf)(*(jnp.stack([column[i] for i in group]) for column in columns))
-    for i, x in zip(group, done, strict=True):
-      found[i] = x
-  return jax.tree.unflatten(treedef, found)
+  rows = list(zip(leaves, *(treedef.flatten_up_to(other) for other in rest), strict=True))
+  return jax.tree.unflatten(treedef, at_once(of_leaf, rows, _by_shape(tree)))
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -52,8 +52,8 @@ FEW_WORDS = 1024  # so many are drawn by the generator of the device
 def noise(key: jax.Array, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
   """Random signs ξ of these shapes and dtypes, ±1 each: E ξξᴴ = I, which is all that is asked of this noise.
 
-  A few words are drawn by the generator of the device, 4 kernels where Threefry is a loop of 26 on a CPU. XLA fuses it
-  into what reads the words, which is then slow for many of them.
+  A few words are drawn by the generator of the device, a few kernels where Threefry is a loop of many on
+  a CPU. XLA fuses it into what reads the words, and would draw each anew for every sign: too slow for many of them.
   """
   counts = [_words(shape) for shape, _ in shapes]
   if sum(counts) <= FEW_WORDS:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpsgd_optax._trees.arithmetic import tiny
-from dpsgd_optax._trees.by_shape import LARGE, grouped
+from dpsgd_optax._trees.by_shape import LARGE, at_once, grouped
 from dpsgd_optax.base import check
 from dpsgd_optax.geometry.linalg import cross_gram, gram, hermitian, scaled, triu
 from dpsgd_optax.geometry.moves import Factors, Geometry, Normalizer, keep_all, spectral, unchanged
@@ -24,15 +24,7 @@ def each(function: Callable, rows: list[tuple]) -> list:
     plain = all(x is None or (isinstance(x, jax.Array) and x.size < LARGE) for x in rows[i])
     return tuple((x.shape, x.dtype) for x in jax.tree.leaves(rows[i])) if plain else i
 
-  found: list = [None] * len(rows)
-  for members in grouped((key(i), i) for i in range(len(rows))).values():
-    if len(members) == 1:
-      found[members[0]] = function(*rows[members[0]])
-      continue
-    done = jax.vmap(function)(*jax.tree.map(lambda *x: jnp.stack(x), *(rows[i] for i in members)))
-    for place, i in enumerate(members):
-      found[i] = jax.tree.map(lambda x, place=place: x[place], done)
-  return found
+  return at_once(function, rows, grouped((key(i), i) for i in range(len(rows))).values())
 
 
 def tracked_step(step_size: Any, old: jax.Array, measured: jax.Array, memory: float) -> tuple[jax.Array, jax.Array]:

@@ -164,9 +164,8 @@ def gauss_newton(
   factorization and one pass of the loss. The model of the reduction, −⟨r, J s⟩ − ½‖J s‖², is exact.
 
   *Acceleration.* The residuals are followed along s to second order: a = −½ (Jᵀ J + λI)⁻¹ Jᵀ ∂²r(s, s) is added to the
-  step, and a step with 2‖a‖ > 0.75 ‖s‖ counts as rejected. One more pass and solve; on physics-informed networks it is
-  worth a factor of 10 to 100 in the error (``python -m benchmarks science``). Needs residuals with two forward-mode
-  derivatives.
+  step, and a step with 2‖a‖ > 0.75 ‖s‖ counts as rejected. One more pass and solve, which pays
+  where the residuals bend, as on physics-informed networks. Needs residuals with two forward-mode derivatives.
 
   Args:
     learning_rate: η, number or schedule. 1 is the full step.

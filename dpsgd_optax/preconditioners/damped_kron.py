@@ -162,8 +162,9 @@ def damped_kron(
     return damp(averaged(state._replace(kron=kron), shape), damping)
 
   group = Preconditioner(init, fit, _product, advance, power=_power, meaning=_meaning(geometry, form))
-  classes = size_classes(layout, geometry, max_padding)
-  return batched(_matrices_only(group) if max_vector_size is None else group, stacked, None if each_step else classes)
+  # an average that moves between the fits needs the sizes of its matrices, of which only a fit is told
+  classes = None if each_step else size_classes(layout, geometry, max_padding)
+  return batched(_matrices_only(group) if max_vector_size is None else group, stacked, classes)
 
 
 def _meaning(geometry: Geometry, form: Form) -> str:

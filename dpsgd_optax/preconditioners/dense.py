@@ -62,8 +62,8 @@ def dense(
   Args:
     geometry: how Q moves. ``pro`` copes best with ill-conditioned H and costs two products of n × n matrices,
       ``pro4p`` up to thirty; ``qeq``, ``quad``, ``qep``, ``quad4p``, ``gl``, ``eq`` (a triangular solve) cost O(n²).
-      Where H itself can be had, solving with it is better: of n = 1000 one Cholesky solve costs a tenth of a fit by
-      ``pro``, and twice one by ``qeq``.
+      Where H itself can be had, solving with it is better: a Cholesky solve is n³/3 multiplications, a fit by ``pro``
+      2 n³. For least squares see :func:`dpsgd_optax.gauss_newton`.
     step_size, init_scale: see :func:`dpsgd_optax.kron`.
 
   Raises:

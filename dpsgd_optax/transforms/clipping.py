@@ -151,7 +151,7 @@ def clip_matrices(max_rms: Any, matrices: Matrices | None = None) -> optax.Gradi
     dtype = scalar_dtype(updates)
     squares = lambda x: jnp.sum(jnp.real(x * jnp.conj(x)).astype(dtype), axis=range(1, x.ndim))
     # all matrices in one array: as scalars each would be a kernel to compile
-    rms = jnp.sqrt(jnp.concatenate(_over(squares, parts)) / np.concatenate(sizes).astype(dtype))
+    rms = jnp.sqrt(jnp.concatenate(_over(squares, parts)) / np.maximum(np.concatenate(sizes), 1).astype(dtype))
     scales = 1 / jnp.maximum(1, rms / max_rms)
     return join([times(x, a) for x, a in zip(parts, split_like(scales, parts), strict=True)])
 
