@@ -135,11 +135,12 @@ def step_keys(key: jax.Array, generator: Any, count: jax.Array) -> tuple[jax.Arr
   """Two keys of this step to draw from, made of the key of the run, raw or typed, and of the number of the step.
 
   One that nothing draws from is dropped by the compiler. With JAX's default generator, Threefry, the number of the step
-  is the first word of the key, which is zero for small ints: a key for each step without a draw, as in Random123.
+  is added to the first word of the key, which is zero for small ints: a key for each step without a draw, as in
+  Random123. Its highest bit is set, so that none is the key of a small int, from which the params may have been drawn.
   """
   raw = key if not _is_typed(key) else jax.random.key_data(key)
   kind = generator if not _is_typed(key) else jax.random.key_impl(key)
-  numbers = 2 * count.astype(jnp.uint32) + jnp.arange(2, dtype=jnp.uint32)
+  numbers = 2 * count.astype(jnp.uint32) + jnp.arange(2, dtype=jnp.uint32) + jnp.uint32(2**31)
   typed = jax.random.wrap_key_data(jnp.asarray(raw, jnp.uint32), impl=kind)
   if str(jax.random.key_impl(typed)) == "threefry2x32":
     data = jax.random.key_data(typed)

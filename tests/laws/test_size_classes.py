@@ -8,6 +8,7 @@ import pytest
 
 import dpsgd_optax as dpo
 from dpsgd_optax._trees.buckets import LAUNCHES, make_buckets
+from dpsgd_optax.geometry.linalg import kron_power
 from dpsgd_optax.preconditioners._factors import Layout, dense_factor, size_classes
 from dpsgd_optax.preconditioners.kron import rounded
 
@@ -62,7 +63,7 @@ def test_padding_does_not_change_the_damped_p(form):
 
 def test_padding_does_not_change_the_step_of_psgd():
   def run(bound):
-    tx = dpo.psgd(0.1, dpo.kron(max_padding=bound), b1=0.9, weight_decay=0.1)
+    tx = dpo.psgd(0.1, dpo.kron(max_padding=bound), b1=0.9, weight_decay=0.1, clip=0.3)  # so that all are clipped
     params = tree(0)
     state, update = tx.init(params), jax.jit(tx.update)
     for i in range(6):
@@ -76,6 +77,9 @@ def test_a_negative_power_of_a_padded_p_is_finite_and_inverts_it():
   p = dpo.kron(max_padding=8.0)
   state, _ = fitted(p, False)
   close(p.power(state, p.power(state, tree(5), -0.5), 0.5), tree(5), 1e-3)
+  padded = (jnp.array([1.0, 4.0, 0.0]), jnp.diag(jnp.array([4.0, 0.0])))
+  x = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+  close(kron_power(padded, x, -0.5), jnp.array([[0.5, 0.0], [0.25, 0.0], [0.0, 0.0]]))
 
 
 def test_padding_adds_no_more_than_its_bound_and_leaves_wide_layers_alone():
