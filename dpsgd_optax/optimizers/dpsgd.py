@@ -95,7 +95,7 @@ def dpsgd(
     ...   return optax.apply_updates(params, updates), state
     >>> for _ in range(100):
     ...   params, state = train_step(params, state)
-    >>> bool(loss(params) < 1e-6), bool(optax.tree.get(state, "damping") < 1.0)
+    >>> bool(loss(params) < 1e-6), bool(optax.tree.get(state, "damping") <= 1.0)
     (True, True)
   """
   check_period(judge_every, "judge_every")
