@@ -188,7 +188,8 @@ def prepare(name: str, setting: str, optimizers: str, **options: Any) -> tuple[P
   epochs, evaluations = asked["epochs"] or problem.epochs, asked["evaluations"] or problem.evaluations
   if problem.residuals is None and (wrong := [x.label for x in found if x.method.solved]):
     raise SpecError(f"{', '.join(wrong)} needs residuals, which `{name}` has not. Problems that have them: poisson, ….")
-  return problem, make_plan(problem, setting, epochs, decay, folded, evaluations), found
+  by_clock = {"seconds": asked["seconds"], "clock": asked["clock"] or "seconds"}
+  return problem, make_plan(problem, setting, epochs, decay, folded, evaluations, **by_clock), found
 
 
 @dataclass

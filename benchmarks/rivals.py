@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kron by other people, beside which ours is measured: the extra `peers`.
+"""Kron and SOAP by other people, beside which ours are measured: the extra `peers`.
 
 psgdax 0.1.1             geometries `quad` and `pro`, among others
 rollfast 1.3.0           the same, for Python 3.12 and later
 distributed-kron 2.0.0   `pro` on blocks of 256 of all matrices in one stack, a fit on every step
 psgd-jax 0.2.9           the old reference, kept for history
+SOAP_JAX                 SOAP, from its repository (haydn-jones/SOAP_JAX): no index of packages has it
 
 A package that is not installed is left out, and so is one that fails to import, which is said once. Two need a repair
 to be imported today, see REPAIRS. All get our momentum and, where they have one, our rule of which factor is dense:
@@ -118,3 +119,8 @@ def distributed_kron(learning_rate: float, block_size: int) -> optax.GradientTra
   """`pro` of distributed-kron: every matrix in dense blocks, vectors diagonal; it whitens the momentum."""
   pro = needed("distributed_kron.pro").pro
   return plain(pro(learning_rate, lr_style=None, b1=MOMENTUM, weight_decay=0.0, block_size=block_size))
+
+
+def soap(learning_rate: float, basis_every: int) -> optax.GradientTransformation:
+  """SOAP_JAX, with the momentum of its own, in the eigenbasis."""
+  return plain(needed("soap_jax").soap(learning_rate, precondition_frequency=basis_every))

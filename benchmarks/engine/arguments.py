@@ -37,6 +37,8 @@ def known(kind: str, names: Iterable[str]) -> Callable[[str], str]:
 NUMBER, COUNT = {"type": positive(float)}, {"type": positive(int)}
 PLAN: dict[str, dict[str, Any]] = {  # how a problem is trained: what `plan_of` gives back
   "data_dir": {"help": "folder of the data sets (default: $DPSGD_OPTAX_DATA, or a download)"},
+  "seconds": NUMBER | {"help": "of training, after which a run ends (default: it ends after so many epochs)"},
+  "clock": {"choices": ("seconds", "cpu_seconds"), "help": "what --seconds counts (default: wall time)"},
   "epochs": NUMBER | {"help": "passes over the training data (default: the problem's)"},
   "batch_size": COUNT | {"help": "samples per step (default: the problem's)"},
   "train_size": COUNT | {"help": "use only the first N training samples"},

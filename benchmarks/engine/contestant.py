@@ -4,13 +4,15 @@
 import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 import dpsgd_optax as dpo
-from benchmarks.engine.calls import Options, SpecError, literal
+from benchmarks.engine.calls import Options, SpecError, choice, literal
 
+FOREVER = 1e9  # steps
 ROOMS = (dpo, dpo.geometry, dpo.tikhonov, dpo.probes, dpo.layers)  # where the bare words of options are looked up
 
 
@@ -43,6 +45,11 @@ class Contestant:
   options: Options
   method: Method
 
+  @property
+  def iterates(self) -> float | None:
+    """Weight kept by the running mean of the parameters that is evaluated in their place; None: no mean."""
+    return self.options.get("iterates")
+
   def _option(self, name: str, default: Any) -> Any:
     return (dict(self.method.options) | self.options).get(name, default)
 
@@ -66,30 +73,67 @@ class Contestant:
     return "gradients" if from_gradients else "inputs"
 
   def build(
-    self, decay: float, steps_per_epoch: int, key: int, layers: Any = None
+    self, decay: float, steps_per_epoch: int, key: int, layers: Any = None, total: float = FOREVER
   ) -> optax.GradientTransformationExtraArgs:
     """The transform, its learning rate multiplied by `decay` after every epoch; `layers`: shapes of the records.
 
-    The initial learning rate is a number in the state: contestants that differ in nothing else share a compilation.
+    Options of every method: `clip` the global norm of the gradients, `schedule="linear"` for a rate that falls to zero
+    over `total` steps, `iterates=0.95` for a running mean of the parameters.
+
+    The learning rate, whether it falls, and `total` are numbers in the state: contestants that differ in nothing else
+    share a compilation, and a run that ends by the clock says on its way how many steps it will have.
     """
-    options = dict(self.method.options) | {name: value_of(option) for name, option in self.options.items()}
+    own = dict(self.options)
+    initial, clip, iterates = own.pop("learning_rate"), own.pop("clip", None), own.pop("iterates", None)
+    falls = choice(own.pop("schedule", "constant"), "schedule", {"constant": 0.0, "linear": 1.0})
+    options = dict(self.method.options) | {name: value_of(option) for name, option in own.items()}
     if self.method.keyed:
       options["key"] = key
     if self.method.layerwise:
       options["layers"] = layers
-    initial, clip = options.pop("learning_rate"), options.pop("clip", None)
     make = self.method.make
 
-    def decayed(initial: Any, decay: Any) -> optax.GradientTransformation:
-      tx = make(initial * decay, **options)
+    def decayed(initial: Any, decay: Any, count: Any, total: Any, falls: Any) -> optax.GradientTransformation:
+      left = jnp.maximum(0.0, 1 - falls * count / total)
+      tx = make(initial * decay * left, **options)
       return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
 
     schedule = optax.exponential_decay(1.0, steps_per_epoch, decay, staircase=True)
-    return optax.inject_hyperparams(decayed)(initial=initial, decay=schedule)
+    injected = optax.inject_hyperparams(decayed)
+    tx = injected(initial=initial, decay=schedule, count=lambda count: count, total=float(total), falls=falls)
+    return tx if iterates is None else with_mean(tx, iterates)
 
   def compilation(self) -> tuple[Any, ...]:
-    """Equal for contestants that differ in their learning rate only."""
-    return self.name, *sorted((name, repr(value)) for name, value in self.options.items() if name != "learning_rate")
+    """Equal for contestants that differ in their learning rate, its schedule, or the period the host keeps, only."""
+    apart = {"learning_rate", "schedule"} | ({"every"} if self.fit_period is not None else set())
+    return self.name, *sorted((name, repr(value)) for name, value in self.options.items() if name not in apart)
+
+
+class MeanState(NamedTuple):
+  """The state of the optimizer, and of the running mean of the parameters."""
+
+  inner: Any
+  iterates: optax.EmaState
+
+
+def with_mean(tx: optax.GradientTransformation, weight: float) -> optax.GradientTransformationExtraArgs:
+  """The same steps, and beside them the running mean of the parameters, by `optax.ema`."""
+  inner, mean = optax.with_extra_args_support(tx), optax.ema(weight)
+
+  def init(params: Any) -> MeanState:
+    return MeanState(inner.init(params), mean.init(params))
+
+  def update(updates: Any, state: MeanState, params: Any = None, **extra: Any) -> tuple[Any, MeanState]:
+    updates, new = inner.update(updates, state.inner, params, **extra)
+    _, average = mean.update(optax.apply_updates(params, updates), state.iterates)
+    return updates, MeanState(new, average)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def mean_of(state: MeanState, weight: float) -> Any:
+  """The mean itself, without the bias of its start at zero."""
+  return optax.tree.bias_correction(state.iterates.ema, weight, state.iterates.count)
 
 
 def value_of(option: Any) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a problem is: variables, a loss over data, and the order in which the data come."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -90,10 +91,10 @@ class Problem:
     return -(-self.train_size // self.batch_size)
 
 
-def batches(problem: Problem, seed: int, epochs: int) -> Iterator[np.ndarray]:
-  """Row numbers of each mini-batch: a fresh permutation per epoch; the last batch is filled from its beginning."""
+def batches(problem: Problem, seed: int) -> Iterator[np.ndarray]:
+  """Row numbers of each mini-batch, for ever: a new order per epoch; its last batch is filled from its beginning."""
   rng = np.random.default_rng([seed, 1])
-  for epoch in range(epochs):
+  for epoch in itertools.count():
     order = rng.permutation(problem.train_size).astype(np.int32)
     filled = np.resize(order, problem.steps_per_epoch * problem.batch_size)
     filled = filled + problem.train_size * (epoch < problem.deficit)

@@ -45,6 +45,8 @@ class Plan:
   steps_per_epoch: int
   decay_per_epoch: float
   folded_biases: bool
+  seconds: float | None = None  # of training, after which a run ends; None: it ends after `steps`
+  clock: str = "seconds"  # the curve that counts them: wall time, or "cpu_seconds"
 
 
 @dataclass

@@ -9,6 +9,8 @@ The host chooses the steps on which curvature is fitted (t mod T1 = 0) and on wh
 ((t + 1) mod T2 = 0), and calls the variant of the step that was compiled for it: on a CPU a convolution inside
 `lax.cond` is 5 to 20 times slower.
 
+A run ends after so many steps, or after so many seconds: then each contestant takes as many steps as it can.
+
 Gradient evaluations: a gradient counts 1, a Hessian-vector product 1 more (it shares forward and backward pass with
 the gradient), the extra forward pass of a judged step 1/3.
 """
@@ -16,7 +18,7 @@ the gradient), the extra forward pass of a judged step 1/3.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +28,28 @@ import numpy as np
 import optax
 
 import dpsgd_optax as dpo
-from benchmarks.engine.contestant import Contestant
+from benchmarks.engine.contestant import FOREVER, Contestant, mean_of
 from benchmarks.engine.problem import Problem, batches
 from benchmarks.engine.records import Plan, Run
 
 EVALUATED_SAMPLES = 4_000  # of the training set, at most: the first ones
 TESTED_SAMPLES = 10_000  # of the test set, at most: all of MNIST's, whose first half is not its second
 CHUNK = 250  # samples evaluated at once: what stays in the cache
+MOST_STEPS = 1000  # between two looks at the clock
 Variant = tuple[bool | None, bool | None]  # (refresh, judge); None: not for the host to choose
 Records = str | None  # what of each layer the optimizer is shown: its "inputs", its output "gradients" too, or nothing
 
 
-def make_plan(problem: Problem, setting: str, epochs: float, decay: float, folded: bool, evaluations: int) -> Plan:
+def make_plan(
+  problem: Problem,
+  setting: str,
+  epochs: float,
+  decay: float,
+  folded: bool,
+  evaluations: int,
+  seconds: float | None = None,
+  clock: str = "seconds",
+) -> Plan:
   steps = max(1, round(epochs * problem.steps_per_epoch))
   return Plan(
     problem=problem.name,
@@ -54,6 +66,8 @@ def make_plan(problem: Problem, setting: str, epochs: float, decay: float, folde
     steps_per_epoch=problem.steps_per_epoch,
     decay_per_epoch=decay,
     folded_biases=folded,
+    seconds=seconds,
+    clock=clock,
   )
 
 
@@ -87,6 +101,15 @@ def variant_at(contestant: Contestant, t: int) -> Variant:
   if fit is None:
     return None, None
   return t % fit == 0, judge is not None and (t + 1) % judge == 0
+
+
+def variants_of(contestant: Contestant, plan: Plan) -> set[Variant]:
+  """Those that the run will need; all there are if nobody knows how many steps it will have."""
+  if plan.seconds is None:
+    return {variant_at(contestant, t) for t in range(plan.steps)}
+  if contestant.fit_period is None:
+    return {(None, None)}
+  return set(itertools.product((False, True), (False, True) if contestant.judge_period else (False,)))
 
 
 def gradients_of(variant: Variant, newton: bool = True) -> float:
@@ -124,7 +147,8 @@ def make_step(problem: Problem, tx: optax.GradientTransformationExtraArgs, recor
     updates, opt_state = tx.update(grads, opt_state, params, value=value, **extra)
     return problem.join(optax.apply_updates(params, updates), statistics), opt_state
 
-  return jax.jit(step, static_argnums=4, donate_argnums=(0, 1))
+  # an unread number of the state that is left out would shift which buffer becomes which: dozens of copies
+  return jax.jit(step, static_argnums=4, donate_argnums=(0, 1), keep_unused=True)
 
 
 def fresh(tree: Any) -> Any:
@@ -145,7 +169,8 @@ class Racer:
   def start(self, variables: Any, seed: int) -> "Lane":
     variables = fresh(variables)
     tx = _transform(self.problem, self.contestant, self.plan, seed)
-    return Lane(self, variables, fresh(tx.init(self.problem.split(variables)[0])))
+    rows = batches(self.problem, seed)
+    return Lane(self, variables, fresh(tx.init(self.problem.split(variables)[0])), rows)
 
 
 @dataclass
@@ -155,27 +180,53 @@ class Lane:
   racer: Racer
   variables: Any
   opt_state: Any
+  rows: Iterator[np.ndarray]
+  count: int = 0  # steps
   gradients: float = 0.0
   seconds: float = 0.0
   cpu_seconds: float = 0.0
   diverged: bool = False
 
-  def train(self, data: Any, chunk: Iterable[np.ndarray], first: int) -> None:
-    """Trains on a chunk of batches, by the clock: nothing else is timed."""
+  def train(self, data: Any, chunk: Iterable[np.ndarray], first: int | None = None) -> None:
+    """Trains on a chunk of batches, by the clock: nothing else is timed. `first`: the number of its first step."""
+    first = self.count if first is None else first
     planned = [(variant_at(self.racer.contestant, t), rows) for t, rows in enumerate(chunk, first)]
-    variables, opt_state, steps = self.variables, self.opt_state, self.racer.steps
+    variables, opt_state, compiled = self.variables, self.opt_state, self.racer.steps
     wall, cpu = time.perf_counter(), time.process_time()
     for variant, rows in planned:
-      variables, opt_state = steps[variant](variables, opt_state, data, rows)
+      variables, opt_state = compiled[variant](variables, opt_state, data, rows)
     jax.block_until_ready((variables, opt_state))
     self.seconds += time.perf_counter() - wall
     self.cpu_seconds += time.process_time() - cpu
     self.gradients += sum(gradients_of(variant, self.racer.contestant.method.newton) for variant, _ in planned)
+    self.count += len(planned)
     self.variables, self.opt_state = variables, opt_state
 
-  def point(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+  def next(self, steps: int) -> Iterator[np.ndarray]:
+    """The batches of so many steps."""
+    return itertools.islice(self.rows, steps)
+
+  def train_until(self, data: Any, mark: float) -> None:
+    """Trains until the clock of the plan shows `mark` seconds; a schedule learns how many steps the run will have."""
+    plan, spent = self.racer.plan, lambda: getattr(self, self.racer.plan.clock)
+    assert plan.seconds is not None
+    while spent() < mark:
+      steps = 2 if self.count == 0 else max(1, int(0.9 * (mark - spent()) * self.count / spent()))
+      self.train(data, self.next(min(steps, MOST_STEPS)))
+      total = self.count * plan.seconds / spent()
+      self.opt_state = optax.tree.set(self.opt_state, total=jnp.asarray(total, jnp.float32))
+
+  @property
+  def evaluated(self) -> Any:
+    """The variables that are evaluated: where the contestant is, or the mean of where it was."""
+    weight, problem = self.racer.contestant.iterates, self.racer.problem
+    if weight is None or self.count == 0:
+      return self.variables
+    return problem.join(mean_of(self.opt_state, weight), problem.split(self.variables)[1])
+
+  def point(self, metrics: dict[str, float]) -> dict[str, float]:
     """One point of every curve."""
-    counters = {"step": step} | {name: getattr(self, name) for name in ("gradients", "seconds", "cpu_seconds")}
+    counters = {"step": self.count} | {name: getattr(self, name) for name in ("gradients", "seconds", "cpu_seconds")}
     judged = () if self.racer.contestant.judge_period is None else ("damping", "ratio")
     return counters | metrics | {name: float(self.diagnostic(name)) for name in judged}
 
@@ -186,7 +237,8 @@ class Lane:
 
 def _transform(problem: Problem, contestant: Contestant, plan: Plan, key: int) -> optax.GradientTransformationExtraArgs:
   layers = layers_of(problem, contestant.records) if contestant.records else None
-  return contestant.build(plan.decay_per_epoch, plan.steps_per_epoch, key, layers)
+  total = FOREVER if plan.seconds else plan.steps
+  return contestant.build(plan.decay_per_epoch, plan.steps_per_epoch, key, layers, total)
 
 
 def layers_of(problem: Problem, records: Records) -> Any:
@@ -209,7 +261,7 @@ def compiled(problem: Problem, contestant: Contestant, plan: Plan, train: Any) -
   tx = _transform(problem, contestant, plan, key=0)
   opt_state, rows = tx.init(problem.split(variables)[0]), np.zeros(problem.batch_size, np.int32)
   step, steps, seconds = make_step(problem, tx, contestant.records), {}, 0.0
-  for variant in dict.fromkeys(variant_at(contestant, t) for t in range(plan.steps)):
+  for variant in sorted(variants_of(contestant, plan), key=str):
     start = time.perf_counter()
     steps[variant] = step.lower(variables, opt_state, train, rows, variant).compile()
     seconds += time.perf_counter() - start
@@ -244,16 +296,18 @@ def race(
   runs = [Run(lane.racer.contestant.label, seed) for lane in lanes]
   start = evaluate(variables)
   for lane, run in zip(lanes, runs, strict=True):
-    run.append(lane.point(0, start))
+    run.append(lane.point(start))
     look(lane)
-  order, rows = np.random.default_rng(seed), batches(problem, seed, math.ceil(plan.epochs))
-  for first in range(0, plan.steps, plan.evaluate_every):
-    chunk = list(itertools.islice(rows, min(plan.evaluate_every, plan.steps - first)))
+  order, rounds = np.random.default_rng(seed), math.ceil(plan.steps / plan.evaluate_every)
+  for k in range(rounds):
     for i in order.permutation(len(lanes)):
       lane, run = lanes[i], runs[i]
       if not lane.diverged:
-        lane.train(train, chunk, first)
-        run.append(lane.point(first + len(chunk), evaluate(lane.variables)))
+        if plan.seconds:
+          lane.train_until(train, plan.seconds * (k + 1) / rounds)
+        else:
+          lane.train(train, lane.next(min(plan.evaluate_every, plan.steps - lane.count)))
+        run.append(lane.point(evaluate(lane.evaluated)))
         look(lane)
         lane.diverged = not math.isfinite(run.curves["train_loss"][-1])
       tell(run)

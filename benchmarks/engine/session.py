@@ -15,7 +15,7 @@ from benchmarks.engine.problem import Problem
 from benchmarks.engine.progress import Reporter, say
 from benchmarks.engine.records import Plan, Results, Run, environment, load_average, resume, save
 from benchmarks.engine.report import number
-from benchmarks.engine.runner import Evaluator, Racer, compiled, describe, race
+from benchmarks.engine.runner import Evaluator, Racer, compiled, describe, race, variants_of
 from benchmarks.engine.saved import Keeper
 
 
@@ -46,7 +46,8 @@ def run(
   train = jax.tree.map(jnp.asarray, problem.arrays.train)
   racers, known = [], {} if known is None else known
   for contestant in entered:
-    if (kind := contestant.compilation()) not in known:
+    kind, needed = contestant.compilation(), variants_of(contestant, plan)
+    if kind not in known or not needed <= known[kind].steps.keys():
       known[kind] = compiled(problem, contestant, plan, train)
       say(f"  compiled {contestant.label} in {known[kind].compile_seconds:.1f} s")
     racers.append(replace(known[kind], contestant=contestant))

@@ -166,6 +166,8 @@ def of_rivals(work: Workload, name: str) -> dict[str, Timed]:
     found |= {f"{rival}, {fit}": timed for fit, timed in _of_rival(make, work).items()}
   if name in BLOCKED and rivals.module("distributed_kron.pro"):
     found["distributed-kron pro, fit"] = alone(rivals.distributed_kron(RATE, BLOCK), work)
+  if name in RACED and rivals.module("soap_jax"):
+    found |= {f"SOAP_JAX, bases {kind}": _soap_jax(work, every) for kind, every in (("kept", 10**6), ("refreshed", 1))}
   if name == "mlp" and rivals.module("psgd_jax.kron"):
     found |= _psgd_jax(work)
   return found
@@ -180,6 +182,15 @@ def _of_rival(make: Callable[..., optax.GradientTransformation], work: Workload)
 
   given = make(RATE).init(work.params), work.gradients, work.params
   return {fit: (call, *given, jnp.asarray(p)) for fit, p in (("fit", 1.0), ("no fit", NEVER))}
+
+
+def _soap_jax(work: Workload, every: int) -> Timed:
+  """SOAP_JAX after its first step, which is another one."""
+  tx = rivals.soap(RATE, every)
+  call, state, *given = alone(tx, work)
+  for _ in range(2):  # the bases are refreshed on the second step whatever `every` is
+    state, _ = jax.jit(call)(state, *given)
+  return call, state, *given
 
 
 def _psgd_jax(work: Workload) -> dict[str, Timed]:

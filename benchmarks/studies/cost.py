@@ -86,7 +86,7 @@ def row(label: str, of: str | Weights, against: Who, *limits: Any, what: str = "
 
 
 ALONE, OURS, DENSE, THEIRS = "`update` alone: ", "update: psgd", "update: psgd dense", "update: psgd-jax kron"
-SOAP = "update: soap, bases"
+SOAP, THEIR_SOAP = "update: soap, bases", "update: SOAP_JAX, bases"
 BLOCKS = f"{OURS} dense pro in blocks of {BLOCK}, fit", "update: distributed-kron pro, fit"
 RIVALS_FIT, RIVALS_NO_FIT = (tuple(f"update: {name}, {fit}" for name in KRONS) for fit in ("fit", "no fit"))
 PSGDAX = tuple(name for name in RIVALS_FIT if "psgdax" in name)
@@ -112,6 +112,13 @@ SECONDS = (
     ALONE + "soap, one refresh in 10, beside kron with a fit",
     {f"{SOAP} refreshed": 0.1, f"{SOAP} kept": 0.9},
     f"{OURS}, fit",
+  ),
+  row(
+    ALONE + "soap, one refresh in 10",
+    {f"{SOAP} refreshed": 0.1, f"{SOAP} kept": 0.9},
+    {f"{THEIR_SOAP} refreshed": 0.1, f"{THEIR_SOAP} kept": 0.9},
+    0.6,
+    0.4,
   ),
   row(
     ALONE + "soap, one refresh in 10, beside muon",
@@ -153,6 +160,7 @@ COUNTS = (
     "bytes of the state: psgd of bfloat16 factors", f"{OURS} of bfloat16 factors, fit", PSGDAX, None, 0.8, what="bytes"
   ),
   row("bytes of the state: psgd, beside adam", f"{OURS}, fit", "update: adam", what="bytes"),
+  row("bytes of the state: soap", f"{SOAP} kept", f"{THEIR_SOAP} kept", 0.6, 0.4, what="bytes"),
   row("compiling `update`: psgd", f"{OURS}, scheduled", PSGDAX, 0.5, 0.35, COMPILED, what="compiling"),
   row("compiling `update`: psgd", f"{OURS}, scheduled", PSGDAX, 0.1, 0.06, DEEP, what="compiling"),
   row(f"compiling `update`: kron in dense blocks of {BLOCK}", *BLOCKS, 1.0, 0.7, what="compiling"),

@@ -50,7 +50,7 @@ def measured(name: str, seeds: int, data_dir: str | None) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for seed in range(1, seeds + 1):
     variables = problem.init(jax.random.key(seed))
-    first, *rows = itertools.islice(batches(problem, seed, STEPS), STEPS + 1)
+    first, *rows = itertools.islice(batches(problem, seed), STEPS + 1)
     try:
       at = {"initial": observe(variables, first)}
     except ValueError as error:

@@ -68,7 +68,7 @@ def train(problem: Problem, mesh: Mesh, layout: str, steps: int = STEPS, seed: i
     return optax.apply_updates(params, updates), state, value
 
   losses, compiled = [], None
-  for rows in itertools.islice(batches(problem, seed, 1 + steps // problem.steps_per_epoch), steps):
+  for rows in itertools.islice(batches(problem, seed), steps):
     batch = {name: place(array[rows], on(P("data"))) for name, array in problem.arrays.train.items()}
     if compiled is None:
       compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()

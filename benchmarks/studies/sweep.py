@@ -39,8 +39,7 @@ RUNS = {
 
 def rows_of(problem: Problem, seeds: tuple[int, ...], steps: int) -> np.ndarray:
   """(steps, seeds, batch): the batches of the runner."""
-  epochs = -(-steps // problem.steps_per_epoch)
-  return np.stack([list(itertools.islice(batches(problem, seed, epochs), steps)) for seed in seeds], axis=1)
+  return np.stack([list(itertools.islice(batches(problem, seed), steps)) for seed in seeds], axis=1)
 
 
 def whole_run(problem: Problem, make: Callable, every: int = 1, shared: bool = True) -> Callable:

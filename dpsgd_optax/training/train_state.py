@@ -6,10 +6,12 @@ In NNX the transform sees pure arrays; `hvp` and `value_fn` may be functions of 
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
+from flax import struct
 from flax.training import train_state
 
-from dpsgd_optax.base import forward_extra_args
+from dpsgd_optax.base import check_fraction, forward_extra_args
 
 
 class TrainState(train_state.TrainState):
@@ -17,6 +19,10 @@ class TrainState(train_state.TrainState):
 
   Without `extra_args` the two are the same. With Flax's overwrite-with-gradient collection (fp8) the transform sees
   only the collection `params`, so `hvp` and `value_fn` have to be functions of that collection.
+
+  With `average=0.95` the state keeps a running mean of the parameters beside them, and `averaged_params` is what to
+  evaluate and to save: noise of the last steps is averaged out of it, at any learning rate, at one more copy of the
+  parameters. Training does not change. The mean has the weight `average` on the old and is debiased, as Adam's.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -35,7 +41,37 @@ class TrainState(train_state.TrainState):
     >>> state, second = train_step(state)
     >>> bool(second < first), int(state.step)
     (True, 2)
+
+    The mean of the parameters, in three lines:
+
+    >>> state = training.TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1), average=0.9)
+    >>> state = state.apply_gradients(grads=params)  # as often as there are batches
+    >>> outputs = state.apply_fn({"params": state.averaged_params}, x)
   """
+
+  average: float | None = struct.field(pytree_node=False, default=None)
+  mean: optax.EmaState | None = None
+
+  @classmethod
+  def create(cls, *, apply_fn: Any, params: Any, tx: Any, average: float | None = None, **kwargs: Any) -> "TrainState":
+    """As Flax's; `average`: weight kept by the running mean of the parameters, in [0, 1); None: no mean.
+
+    Raises:
+      ValueError: for an `average` outside [0, 1).
+    """
+    if average is not None:
+      check_fraction(average, "average")
+      kwargs["mean"] = optax.ema(average).init(params)
+    return super().create(apply_fn=apply_fn, params=params, tx=tx, average=average, **kwargs)
+
+  @property
+  def averaged_params(self) -> Any:
+    """The running mean of the parameters; the parameters themselves before the first step, or without `average`."""
+    if self.average is None or self.mean is None:
+      return self.params
+    count = self.mean.count
+    mean = optax.tree.bias_correction(self.mean.ema, self.average, jnp.maximum(count, 1))
+    return optax.tree.where(count > 0, mean, self.params)
 
   def apply_gradients(self, *, grads: Any, extra_args: dict[str, Any] | None = None, **kwargs: Any) -> "TrainState":
     """One step: `updates, opt_state = tx.update(grads, opt_state, params, **extra_args)`, then apply the updates.
@@ -57,4 +93,7 @@ class TrainState(train_state.TrainState):
 
     bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
     stepped = super(TrainState, bound).apply_gradients(grads=grads, **kwargs)
+    if self.average is not None and self.mean is not None:
+      _, mean = optax.ema(self.average).update(stepped.params, self.mean)
+      stepped = stepped.replace(mean=mean)
     return stepped.replace(tx=kwargs.get("tx", self.tx))

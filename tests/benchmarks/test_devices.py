@@ -49,7 +49,7 @@ def test_one_call_of_all_runs_equals_the_separate_runs():
   for (i, rate), (j, seed) in itertools.product(enumerate(RATES), enumerate(SEEDS)):
     own = problem.init(jax.random.key(seed))
     state = sweep.whiten(rate, jax.random.key(seed), EVERY).init(own)
-    for t, taken in enumerate(itertools.islice(batches(problem, seed, STEPS), STEPS)):
+    for t, taken in enumerate(itertools.islice(batches(problem, seed), STEPS)):
       own, state, value = step(rate, own, state, problem.take(problem.arrays.train, taken))
       np.testing.assert_allclose(losses[i, j, t], value, rtol=1e-4)
     np.testing.assert_allclose(params["w"][i, j], own["w"], rtol=1e-3, atol=1e-5)

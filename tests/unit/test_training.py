@@ -125,6 +125,32 @@ def test_train_state_replaces_further_attributes():
   assert after.tx is other
 
 
+def test_averaged_params_are_the_debiased_mean_of_what_every_step_left():
+  rng = np.random.default_rng(0)
+  params = {"w": jnp.asarray(rng.normal(size=(3, 2)))}
+  state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.5), average=0.8)
+  assert jnp.array_equal(state.averaged_params["w"], params["w"])
+  step, left = jax.jit(lambda state, grads: state.apply_gradients(grads=grads)), []
+  for _ in range(5):
+    state = step(state, {"w": jnp.asarray(rng.normal(size=(3, 2)))})
+    left.append(np.asarray(state.params["w"]))
+  weights = 0.8 ** np.arange(5)[::-1]
+  want = np.tensordot(weights / weights.sum(), np.stack(left), 1)
+  assert np.allclose(state.averaged_params["w"], want, rtol=1e-5)
+
+
+def test_without_an_average_nothing_is_kept_and_nothing_changes():
+  state = TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.sgd(0.5))
+  state = state.apply_gradients(grads={"w": jnp.ones(3)})
+  assert state.mean is None and state.averaged_params is state.params
+
+
+@pytest.mark.parametrize("average", [-0.1, 1.0])
+def test_an_average_outside_the_unit_interval_is_a_value_error(average):
+  with pytest.raises(ValueError, match="average"):
+    TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.sgd(0.5), average=average)
+
+
 def test_train_state_keeps_flax_s_overwrite_with_gradient():
   """That collection (fp8's) is replaced by its gradient and does not reach the transform."""
   name = "_overwrite_with_gradient"
