@@ -84,6 +84,8 @@ def rival(package: str) -> Callable[..., optax.GradientTransformation]:
   return make
 
 
+PAPER: Options = {"every": 1, "step_size": 0.1, "average": 0.7}  # a fit on every step, and what goes with it
+EVERY = inspect.signature(dpo.dpsgd).parameters["every"].default
 SOAP: Options = {"preconditioner": dpo.soap(), "b1": 0.95, "every": 1}
 NORM: Options = {"where": training.is_norm_param}
 OPTIMIZERS = {
@@ -93,16 +95,17 @@ OPTIMIZERS = {
   "adamw": Method(optax.adamw),
   "lbfgs": Method(optax.lbfgs, {"linesearch": None}),
   "muon": Method(optax.contrib.muon),
-  "psgd": Method(dpsgd, {"average": None, "damping": None}, newton=True, keyed=True),
+  "psgd": Method(dpsgd, PAPER | {"average": None, "damping": None}, newton=True, keyed=True),
   "psgd_whiten": Method(dpo.psgd, keyed=True),
   "psgd_newton": Method(dpo.psgd, {"curvature": dpo.newton(), "every": 1}, newton=True, keyed=True),
   "soap": Method(dpo.psgd, SOAP, keyed=True),
   "soap_newton": Method(
     dpo.psgd, SOAP | {"preconditioner": dpo.soap(factored=True), "curvature": dpo.newton()}, newton=True, keyed=True
   ),
-  "psgd+damping": Method(dpsgd, {"average": None}, newton=True, judged=True, keyed=True),
-  "psgd+averaging": Method(dpsgd, {"damping": None}, newton=True, keyed=True),
-  "dpsgd": Method(dpsgd, newton=True, judged=True, keyed=True),
+  "psgd+damping": Method(dpsgd, PAPER | {"average": None}, newton=True, judged=True, keyed=True),
+  "psgd+averaging": Method(dpsgd, PAPER | {"damping": None}, newton=True, keyed=True),
+  "dpsgd": Method(dpsgd, PAPER, newton=True, judged=True, keyed=True),
+  "dpsgd_default": Method(dpsgd, {"every": EVERY}, newton=True, judged=True, keyed=True),
   "sgd_ph": Method(dpo.sgd_ph, NORM, newton=True, keyed=True),
   "sgd_ph_tau": Method(dpo.sgd_ph, NORM | {"tau": 0.1, "damping": 0.01}, newton=True, keyed=True),
   "sgd_ph_released": Method(

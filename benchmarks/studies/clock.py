@@ -54,22 +54,24 @@ class Entrant(NamedTuple):
 ALL = {"schedule": ("linear",), "iterates": (0.95,), "clip": (1.0,)}
 FITS = {"every": (1, 20)} | ALL
 NEWTON: Options = {"learning_rate": 0.1, "every": 5}
+FAST: Options = NEWTON | {"step_size": 0.3}  # as the default of DPSGD has it
+AVERAGED: Options = FAST | {"average": 0.8}
 ENTRANTS = {
   "momentum": Entrant("momentum", {"learning_rate": 0.1}, ALL),
   "adam": Entrant("adam", {"learning_rate": 3e-3}, ALL),
   "muon": Entrant("muon", {"learning_rate": 0.03}, ALL),
   "psgd of the papers": Entrant("psgd", {"learning_rate": 0.1, "every": 1}),
-  "psgd": Entrant("psgd", NEWTON, FITS),
-  "psgd+damping": Entrant("psgd+damping", NEWTON, FITS),
-  "psgd+averaging": Entrant("psgd+averaging", NEWTON, FITS),
-  "dpsgd": Entrant("dpsgd", NEWTON, FITS),
+  "psgd": Entrant("psgd", FAST, FITS),
+  "psgd+damping": Entrant("psgd+damping", FAST, FITS),
+  "psgd+averaging": Entrant("psgd+averaging", AVERAGED, FITS),
+  "dpsgd": Entrant("dpsgd_default", NEWTON, FITS),
   "whitening kron": Entrant("psgd_whiten", {"learning_rate": 3e-3, "b1": 0.9}, {"every": (1, 20)} | ALL),
   "soap": Entrant("soap", {"learning_rate": 3e-3}, ALL),
   "soap newton": Entrant("soap_newton", NEWTON, FITS),
   "gls": Entrant("gls", {"learning_rate": 0.2}, ALL),
   "bnp": Entrant("bnp", {"learning_rate": 0.1}, ALL),
 }
-DEFAULT = {"default dpsgd": Entrant("dpsgd", {"learning_rate": 0.1})}
+DEFAULT = {"default dpsgd": Entrant("dpsgd_default", {"learning_rate": 0.1})}
 LAYERED = ("digits", "mnist", "fashion_mnist")  # where gls and bnp apply
 TARGETS = {"PSGD's": "psgd of the papers", "Adam's": "adam", "Muon's": "muon"}
 

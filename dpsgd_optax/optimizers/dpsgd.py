@@ -24,7 +24,7 @@ def dpsgd(
   preconditioner: Preconditioner | None = None,
   curvature: Curvature | None = None,
   *,
-  every: int | optax.Schedule = 1,
+  every: int | optax.Schedule = 5,
   max_update_norm: float | None = None,
   key: int | jax.Array = 0,
   judge_every: int = 5,
@@ -60,7 +60,9 @@ def dpsgd(
     preconditioner: None: :func:`dpsgd_optax.damped_kron`, whose arguments say how the factors move, are averaged (β),
       damped (η, Eq. 36 or 46) and laid out. Static.
     curvature: what the factors are fitted on; ``newton()`` if None. Static.
-    every, key: T1, and the key of the probes: see :func:`dpsgd_optax.scale_by_preconditioner`.
+    every, key: T1, and the key of the probes: see :func:`dpsgd_optax.scale_by_preconditioner`. The paper fits on every
+      step; on every fifth a step costs half as much and is, with the averages, as good (``python -m benchmarks clock``).
+      A schedule such as :func:`dpsgd_optax.annealed_probability` fits often at first and rarely in the end.
     max_update_norm: ν, the largest norm of U, as ``max_norm`` of :func:`dpsgd_optax.clipped_learning_rate`.
     judge_every: T2, the period of the Levenberg-Marquardt rule.
     damping: τ_0; None: the factors are not damped, nothing is judged, and the optimizer is (averaged) PSGD.

@@ -61,12 +61,12 @@ class DampedKronState(NamedTuple):
 
 def damped_kron(
   *,
-  average: float | Average | None = 0.7,
+  average: float | Average | None = 0.8,
   eta: float = 1e-5,
   form: Form = factored,
   geometry: Geometry = quad,
   normalizer: Normalizer = spectral,
-  step_size: float = 0.1,
+  step_size: float = 0.3,
   repeats: int = 1,
   max_size: float = 2048,
   max_vector_size: float | None = 1024,
@@ -85,13 +85,15 @@ def damped_kron(
     eta: η, added to τ under the root; in squared units of P.
     form: ``tikhonov.factored`` (Eq. 46) or ``tikhonov.additive`` (Eq. 36).
     geometry: see :func:`dpsgd_optax.kron`; the default needs matrix products only, the paper's is ``eq``.
-    normalizer: ``spectral`` (with step_size 0.1) or ``max_abs`` (the paper's runs, with step_size 0.01).
+    normalizer: ``spectral`` or ``max_abs`` (the paper's runs, with step_size 0.01).
     repeats: successive moves on one and the same probe (1 in the paper).
     max_size: a longer side gets a diagonal factor. Static.
     max_padding: see :func:`dpsgd_optax.kron`.
     max_vector_size: vectors up to this length get a dense factor (k, k), longer ones a diagonal one, so 0 makes all
       diagonal; None leaves vectors and scalars to the plain gradient, at the same learning rate. Static.
-    step_size, stacked: see :func:`dpsgd_optax.kron`.
+    step_size: see :func:`dpsgd_optax.kron`. The paper has 0.1 and β = 0.7; what a fit forgets more of, an average of
+      fits may keep longer.
+    stacked: see :func:`dpsgd_optax.kron`.
 
   Raises:
     ValueError: for a step size outside (0, 1], an average outside [0, 1), a negative eta, repeats below 1.
