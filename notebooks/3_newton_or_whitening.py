@@ -130,7 +130,7 @@ def trainer(make, steps):
   return jax.jit(train)
 
 
-budget = 2000
+budget = 1500
 adaptive, of_newton = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.02, 0.05, 0.1, 0.2, 0.5)
 kron = lambda: dpo.kron(max_skew=jnp.inf)
 contestants = {  # gradient evaluations of a step, optimizer, rates
@@ -191,7 +191,7 @@ def observation(key, newton):
   return dpo.Probe(v, dpo.hvp(lambda w: loss_of(with_weight(w), jnp.arange(len(inputs))), weight)(v))
 
 
-def second_moments(newton, count=4000):
+def second_moments(newton, count=3000):
   """In the parameters' basis, and in SOAP's."""
   p = dpo.soap(b2=0.999, max_skew=jnp.inf)
   keys = jax.random.split(jax.random.key(0), count)

@@ -88,7 +88,7 @@ for norm in ("batch", "layer"):
 # Five learning rates for each from one set of initial parameters, and the best of each from three others.
 
 # %%
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def raced(train, rates=RATES):
@@ -193,7 +193,7 @@ curvature = jnp.geomspace(0.01, 10, 40)
 quadratic = lambda p: 0.5 * jnp.sum(curvature * (p - 1.0) ** 2)
 
 
-def minimum(tx, steps=4000):
+def minimum(tx, steps=8000):
   tx = optax.with_extra_args_support(tx)
 
   def step(carry, _):
@@ -208,7 +208,7 @@ def minimum(tx, steps=4000):
 
 
 def newton(before=None, after=None):
-  tx = dpo.scale_by_preconditioner(dpo.diagonal(), dpo.newton(), after=after)
+  tx = dpo.scale_by_preconditioner(dpo.diagonal(step_size=0.5), dpo.newton(), after=after)
   parts = [tx] if before is None else [before, tx]
   return optax.chain(*parts, optax.scale_by_learning_rate(0.02))
 

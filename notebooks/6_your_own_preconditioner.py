@@ -91,9 +91,9 @@ def newton(preconditioner, rate):
 # Five learning rates for each from one starting point; the best of them from another.
 
 # %%
-of_newton = (0.05, 0.1, 0.2, 0.5, 1.0)
+of_newton = (0.2, 0.5, 1.0, 1.5, 1.9)
 contestants = {
-  "gradient descent": (lambda rate: optax.with_extra_args_support(optax.sgd(rate)), (1.0, 2.0, 4.0, 6.0, 10.0)),
+  "gradient descent": (lambda rate: optax.with_extra_args_support(optax.sgd(rate)), (4.0, 8.0, 12.0, 13.0, 16.0)),
   "rows": (lambda rate: newton(rows(0.3), rate), of_newton),
   "diagonal": (lambda rate: newton(dpo.diagonal(step_size=0.3), rate), of_newton),
 }
