@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Execute the notebooks and keep what they show: `make notebooks`, or `python notebooks/execute.py 3 8` for some.
 
-Each `N_name.py` is the source of `N_name.ipynb`, which is made from it, run from its first cell to its last, and written
-with its outputs. The metadata of the .ipynb keep the SHA-256 of the source, the versions and the seconds, so that a
+Each `N_name.py` is the source of `N_name.ipynb`, which is made from it, run from its first cell to its last, and
+written with its outputs. The metadata of the .ipynb keep the SHA-256 of the source, the versions and the seconds, so that a
 test can tell whether the outputs are those of the source (tests/docs/test_notebooks.py). A cell that fails is an error,
 and nothing is written then.
 """

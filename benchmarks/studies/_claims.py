@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.engine import analysis
 from benchmarks.engine.analysis import Spread
+from benchmarks.engine.calls import file_name
 from benchmarks.engine.records import Results, load
 from benchmarks.engine.report import between
 
@@ -30,10 +31,10 @@ VERDICTS = (CONFIRMED, REFUTED, UNDECIDED, UNCHECKED)
 
 
 class Measured(NamedTuple):
-  """A figure: its spread over the seeds, how many these were, and the command that makes it."""
+  """A figure: its spread, over how many of what it is taken, and the command that makes it."""
 
   spread: Spread
-  seeds: int
+  over: str  # "5 seeds"
   command: str
 
 
@@ -43,7 +44,7 @@ class Verdict(NamedTuple):
   word: str
   evidence: str
   figure: str = ""
-  seeds: str = ""
+  over: str = ""
   command: str = ""
 
 
@@ -91,7 +92,7 @@ class Figure:
     except (FileNotFoundError, KeyError, IndexError) as missing:
       return Verdict(UNCHECKED, f"{what}. Not in the committed results: {missing}")
     figure = between(found.spread) if math.isfinite(found.spread.median) else "not reached"
-    return Verdict(self.rule.judge(found.spread), what, figure, str(found.seeds), f"`{found.command}`")
+    return Verdict(self.rule.judge(found.spread), what, figure, found.over, f"`{found.command}`")
 
 
 @dataclass(frozen=True)
@@ -161,30 +162,52 @@ def document(folder: Path, name: str) -> dict[str, Any]:
 
 def command_of(found: Results) -> str:
   """What was typed: from the plan and the contestants."""
-  plan, quoted = found.plan, lambda text: f'"{text}"' if "(" in text else text
-  parts = [f"python -m benchmarks {quoted(plan.problem)} --setting {plan.setting}", f"--epochs {plan.epochs:g}"]
+  plan, labels = found.plan, ",".join(found.contestants)
+  quoted = lambda text: f'"{text}"' if "(" in text else text
+  own_name = found.name == f"{file_name(plan.problem)}-{plan.setting}"
+  parts = [f"python -m benchmarks {quoted(plan.problem)} --setting {plan.setting}"]
+  if not own_name or "(" in labels:
+    parts.append(f"--optimizers {quoted(labels)}")
+  parts.append(f"--epochs {plan.epochs:g}")
   if "; the first" in plan.data:
     parts.append(f"--train-size {plan.train_size}")
-  if found.name != f"{plan.problem}-{plan.setting}":
+  if not own_name:
     parts.append(f"--name {found.name}")
   return " ".join([*parts, f"--seeds {len(found.seeds())}"])
+
+
+def counted(number: int, unit: str) -> str:
+  """5, "seeds" -> "5 seeds"; 1, "seeds" -> "1 seed"."""
+  return f"{number} {unit if number != 1 else unit.removesuffix('s')}"
 
 
 def measured(found: Results, values: Sequence[float]) -> Measured:
   if not values:
     raise KeyError(f"no seed of {found.name} has both runs")
-  return Measured(analysis.spread(values), len(values), command_of(found))
+  return Measured(analysis.spread(values), counted(len(values), "seeds"), command_of(found))
 
 
 def _finals(found: Results, label: str, curve: str) -> dict[int, float]:
+  """The last values by seed; of a run that broke off an infinite loss, and an accuracy of zero."""
   if label not in found.contestants:
     raise KeyError(f"{found.name} has no {label}")
-  return {run.seed: run.final(curve) if run.finished else math.nan for run in found.of(label)}
+  lost = {"seconds": math.nan, "test_accuracy": 0.0}.get(curve, math.inf)
+  return {run.seed: run.final(curve) if run.finished else lost for run in found.of(label)}
 
 
 def final(name: str, label: str, curve: str = "train_loss") -> Callable[[Path], Measured]:
   """The last value of a curve."""
   return lambda folder: measured(found := results_of(folder, name), [*_finals(found, label, curve).values()])
+
+
+def final_error(name: str, label: str) -> Callable[[Path], Measured]:
+  """The test error in the end, in per cent."""
+
+  def measure(folder: Path) -> Measured:
+    found = results_of(folder, name)
+    return measured(found, [100 * (1 - x) for x in _finals(found, label, "test_accuracy").values()])
+
+  return measure
 
 
 def compared(name: str, label: str, other: str, curve: str, by: Callable[[float, float], float]) -> Any:
@@ -222,25 +245,25 @@ def per_step(name: str, label: str, other: str = "psgd") -> Callable[[Path], Mea
   return final_ratio(name, label, other, "seconds")
 
 
-def of_quartiles(name: str, command: str, seeds: int | str, *keys: str) -> Callable[[Path], Measured]:
-  """A figure that the document has as [lower, median, upper]; `seeds` may be the key of their number."""
+def of_quartiles(name: str, command: str, count: int | str, *keys: str, unit: str = "rounds") -> Callable:
+  """A figure that the document has as [lower, median, upper]; `count` may be the key of how many of `unit`."""
 
   def measure(folder: Path) -> Measured:
     whole = here = document(folder, name)
     for key in keys:
       here = here[key]
     lower, median, upper = here
-    count = whole[seeds] if isinstance(seeds, str) else seeds
-    return Measured(Spread(median, lower, upper), count, command)
+    number = whole[count] if isinstance(count, str) else count
+    return Measured(Spread(median, lower, upper), counted(number, unit), command)
 
   return measure
 
 
-def of_lists(name: str, command: str, form: Callable[[dict[str, Any]], Iterable[float]]) -> Callable[[Path], Measured]:
-  """A figure whose values per seed are made from the document."""
+def of_lists(name: str, command: str, form: Callable[[dict], Iterable[float]], unit: str = "seeds") -> Callable:
+  """A figure whose values, one for each of `unit`, are made from the document."""
 
   def measure(folder: Path) -> Measured:
     values = [*form(document(folder, name))]
-    return Measured(analysis.spread(values), len(values), command)
+    return Measured(analysis.spread(values), counted(len(values), unit), command)
 
   return measure

@@ -3,8 +3,8 @@
 
 python -m benchmarks claims            the table, and notebooks/claims.md brought up to date
 
-Nothing is run: the figures are read from the JSON in the folder `--out`, and the rule of each claim judges them, so that
-a new run changes the verdicts by itself. A test holds the page to the committed results.
+Nothing is run: the figures are read from the JSON in the folder `--out`, and the rule of each claim judges them, so
+that a new run changes the verdicts by itself. A test holds the page to the committed results.
 """
 
 from argparse import Namespace
@@ -45,8 +45,7 @@ def summary(results: Path) -> Table:
 
 def _line(verdict: Verdict) -> str:
   """A case as an item of a list."""
-  seeds = f", {verdict.seeds} seeds" if verdict.seeds else ""
-  figure = f": **{verdict.figure}**{seeds}" if verdict.figure and verdict.figure != "a law" else ""
+  figure = f": **{verdict.figure}**, {verdict.over}" if verdict.figure and verdict.figure != "a law" else ""
   how = f" ({verdict.command})" if verdict.command else ""
   return f"- *{verdict.word}*: {verdict.evidence}{figure}{how}"
 
