@@ -88,7 +88,8 @@ def newton(preconditioner, rate):
 
 
 # %% [markdown]
-# Five learning rates for each from one starting point; the best of them from another.
+# Five learning rates for each from one starting point; the best of them from another. Newton's steps end at a rate of 2,
+# gradient descent at 2 over the largest curvature, which is a little above 13.
 
 # %%
 of_newton = (0.2, 0.5, 1.0, 1.5, 1.9)
