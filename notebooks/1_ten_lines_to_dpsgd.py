@@ -111,7 +111,7 @@ for name, (make, rates) in contestants.items():
   print(f"{name:24s} rate {best:<6g} loss of each trial: " + "  ".join(f"{rate:g}: {trials[rate]:.2g}" for rate in rates))
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(11, 4.3), sharey=True, layout="constrained")
 for name, (rate, results, seconds) in runs.items():
   losses = np.stack([log["loss"] for _, log in results])
   share = np.arange(1, 1 + losses.shape[1]) / losses.shape[1]
@@ -119,9 +119,8 @@ for name, (rate, results, seconds) in runs.items():
     axis.semilogy(share * length, np.median(losses, 0), label=f"{name}, rate {rate:g}")
     axis.fill_between(share * length, losses.min(0), losses.max(0), alpha=0.2)
 axes[0].set(xlabel="steps", ylabel="loss on the whole training set (nats)", title="By steps")
-axes[0].legend(loc="lower left")
 axes[1].set(xlabel="seconds of training, without compilation", title="By seconds, on two CPU cores")
-figure.tight_layout()
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 # %% [markdown]
 # Lines are medians of three seeds, bands their range. Left: per *step* DPSGD is far ahead, and whitening PSGD, at its own

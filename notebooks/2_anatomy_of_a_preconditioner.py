@@ -165,7 +165,7 @@ for name, (make, rates) in contestants.items():
 
 # %%
 u, v = np.meshgrid(np.linspace(-2, 2, 200), np.linspace(-1, 2.5, 200))
-figure, axes = plt.subplots(1, 4, figsize=(14, 3.8), sharey=True)
+figure, axes = plt.subplots(1, 4, figsize=(12, 3.6), sharey=True)
 for axis, (name, path) in zip(axes, paths.items()):
   axis.contour(u, v, np.log10(valley((u, v)) + 1e-3), 18, cmap="Greys", linewidths=0.7)
   axis.plot(*path.T, ".-", color="C3", markersize=3, linewidth=0.8)

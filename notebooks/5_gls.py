@@ -58,8 +58,8 @@ print("before", float(value), " after one step", float(linear(optax.apply_update
 # %% [markdown]
 # ## A deep network, at equal steps and at equal step length
 #
-# "Lower than SGD even at SGD's step length" is what the note claims: `match_total` rescales each GLS step to the length
-# of SGD's. Five learning rates for each optimizer on seed 0; the best of each on seeds 1, 2 and 3. A rate of 1 is
+# The note claims that it ends below SGD even at SGD's step length: `match_total` rescales each GLS step to the length of
+# SGD's. Five learning rates for each optimizer on seed 0; the best of each on seeds 1, 2 and 3. A rate of 1 is
 # the whole least-squares step, so that those of GLS end there.
 
 # %%
@@ -134,7 +134,7 @@ runs = raced(
 )
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), sharey=True, layout="constrained")
 for name, (losses, lengths) in runs.items():
   steps, middle = np.arange(1, 1 + losses.shape[1]), np.median(losses, 0)
   left.semilogy(steps, middle, label=name)
@@ -142,8 +142,7 @@ for name, (losses, lengths) in runs.items():
   right.semilogy(np.median(np.cumsum(lengths, 1), 0), middle)
 left.set(xlabel="steps", ylabel="loss on the training set (nats)", title="Median and range of three seeds")
 right.set(xlabel="length of the path so far, ‖θ‖ units", title="The same medians by distance travelled", xscale="log")
-left.legend(loc="lower left", fontsize=8)
-figure.tight_layout()
+figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 # %% [markdown]
 # ## Its weakness: a layer wider than what enters it
