@@ -6,7 +6,7 @@ asks for, a law that is a test, or the reason why it is not checked here. The ve
 quartiles over the seeds and from nothing else:
 
   confirmed    the whole box, from quartile to quartile, is on the claimed side of the bound
-  refuted      the whole box is on the other side
+  refuted      the whole box is on the other side, or on the bound: "lower" is refuted by a tie
   undecided    the box lies across the bound
 
 A sentence that speaks of several problems is refuted by one of them, confirmed by all, and otherwise undecided.
@@ -50,23 +50,36 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-  """The side of a bound on which a figure has to lie."""
+  """Where a figure has to lie: beyond a bound, or from one to another, both of which belong to it."""
 
   low: float = -math.inf
   high: float = math.inf
 
+  @property
+  def closed(self) -> bool:
+    return math.isfinite(self.low) and math.isfinite(self.high)
+
   def __str__(self) -> str:
-    if math.isfinite(self.low) and math.isfinite(self.high):
+    if self.closed:
       return f"{self.low:g} to {self.high:g}"
-    return f"≤ {self.high:g}" if math.isfinite(self.high) else f"≥ {self.low:g}"
+    return f"< {self.high:g}" if math.isfinite(self.high) else f"> {self.low:g}"
 
   def judge(self, spread: Spread) -> str:
     """The word for a figure; one that could not be formed, NaN, decides nothing."""
     if any(math.isnan(x) for x in spread):
       return UNDECIDED
-    if self.low <= spread.lower and spread.upper <= self.high:
+    sides = [self._side(x) for x in (spread.lower, spread.upper)]
+    if sides == [0, 0]:
       return CONFIRMED
-    return REFUTED if spread.lower > self.high or spread.upper < self.low else UNDECIDED
+    return REFUTED if sides[0] == sides[1] else UNDECIDED
+
+  def _side(self, x: float) -> int:
+    """0 where the sentence wants it, -1 below and 1 above that."""
+    if self.closed:
+      return int(x > self.high) - int(x < self.low)
+    if math.isfinite(self.high):
+      return int(x >= self.high)
+    return -int(x <= self.low)
 
 
 def below(bound: float) -> Rule:
@@ -105,7 +118,7 @@ class Law:
 
   def verdict(self, results: Path) -> Verdict:
     del results
-    return Verdict(self.word, self.what, "a law", "", f"`pytest tests/{self.test}`")
+    return Verdict(self.word, self.what, command=f"`pytest tests/{self.test}`")
 
 
 @dataclass(frozen=True)

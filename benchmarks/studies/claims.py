@@ -43,25 +43,38 @@ def summary(results: Path) -> Table:
   return Table("Sentences by verdict", ("source", "sentences", *VERDICTS), [*rows, ("all", *totals)])
 
 
-def _line(verdict: Verdict) -> str:
-  """A case as an item of a list."""
-  figure = f": **{verdict.figure}**, {verdict.over}" if verdict.figure and verdict.figure != "a law" else ""
-  how = f" ({verdict.command})" if verdict.command else ""
-  return f"- *{verdict.word}*: {verdict.evidence}{figure}{how}"
+def _line(verdict: Verdict, commands: dict[str, int]) -> str:
+  """A case as an item of a list; the command of a figure by its number, that of a law in full."""
+  if not verdict.over:
+    return f"- *{verdict.word}*: {verdict.evidence}" + (f" ({verdict.command})" if verdict.command else "")
+  number = commands.setdefault(verdict.command, len(commands) + 1)
+  return f"- *{verdict.word}*: {verdict.evidence}: **{verdict.figure}**, {verdict.over} ([command {number}](#commands))"
 
 
-def section(source: str, claims: tuple[Claim, ...], results: Path) -> str:
-  """A source's sentences with their cases."""
+def _outcome(words: list[str], word: str) -> str:
+  """The verdict of a sentence, and of how many cases if these differ."""
+  found = Counter(words)
+  parts = [f"{found[each]} {each}" for each in VERDICTS if found[each]]
+  return f"{word.capitalize()} ({', '.join(parts)})." if len(parts) > 1 else f"{word.capitalize()}."
+
+
+def section(source: str, claims: tuple[Claim, ...], results: Path, commands: dict[str, int]) -> str:
+  """A source's sentences with their cases; commands that are new get the next numbers."""
   parts = [f"## {source}"]
   for number, claim in enumerate(claims, 1):
-    lines = [_line(case.verdict(results)) for case in claim.cases]
-    parts += [f"**{number}. {claim.says}** {claim.word(results).capitalize()}.", "\n".join(lines)]
+    verdicts = [case.verdict(results) for case in claim.cases]
+    outcome = _outcome([verdict.word for verdict in verdicts], claim.word(results))
+    parts.append(f"**{number}. {claim.says}** {outcome}")
+    parts.append("\n".join(_line(verdict, commands) for verdict in verdicts))
   return "\n\n".join(parts)
 
 
 def text(results: Path) -> str:
   """Everything between the markers of the page."""
-  return "\n\n".join([summary(results).markdown(), *(section(*entry, results) for entry in SOURCES.items())])
+  commands: dict[str, int] = {}
+  sections = [section(*entry, results, commands) for entry in SOURCES.items()]
+  listed = "\n".join(f"{number}. {command}" for command, number in commands.items())
+  return "\n\n".join([summary(results).markdown(), *sections, "## Commands", listed])
 
 
 def updated(page: str, results: Path) -> str:
