@@ -179,9 +179,7 @@ def command_of(found: Results) -> str:
   quoted = lambda text: f'"{text}"' if "(" in text else text
   own_name = found.name == f"{file_name(plan.problem)}-{plan.setting}"
   parts = [f"python -m benchmarks {quoted(plan.problem)} --setting {plan.setting}"]
-  if not own_name or "(" in labels:
-    parts.append(f"--optimizers {quoted(labels)}")
-  parts.append(f"--epochs {plan.epochs:g}")
+  parts += [f"--optimizers {quoted(labels)}", f"--epochs {plan.epochs:g}"]
   if "; the first" in plan.data:
     parts.append(f"--train-size {plan.train_size}")
   if not own_name:

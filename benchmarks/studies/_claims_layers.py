@@ -34,7 +34,7 @@ def _gls(problem: str, label: str, other: str, rule: Rule, curve: str = "train_l
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
   what = f"{curve.replace('_', ' ')}, {label} over {other}, {problem}"
-  return Figure(what, rule, of_lists("gls", f'python -m benchmarks gls "{problem}"', ratios))
+  return Figure(what, rule, of_lists("gls", "python -m benchmarks gls", ratios))
 
 
 def _rate(problem: str) -> Figure:
@@ -45,7 +45,7 @@ def _rate(problem: str) -> Figure:
   return Figure(
     f"the best rate of five, {problem}",
     Rule(0.1, 0.4),
-    of_lists("gls", f'python -m benchmarks gls "{problem}"', chosen, "tuning seeds"),
+    of_lists("gls", "python -m benchmarks gls", chosen, "tuning seeds"),
   )
 
 
@@ -90,7 +90,7 @@ GLS = (
     Figure(
       "rates of five that end above the initial loss, plain GLS, ae_digits",
       above(0.0),
-      of_lists("gls", "python -m benchmarks gls ae_digits", _lost, "tuning seeds"),
+      of_lists("gls", "python -m benchmarks gls", _lost, "tuning seeds"),
     ),
   ),
   claim(

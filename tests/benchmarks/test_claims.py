@@ -2,15 +2,20 @@
 """The page of claims: written from the committed results, judged by rules, and every law it names is a test."""
 
 import ast
+import importlib
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import STUDIES, main
 from benchmarks.engine.analysis import Spread
 from benchmarks.engine.arguments import RESULTS
+from benchmarks.hyperparameters import setting
+from benchmarks.optimizers import contestants
 from benchmarks.studies import claims
 from benchmarks.studies._claims import (
   CONFIRMED,
@@ -121,3 +126,25 @@ def test_without_its_file_a_figure_is_not_checked_and_says_so(tmp_path):
   case = claims.SOURCES["DPSGD: damped preconditioned SGD"][0].cases[0]
   verdict = case.verdict(tmp_path)
   assert verdict.word == UNCHECKED and "mnist-author.json" in verdict.evidence
+
+
+def _commands():
+  found: dict[str, int] = {}
+  for source, sentences in claims.SOURCES.items():
+    claims.section(source, sentences, RESULTS, found)
+  return [command.strip("`") for command in found]
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_a_command_that_the_page_names_is_understood(command, monkeypatch):
+  """Its words are those of its study, and its optimizers are contestants; what it would run is left out."""
+  python, flag, module, study, *words = shlex.split(command)
+  assert (python, flag, module) == ("python", "-m", "benchmarks")
+  name = study if study in STUDIES else "train"
+  asked = []
+  monkeypatch.setattr(importlib.import_module(f"benchmarks.studies.{name}"), "run", asked.append)
+  assert main([study, *words]) == 0
+  (args,) = asked
+  if name == "train":
+    defaults = setting(args.setting, args.problems[0]).optimizers
+    assert contestants(args.optimizers or ",".join(defaults), defaults, args.problems[0])
