@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,16 +256,14 @@ def per_step(name: str, label: str, other: str = "psgd") -> Callable[[Path], Mea
   return final_ratio(name, label, other, "seconds")
 
 
-def of_quartiles(name: str, command: str, count: int | str, *keys: str, unit: str = "rounds") -> Callable:
-  """A figure that the document has as [lower, median, upper]; `count` may be the key of how many of `unit`."""
+def of_quartiles(name: str, command: str, keys: Sequence[str], rounds: Sequence[str] = ("rounds",)) -> Callable:
+  """A figure that the document has under `keys` as [lower, median, upper], and under `rounds` of how many rounds."""
 
   def measure(folder: Path) -> Measured:
-    whole = here = document(folder, name)
-    for key in keys:
-      here = here[key]
-    lower, median, upper = here
-    number = whole[count] if isinstance(count, str) else count
-    return Measured(Spread(median, lower, upper), counted(number, unit), command)
+    found = document(folder, name)
+    at = lambda path: reduce(lambda inner, key: inner[key], path, found)
+    lower, median, upper = at(keys)
+    return Measured(Spread(median, lower, upper), counted(at(rounds), "rounds"), command)
 
   return measure
 

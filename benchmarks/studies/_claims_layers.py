@@ -18,6 +18,7 @@ from benchmarks.studies._claims import (
   above,
   below,
   claim,
+  counted,
   document,
   final_difference,
   final_ratio,
@@ -75,7 +76,9 @@ GLS = (
       Figure(
         f"seconds of a step, over Adam's, {problem}",
         below(1.65),
-        of_quartiles("gls", "python -m benchmarks gls", 9, "cost", problem, "ratios", "GLS", "cpu"),
+        of_quartiles(
+          "gls", "python -m benchmarks gls", ("cost", problem, "ratios", "GLS", "cpu"), ("cost", problem, "rounds")
+        ),
       )
       for problem in MLPS[:2]
     ),
@@ -150,10 +153,11 @@ def _best(variant: dict[str, Any]) -> list[float]:
 
 def _penalties(ours: str, theirs: str) -> Figure:
   def measure(folder: Path) -> Measured:
-    variants = document(folder, "regularization")["optimizers"]["adam"]["variants"]
+    found = document(folder, "regularization")
+    variants = found["optimizers"]["adam"]["variants"]
     (low, median, high), (their_low, their_median, their_high) = (_best(variants[name]) for name in (ours, theirs))
     box = Spread(median - their_median, low - their_high, high - their_low)  # the two boxes are all that is kept
-    return Measured(box, "5 seeds", "python -m benchmarks regularization")
+    return Measured(box, counted(found["plan"]["seeds"], "seeds"), "python -m benchmarks regularization")
 
   what = f"test accuracy at the best strength, box of {ours} less box of {theirs}, Adam, 200 digits"
   return Figure(what, above(0.0), measure)
@@ -329,14 +333,7 @@ SGD_PH = (
     Figure(
       "a step, over a gradient, digits_bn",
       Rule(1.0, 2.2),
-      of_quartiles(
-        "partial_hessian",
-        "python -m benchmarks partial_hessian",
-        "rounds",
-        "ratios",
-        "SGD-PH step, fused",
-        "cpu",
-      ),
+      of_quartiles("partial_hessian", "python -m benchmarks partial_hessian", ("ratios", "SGD-PH step, fused", "cpu")),
     ),
   ),
   claim(

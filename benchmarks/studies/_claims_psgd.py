@@ -34,7 +34,7 @@ def _returns(game: str, label: str) -> Figure:
 
 def _overhead(workload: str, ratio: str, bound: float, what: str) -> Figure:
   keys = ("threads", "one", "ratios", ratio, "cpu")
-  measure = of_quartiles(f"cost-{workload}", f"python -m benchmarks cost {workload}", "rounds", *keys)
+  measure = of_quartiles(f"cost-{workload}", f"python -m benchmarks cost {workload}", keys)
   return Figure(f"{what}, {workload}", below(bound), measure)
 
 
