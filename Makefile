@@ -80,9 +80,8 @@ $(VENV)/.notebooks: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[notebooks]"
 	@touch $@
 
-notebooks: $(VENV)/.notebooks ## make the .ipynb of each notebook from its .py, and run them all
-	$(BIN)/python -m jupytext --quiet --to ipynb --update notebooks/[0-9]*.py
-	$(BIN)/python -m pytest -q -o addopts= -p no:cacheprovider --durations=0 --nbmake --nbmake-timeout=600 notebooks/*.ipynb
+notebooks: $(VENV)/.notebooks ## make the .ipynb of each notebook from its .py, run it, and keep its outputs; BOOKS="3 8" for some
+	$(BIN)/python notebooks/execute.py $(BOOKS)
 
 docs: $(VENV)/.notebooks ## the pages, the notebooks and the reference, as HTML in build/docs
 	$(BIN)/python -m sphinx -q -b html notebooks build/docs

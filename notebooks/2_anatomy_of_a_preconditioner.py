@@ -11,20 +11,23 @@
 # %% [markdown]
 # # Anatomy of a preconditioner
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dpsgd-optax/dpsgd_optax/blob/main/notebooks/2_anatomy_of_a_preconditioner.ipynb)
-#
 # What P looks like when it has been fitted, how it gets there, and what it does to a trajectory.
 #
 # A preconditioner is three functions on a pytree: `init`, `fit` (one probe in, a better P out) and `apply` (P times a
 # gradient). Fitted on pairs (v, Hv), its fixed point is |H|⁻¹: here we can hold it against the exact one.
 
 # %%
-try:
-  import dpsgd_optax as dpo
-except ImportError:  # on Colab
-  # %pip install -q "dpsgd_optax[bench] @ git+https://github.com/dpsgd-optax/dpsgd_optax"
-  import dpsgd_optax as dpo
+# Where the package is missing, as on Colab: clone the repository and open this notebook in its folder; this cell then
+# installs it from there. Everywhere else the cell does nothing.
+import importlib.util
+import subprocess
+import sys
 
+if importlib.util.find_spec("dpsgd_optax") is None:
+  subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "..[bench]"], check=True)
+
+# %%
+import dpsgd_optax as dpo
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -81,14 +84,16 @@ groups = {
 histories = {name: fitted(group) for name, group in groups.items()}
 
 # %%
-figure, axes = plt.subplots(1, 5, figsize=(15, 3.2))
+figure, axes = plt.subplots(1, 5, figsize=(13, 3.4), layout="constrained")
 limit = float(jnp.abs(exact).max())
 shades = SymLogNorm(linthresh=0.02 * limit, vmin=-limit, vmax=limit)
 for axis, (name, p) in zip(axes, {"|H|⁻¹": exact, **{k: h[-1] for k, h in histories.items()}}.items()):
-  axis.imshow(p, cmap="RdBu", norm=shades)
+  picture = axis.imshow(p, cmap="RdBu", norm=shades)
   error = jnp.linalg.norm(p - exact) / jnp.linalg.norm(exact)
-  axis.set(title=name if name == "|H|⁻¹" else f"{name}\nerror {error:.2f}", xticks=[], yticks=[])
-figure.tight_layout()
+  axis.set(title=name if name == "|H|⁻¹" else f"{name}\nrelative error {error:.2g}", xticks=[], yticks=[])
+  axis.set_xlabel("parameter, 1 to 20")
+axes[0].set_ylabel("parameter, 1 to 20")
+figure.colorbar(picture, ax=axes, label="entry of P (parameter² / loss)", shrink=0.75)
 
 # %% [markdown]
 # What matters for a step is P H: the closer its eigenvalues are to one another, the rounder the bowl looks to the
@@ -106,45 +111,77 @@ def condition(p):
 figure, axis = plt.subplots(figsize=(7, 4))
 for name, history in histories.items():
   axis.semilogy(np.arange(1, 1 + len(history)) * 100, [condition(p) for p in history], label=name)
-axis.axhline(float(np.linalg.cond(hessian)), color="grey", linestyle=":", label="H itself")
-axis.set(xlabel="probes", ylabel="condition number of P H", title="How round the bowl has become")
-axis.legend()
+axis.axhline(float(np.linalg.cond(hessian)), color="grey", linestyle=":", label="H itself, without P")
+axis.set(xlabel="probes seen", ylabel="condition number of P H (1 is round)", title="How round the bowl has become")
+axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 # %% [markdown]
 # ## Trajectories
 #
-# Rosenbrock's valley. Every method starts at the same point and takes 300 steps.
+# Rosenbrock's valley, (1 − u)² + 100 (v − u²)². Every method gets five learning rates from one starting point, and
+# the best of them takes 300 steps from another.
 
 # %%
 valley = lambda p: 100.0 * (p[1] - p[0] ** 2) ** 2 + (1.0 - p[0]) ** 2
 
 
-def walk(tx, steps=300):
-  tx = optax.with_extra_args_support(tx)
+def walker(make, steps=300):
+  """(learning rate, start) → the path."""
 
-  def step(carry, _):
-    params, state = carry
-    value, grads = jax.value_and_grad(valley)(params)
-    updates, state = tx.update(grads, state, params, value=value, value_fn=valley, hvp=dpo.hvp(valley, params))
-    params = optax.apply_updates(params, updates)
-    return (params, state), params
+  def walk(rate, first):
+    tx = optax.with_extra_args_support(make(rate))
 
-  first = jnp.array([-1.2, 1.0])
-  _, path = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))((first, tx.init(first)))
-  return np.vstack([first, path])
+    def step(carry, _):
+      params, state = carry
+      value, grads = jax.value_and_grad(valley)(params)
+      updates, state = tx.update(grads, state, params, value=value, value_fn=valley, hvp=dpo.hvp(valley, params))
+      params = optax.apply_updates(params, updates)
+      return (params, state), params
+
+    return jnp.vstack([first, jax.lax.scan(step, (first, tx.init(first)), length=steps)[1]])
+
+  return jax.jit(walk)
 
 
-paths = {
-  "SGD": walk(optax.sgd(1e-3)),
-  "Adam": walk(optax.adam(0.05)),
-  "PSGD, diagonal": walk(dpo.psgd(0.1, dpo.diagonal(step_size=0.3), dpo.newton(), every=1)),
-  "PSGD, dense": walk(dpo.psgd(0.3, dpo.dense(step_size=0.3), dpo.newton(), every=1)),
+def newton(group):
+  return lambda rate: dpo.psgd(rate, group(step_size=0.3), dpo.newton(), every=1)
+
+
+of_newton = (0.2, 0.5, 1.0, 1.3, 1.6)
+contestants = {
+  "SGD": (optax.sgd, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+  "Adam": (optax.adam, (0.1, 0.3, 1.0, 3.0, 10.0)),
+  "PSGD, diagonal": (newton(dpo.diagonal), of_newton),
+  "PSGD, dense": (newton(dpo.dense), of_newton),
 }
-u, v = np.meshgrid(np.linspace(-1.6, 1.4, 200), np.linspace(-0.5, 1.8, 200))
-figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), sharey=True)
+paths = {}
+for name, (make, rates) in contestants.items():
+  walk = walker(make)
+  ends = {rate: float(valley(walk(rate, jnp.array([-0.5, 1.5]))[-1])) for rate in rates}
+  ends = {rate: end for rate, end in ends.items() if np.isfinite(end)}
+  best = min(ends, key=ends.get)
+  paths[f"{name}, rate {best:g}"] = np.asarray(walk(best, jnp.array([-1.2, 1.0])))
+  print(f"{name:15s}", {rate: float(f"{end:.1e}") for rate, end in ends.items()})
+
+# %%
+u, v = np.meshgrid(np.linspace(-2, 2, 200), np.linspace(-1, 2.5, 200))
+figure, axes = plt.subplots(1, 4, figsize=(12, 3.6), sharey=True)
 for axis, (name, path) in zip(axes, paths.items()):
-  axis.contour(u, v, np.log10(valley((u, v)) + 1e-3), 18, cmap="Greys")
+  axis.contour(u, v, np.log10(valley((u, v)) + 1e-3), 18, cmap="Greys", linewidths=0.7)
   axis.plot(*path.T, ".-", color="C3", markersize=3, linewidth=0.8)
+  axis.plot(*path[0], "ko", markersize=6)
   axis.plot(1, 1, "k*", markersize=12)
-  axis.set(title=f"{name}: {float(valley(path[-1])):.1e}", xlim=(-1.6, 1.4), ylim=(-0.5, 1.8))
+  axis.set(title=f"{name}\nloss in the end {float(valley(path[-1])):.1e}", xlim=(-2, 2), ylim=(-1, 2.5))
+  axis.set_xlabel("u")
+axes[0].set_ylabel("v")
 figure.tight_layout()
+
+# %% [markdown]
+# The dot is the start, the star the minimum. A diagonal P scales the two axes; the valley runs across them and bends, so
+# that only the dense P points along it.
+#
+# ## What to remember
+#
+# 1. A preconditioner is `init`, `fit` and `apply`; fitted on pairs (v, Hv) it goes to |H|⁻¹, as near as its group can.
+# 2. The group is what you pay for: `diagonal` scales axes, `kron` turns them layer by layer, `lra` and `dense` all of them.
+# 3. What counts is the condition number of P H, not how close P is to |H|⁻¹ entry by entry.

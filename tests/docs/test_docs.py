@@ -2,11 +2,7 @@
 """What the README and the page "Your loop" show is run, block after block, in one namespace, as a reader would."""
 
 import importlib
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,14 +12,7 @@ from benchmarks import hyperparameters
 from benchmarks.studies import readme
 
 README = Path(__file__).parents[2] / "README.md"
-NOTEBOOKS = sorted((README.parent / "notebooks").glob("[0-9]*.py"))
 YOUR_LOOP = README.parent / "notebooks" / "your_loop.md"
-LONG = ("3", "5", "7")  # from one to two minutes each
-
-
-def marks_of(number):
-  """No notebook in the quick tier, and the long ones among the soaks."""
-  return pytest.mark.slow if number in LONG else pytest.mark.full
 
 
 def python_blocks(text):
@@ -95,26 +84,3 @@ def test_the_first_line_settles_the_name():
 def test_the_figures_are_those_of_the_committed_results():
   for path, text in readme.pages(hyperparameters.RESULTS).items():
     assert path.read_text() == text, f"{path.name}: type `python -m benchmarks readme`"
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_clean_and_paired(path):
-  """The .ipynb has the cells of the .py beside it, no outputs, and a badge."""
-  cells = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
-  assert not any(cell.get("outputs") for cell in cells)
-  assert f"{path.stem}.ipynb" in "".join(cells[0]["source"])
-  script = [line.strip("# \n") for line in path.read_text().splitlines()]
-  for cell in cells:
-    for line in "".join(cell["source"]).splitlines():
-      assert line.strip("# ") in script, f"type `make notebooks`: {path.name} lacks {line!r}"
-
-
-@pytest.mark.parametrize(
-  "path",
-  [pytest.param(path, marks=marks_of(path.name[0])) for path in NOTEBOOKS],
-  ids=lambda path: path.stem,
-)
-def test_a_notebook_runs_from_its_first_cell_to_its_last(path):
-  """As a script, without Jupyter; `make notebooks` runs the .ipynb."""
-  environment = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(README.parent)}
-  subprocess.run([sys.executable, str(path)], cwd=path.parent, env=environment, check=True, timeout=900)
