@@ -61,7 +61,7 @@ def dpsgd(
       damped (η, Eq. 36 or 46) and laid out. Static.
     curvature: what the factors are fitted on; ``newton()`` if None. Static.
     every, key: T1, and the key of the probes: see :func:`dpsgd_optax.scale_by_preconditioner`. The paper fits on every
-      step; on every fifth a step costs half as much and is, with the averages, as good (``python -m benchmarks clock``).
+      step; with every fifth a step costs half as much (``python -m benchmarks clock``).
       A schedule such as :func:`dpsgd_optax.annealed_probability` fits often at first and rarely in the end.
     max_update_norm: ν, the largest norm of U, as ``max_norm`` of :func:`dpsgd_optax.clipped_learning_rate`.
     judge_every: T2, the period of the Levenberg-Marquardt rule.
@@ -78,7 +78,8 @@ def dpsgd(
   Raises:
     ValueError: at construction, for any argument outside its range; at trace time, for missing extra arguments.
 
-  Departure from the paper: ω, as said above. Departures from the author's code, in favour of the paper: the ratio is
+  Departures from the paper: ω, as said above; the defaults of T1, β and the step of the factors, which are those of the
+  paper with ``dpsgd(α, damped_kron(average=0.7, step_size=0.1), every=1)``. Departures from the author's code, in favour of the paper: the ratio is
   signed and summed over all layers, with the model of the clipped step; τ cannot freeze at its floor or run away; the
   averages are what is applied; the step is clipped once.
 
