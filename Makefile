@@ -84,8 +84,8 @@ notebooks: $(VENV)/.notebooks ## make the .ipynb of each notebook from its .py, 
 	$(BIN)/python -m jupytext --quiet --to ipynb --update notebooks/[0-9]*.py
 	$(BIN)/python -m pytest -q -o addopts= -p no:cacheprovider --durations=0 --nbmake --nbmake-timeout=600 notebooks/*.ipynb
 
-docs: $(VENV)/.notebooks ## the pages, the notebooks and the reference, as HTML in build/docs
-	$(BIN)/python -m sphinx -q -b html notebooks build/docs
+docs: $(STAMP) ## the pages, the notebooks and the reference, as HTML in build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html notebooks build/docs
 
 # `jax[CUDA]` is installed where there is a card; without a network what is there must do, and without a card all is tiny.
 CUDA ?= cuda12

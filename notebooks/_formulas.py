@@ -19,10 +19,10 @@ GREEK = {
   "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varepsilon", "η": "eta", "θ": "theta", "λ": "lambda",
   "μ": "mu", "ν": "nu", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "ω": "omega", "Δ": "Delta",
 }  # fmt: skip
-UPPER, LOWER = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵀᴴ", "₀₁₂₃₄₅₆₇₈₉₋"
-PLAIN_UPPER, PLAIN_LOWER = dict(zip(UPPER, "0123456789-TH", strict=True)), dict(zip(LOWER, "0123456789-", strict=True))
+UPPER, LOWER = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵀᴴⁿ", "₀₁₂₃₄₅₆₇₈₉₋"
+PLAIN_UPPER, PLAIN_LOWER = dict(zip(UPPER, "0123456789-THn", strict=True)), dict(zip(LOWER, "0123456789-", strict=True))
 FUNCTIONS = {"clip", "tr", "min", "max", "sign", "diag", "rms", "qr", "log", "exp", "mean", "triu", "momentum", "argmin"}
-SPECIAL = (set(SIGNS) | set(GREEK) | set(UPPER + LOWER) | set("√=")) - set("…%~#&")
+SPECIAL = (set(SIGNS) | set(GREEK) | set(UPPER + LOWER) | set("√=\u0302\u0303")) - set("…%~#&")
 STOP = {"the", "where", "on", "of", "is", "and", "with", "for", "if", "its", "so", "as", "in"}
 OPERATORS = {"=", "←", "→", "+", "−", "·", "/", "≈", "⊗", "⊙", "≤", "≥", "↦", "<", ">", "∈", "×", "~"}
 RELATIONS = {"=", "←", "≈"}

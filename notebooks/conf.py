@@ -31,6 +31,8 @@ autodoc_preserve_defaults = True
 python_display_short_literal_types = True
 html_theme = "sphinx_book_theme"
 html_title = "dpsgd_optax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
   "repository_url": repository,
   "use_repository_button": True,
@@ -38,7 +40,7 @@ html_theme_options = {
   "path_to_docs": "notebooks",
   "show_toc_level": 2,
 }
-SIGNATURE = 6 * 80  # characters: six lines of 1200 px, in which about 90 stand beside the two side bars
+SIGNATURE = 6 * 54  # characters: six lines of a window of 1200 px, where 54 stand between the two side bars
 
 
 def _online(host: str = "docs.jax.dev") -> bool:
@@ -80,7 +82,7 @@ def escaped(line):
 
 def short_signature(app, what, name, obj, options, signature, annotation):
   """A signature that would be a wall is an error: shorten its defaults."""
-  if signature and len(name.split(".")[-1]) + len(signature) > SIGNATURE:
+  if signature and len(name) + len(signature) > SIGNATURE:
     raise ValueError(f"the signature of {name} has {len(signature)} characters, and {SIGNATURE} fit into six lines")
 
 

@@ -79,9 +79,9 @@ def headline(results: Path) -> str:
     (
       f"![Training loss of the demo](benchmarks/{results.name}/{DEMO}.png)",
       table.markdown(),
-      f"Medians over {min(seeds)} to {max(seeds)} seeds on 2 CPU cores, the lower loss bold. Every optimizer had the same "
-      "number of trials for its learning rate, on a seed that does not count. Equal seconds: when the fastest optimizer "
-      "had finished its steps.",
+      f"Medians over {min(seeds)} to {max(seeds)} seeds on 2 CPU cores, the lower loss bold. Every optimizer had the "
+      "same number of trials for its learning rate, on a seed that does not count. Equal seconds: when the fastest "
+      "optimizer had finished its steps.",
       f"In the setting of the DPSGD paper, where the rates are the paper's, `dpsgd` reaches the final training loss of "
       f"PSGD without damping in less time (change of the seconds, median and quartiles): {', '.join(gains)}.",
     )
@@ -131,7 +131,7 @@ def rates(results: Path) -> str:
 
 
 def advice(results: Path) -> str:
-  """Markdown of what the page on choosing goes by: who was lowest where, with every optimizer tuned alike, and rates."""
+  """Markdown of what the page on choosing goes by: who was lowest where, all tuned alike, and at which rates."""
   return "\n\n".join((winners(results, settings=("tuned",)), rates(results)))
 
 

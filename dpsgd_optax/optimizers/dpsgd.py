@@ -48,7 +48,7 @@ def dpsgd(
   τ damps the *factors*: more of it makes the step longer and more gradient-like. (Damping the *curvature*, as
   ``levenberg_marquardt(psgd(…, curvature=newton()))`` does, makes it shorter.) So ω > 1 here: a poor step lowers τ.
   The paper has ω = (19/20)^T2 < 1, type ``factor=(19 / 20) ** judge_every``. A poor step then raises τ, which lengthens
-  the next one, until τ stands at its ceiling; on the addition RNN this misses the target on some seeds (see README).
+  the next one, until τ stands at its ceiling; on the addition RNN this misses the target on some seeds (RESULTS.md).
 
   ``update(grads, state, params, value=loss_value, value_fn=loss, hvp=hvp(loss, params))``. Without ``hvp`` the product
   is made from ``value_fn``; without ``value_fn`` a step is judged by the ``value`` of the next call. ``refresh`` and
