@@ -21,7 +21,7 @@ GREEK = {
 }  # fmt: skip
 UPPER, LOWER = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵀᴴⁿ", "₀₁₂₃₄₅₆₇₈₉₋"
 PLAIN_UPPER, PLAIN_LOWER = dict(zip(UPPER, "0123456789-THn", strict=True)), dict(zip(LOWER, "0123456789-", strict=True))
-FUNCTIONS = {"clip", "tr", "min", "max", "sign", "diag", "rms", "qr", "log", "exp", "mean", "triu", "momentum", "argmin"}
+FUNCTIONS = {"clip", "tr", "min", "max", "sign", "diag", "rms", "qr", "log", "exp", "mean", "triu", "momentum", "argmin", "sym"}
 SPECIAL = (set(SIGNS) | set(GREEK) | set(UPPER + LOWER) | set("√=\u0302\u0303")) - set("…%~#&")
 STOP = {"the", "where", "on", "of", "is", "and", "with", "for", "if", "its", "so", "as", "in"}
 OPERATORS = {"=", "←", "→", "+", "−", "·", "/", "≈", "⊗", "⊙", "≤", "≥", "↦", "<", ">", "∈", "×", "~"}
@@ -70,7 +70,7 @@ def _balanced(text: str) -> bool:
   return all(text.count(a) == text.count(b) for a, b in ("()", "[]", "{}", "⟨⟩")) and text.count("‖") % 2 == 0
 
 
-ATOM = r"(?:[b-zB-HJ-Z]|\d+(?:\.\d+)?|[A-Za-z]_\w{1,2}|[A-Z]bar(?:_\w)?|[A-Z]{2,3})'?"
+ATOM = r"(?:[b-zB-HJ-Z]|\d+(?:\.\d+)?|[A-Za-z]_\w{1,2}|[A-Z]bar(?:_\w)?|Hv|Ph|Pg|Qh|Pv|[A-Z]{2,3})'?"
 CALL = re.compile(rf"[\[(|]*(?:{'|'.join(FUNCTIONS)})\(.*")
 
 

@@ -7,6 +7,7 @@ A test holds it to `__all__`: every public name stands on one page.
 import ast
 import functools
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,17 @@ def is_value(value: Any) -> bool:
 
 def text_of(name: str, value: Any) -> str:
   """The docstring; that of a value is the string below its assignment."""
-  if is_value(value):
-    return _values_of(type(value).__module__).get(name.split(".")[-1], "") if hasattr(value, "_fields") else ""
-  return inspect.getdoc(value) or ""
+  if not is_value(value):
+    return inspect.getdoc(value) or ""
+  own = name.split(".")[-1]
+  modules = [key for key in sys.modules if key.startswith("dpsgd_optax.")]
+  return next((text for key in modules if (text := _values_of(key).get(own))), "")
 
 
 def summary(name: str, value: Any) -> str:
-  """The first paragraph of the docstring."""
-  first = text_of(name, value).split("\n\n")[0]
-  return "" if first.startswith("Attributes:") else " ".join(line.strip() for line in first.splitlines())
+  """The first sentence of the docstring."""
+  first = " ".join(line.strip() for line in text_of(name, value).split("\n\n")[0].splitlines())
+  return "" if first.startswith("Attributes:") else re.split(r"(?<!Eq)\.\s", first + " ")[0].rstrip(". ") + "."
 
 
 def write(folder: Path, convert: Any = lambda text: text) -> None:

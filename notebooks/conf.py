@@ -28,6 +28,7 @@ napoleon_use_ivar = True
 suppress_warnings = ["misc.highlighting_failure"]
 autodoc_typehints = "none"  # what an argument may be is said beside it, under its name
 autodoc_preserve_defaults = True
+toc_object_entries_show_parents = "hide"
 python_display_short_literal_types = True
 html_theme = "sphinx_book_theme"
 html_title = "dpsgd_optax"
