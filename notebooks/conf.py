@@ -3,9 +3,9 @@
 
 import pathlib
 import re
-import socket
 import sys
 import tomllib
+import urllib.request
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -44,12 +44,12 @@ html_theme_options = {
 SIGNATURE = 6 * 54  # characters: six lines of a window of 1200 px, where 54 stand between the two side bars
 
 
-def _online(host: str = "docs.jax.dev") -> bool:
+def _reachable(address):
   try:
-    socket.create_connection((host, 443), timeout=2).close()
+    with urllib.request.urlopen(f"{address}/objects.inv", timeout=3) as answer:
+      return answer.status == 200
   except OSError:
     return False
-  return True
 
 
 # Without a network names of the other libraries stay plain text, and the build goes on.
@@ -59,7 +59,7 @@ INVENTORIES = {
   "optax": "https://optax.readthedocs.io/en/latest",
   "flax": "https://flax.readthedocs.io/en/latest",
 }
-intersphinx_mapping = {name: (address, None) for name, address in INVENTORIES.items()} if _online() else {}
+intersphinx_mapping = {name: (address, None) for name, address in INVENTORIES.items() if _reachable(address)}
 intersphinx_timeout = 10
 
 
