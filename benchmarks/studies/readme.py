@@ -84,8 +84,8 @@ def headline(results: Path) -> str:
     (
       f"![Training loss of the demo](benchmarks/{results.name}/{DEMO}.png)",
       table.markdown(),
-      f"The best of those that were raced; medians over {min(seeds)} to {max(seeds)} seeds on 2 CPU cores. The lower loss "
-      'is bold; above 1 in "optax ÷ here" means lower here. Every optimizer had the same number of trials for its '
+      f"The best of those that were raced; medians over {min(seeds)} to {max(seeds)} seeds on 2 CPU cores. The lower "
+      'loss is bold; above 1 in "optax ÷ here" means lower here. Every optimizer had the same number of trials for its '
       "learning rate, on a seed that does not count. Equal seconds: when the fastest optimizer had finished its steps. "
       "`dpsgd, undamped` is the PSGD that the DPSGD paper starts from: `dpsgd` without damping and averaging.",
       "With the rates of the paper, change of the seconds until `dpsgd` is at the final training loss of its undamped "
