@@ -84,14 +84,20 @@ def _formal(token: str) -> bool:
   return bool(re.fullmatch(rf"[\[(|]*-?{ATOM}[\])|]*(?:[/^]\w+)?", bare))
 
 
+def _depth(words: list[str]) -> int:
+  """How many brackets are open."""
+  return sum((c in "([⟨") - (c in ")]⟩") for word in words for c in word)
+
+
 def _joins(words: list[str], i: int, j: int) -> bool:
   """Whether a word goes on with the formula words[i:j] though it looks like none: a name or "a" between operators."""
-  name = words[j].strip("()[],.;:")
+  name = re.sub(r"/\d$", "", words[j].strip("()[],.;:"))
   if not re.fullmatch(r"[A-Za-z_]+", name) or name in STOP:
     return False
   before = words[j - 1] in OPERATORS or words[j - 1][-1] in "(," or bool(CALL.match(words[j - 1]))
-  inside = "".join(words[i:j]).count("(") > "".join(words[i:j]).count(")")
+  inside = _depth(words[i:j]) > 0
   after = words[j][-1] in ").,;:" or j + 1 == len(words) or words[j + 1] in OPERATORS
+  after = after or (name == "a" and _formal(words[j + 1]))
   return before and (inside or after)
 
 
@@ -102,8 +108,7 @@ def _run(words: list[str], i: int) -> int:
     j += 1  # "updates = …"
   while j < len(words) and (_formal(words[j]) or (j > i and _joins(words, i, j))):
     j += 1
-    text = "".join(words[i:j])
-    if words[j - 1][-1] in ".,;:" and (text.count("(") <= text.count(")") or words[j - 1][-1] in ".;:"):
+    if words[j - 1][-1] in ".,;:" and (_depth(words[i:j]) <= 0 or words[j - 1][-1] in ".;:"):
       break
   while j > i and words[j - 1] in OPERATORS:
     j -= 1

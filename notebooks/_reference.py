@@ -123,7 +123,7 @@ def write(folder: Path, convert: Any = lambda text: text) -> None:
       lines += [f".. module:: dpsgd_optax.{submodule}", ""]
     lines += [".. list-table::", "   :class: summaries", ""]
     for name, value in entries(page):
-      lines += [f"   * - :obj:`{name.removeprefix('dpsgd_optax.')} <{name}>`", f"     - {convert(summary(name, value))}"]
+      lines += [f"   * - :obj:`{name.split('.')[-1]} <{name}>`", f"     - {convert(summary(name, value))}"]
     lines += [""]
     for name, value in entries(page):
       if is_value(value):
