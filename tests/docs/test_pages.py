@@ -104,6 +104,13 @@ def test_every_block_of_python_runs(path):
       assert jax.config.values == before, "a block of a page may not change JAX's configuration"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_every_file_that_is_named_exists(path):
+  """Between backquotes, from one of the folders of the repository."""
+  for file in re.findall(r"`((?:tests|benchmarks|notebooks|dpsgd_optax)/[\w./-]*\w)/?`", path.read_text()):
+    assert (ROOT / file).exists(), f"{ids(path)}: no {file}"
+
+
 def test_the_repository_has_one_address():
   urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
   files = [*PAGES, ROOT / "CITATION.cff", *(ROOT / ".github").rglob("*.yml"), *(ROOT / "notebooks").glob("[0-9]*.py")]
