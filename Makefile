@@ -83,8 +83,8 @@ $(VENV)/.notebooks: $(STAMP)
 notebooks: $(VENV)/.notebooks ## make the .ipynb of each notebook from its .py, run it, and keep its outputs; BOOKS="3 8" for some
 	$(BIN)/python notebooks/execute.py $(BOOKS)
 
-docs: $(VENV)/.notebooks ## the pages, the notebooks and the reference, as HTML in build/docs
-	$(BIN)/python -m sphinx -q -b html notebooks build/docs
+docs: $(STAMP) ## the pages, the notebooks and the reference, as HTML in build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html notebooks build/docs
 
 # `jax[CUDA]` is installed where there is a card; without a network what is there must do, and without a card all is tiny.
 CUDA ?= cuda12

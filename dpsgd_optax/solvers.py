@@ -37,12 +37,14 @@ ROUNDING = 8  # λ below so many eps · tr K is below the rounding of K
 
 
 class Solver(NamedTuple):
-  """Attributes:
-  name: as it is typed.
-  bytes: (n, N, itemsize) -> the bytes of its matrices.
-  init: params -> state; arrays of fixed shapes.
-  prepare: (linearized, state, λ, key) -> (linearized, factorize, state, scale): ``factorize(λ)`` returns b ↦ s, and
-    scale is tr K = tr A, or another number that is not finite if J is not.
+  """How the step of a linearized least-squares problem is computed.
+
+  Attributes:
+    name: as it is typed.
+    bytes: (n, N, itemsize) -> the bytes of its matrices.
+    init: params -> state; arrays of fixed shapes.
+    prepare: (linearized, state, λ, key) -> (linearized, factorize, state, scale): ``factorize(λ)`` returns b ↦ s, and
+      scale is tr K = tr A, or another number that is not finite if J is not.
   """
 
   name: str

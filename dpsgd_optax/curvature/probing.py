@@ -21,6 +21,8 @@ from dpsgd_optax._trees.draws import pieces
 from dpsgd_optax.base import Probe, Product
 
 DiagonalProbe = Callable[..., Probe]
+"""A function (key, product, active, alone) -> Probe. ``product`` is v ↦ H v; ``active`` is a tree of floats like v, 1
+where the diagonal is asked for; ``alone`` says that only one tensor is active."""
 Cycle = bool | Sequence[str | None]  # which tensors are active in which fit, see `hessian_diagonal`
 
 

@@ -18,10 +18,12 @@ from dpsgd_optax.curvature.products import hvp
 
 
 class Diagonality(NamedTuple):
-  """Attributes:
-  share: (), ‖H − diag d‖ / ‖H‖ (Frobenius), in [0, 1]: 0 for a diagonal block.
-  error: (), ‖H·1 − d‖ / ‖d‖: how wrong the row sums are in place of the diagonal.
-  negative: (), the share of negative entries in d.
+  """How far a block of the Hessian is from diagonal.
+
+  Attributes:
+    share: (), ‖H − diag d‖ / ‖H‖ (Frobenius), in [0, 1]: 0 for a diagonal block.
+    error: (), ‖H·1 − d‖ / ‖d‖: how wrong the row sums are in place of the diagonal.
+    negative: (), the share of negative entries in d.
   """
 
   share: jax.Array

@@ -48,7 +48,7 @@ def dpsgd(
   τ damps the *factors*: more of it makes the step longer and more gradient-like. (Damping the *curvature*, as
   ``levenberg_marquardt(psgd(…, curvature=newton()))`` does, makes it shorter.) So ω > 1 here: a poor step lowers τ.
   The paper has ω = (19/20)^T2 < 1, type ``factor=(19 / 20) ** judge_every``. A poor step then raises τ, which lengthens
-  the next one, until τ stands at its ceiling; on the addition RNN this misses the target on some seeds (see README).
+  the next one, until τ stands at its ceiling; on the addition RNN this misses the target on some seeds (RESULTS.md).
 
   ``update(grads, state, params, value=loss_value, value_fn=loss, hvp=hvp(loss, params))``. Without ``hvp`` the product
   is made from ``value_fn``; without ``value_fn`` a step is judged by the ``value`` of the next call. ``refresh`` and
@@ -79,9 +79,9 @@ def dpsgd(
     ValueError: at construction, for any argument outside its range; at trace time, for missing extra arguments.
 
   Departures from the paper: ω, as said above; the defaults of T1, β and the step of the factors, which are those of the
-  paper with ``dpsgd(α, damped_kron(average=0.7, step_size=0.1), every=1)``. Departures from the author's code, in favour of the paper: the ratio is
-  signed and summed over all layers, with the model of the clipped step; τ cannot freeze at its floor or run away; the
-  averages are what is applied; the step is clipped once.
+  paper with ``dpsgd(α, damped_kron(average=0.7, step_size=0.1), every=1)``. Departures from the author's code, in
+  favour of the paper: the ratio is signed and summed over all layers, with the model of the clipped step; τ cannot
+  freeze at its floor or run away; the averages are what is applied; the step is clipped once.
 
   Source: M. U. Qadeer, Damped Preconditioned Stochastic Gradient Descent (code: usmanqadeer1/DPSGD, DPSGD_2).
 
