@@ -24,6 +24,9 @@ COLOURS = {
   "psgd+damping": "#f4845f",
   "psgd+averaging": "#9d4edd",
   "psgd_whiten": "#457b9d",
+  "whitening kron": "#457b9d",
+  "psgd of the papers": "#8d99ae",
+  "default dpsgd": "#f08080",
   "soap": "#588157",
   "adam": "#2a9d8f",
   "muon": "#e9a820",
@@ -82,17 +85,18 @@ def panels(path: Path, rows: int, columns: int, height: float, title: str = "") 
 
 def plot(results: Results, path: Path) -> None:
   """Two panels, and two more if a contestant adapts its damping."""
-  shown = [("step", "train_loss", "training loss"), ("seconds", "train_loss", "training loss")]
-  if any("damping" in run.curves for run in results.runs):
-    shown += [("step", "damping", "damping"), ("step", "ratio", "reduction: actual / predicted")]
-  names = {"step": "steps", "seconds": "seconds of training"}
   plan = results.plan
-  title = f"{plan.problem}, {plan.setting} setting: median and quartiles of {len(results.seeds())} seeds"
+  shown = [("step", "train_loss", "training loss"), (plan.clock, "train_loss", "training loss")]
+  if plan.seconds is None and any("damping" in run.curves for run in results.runs):
+    shown += [("step", "damping", "damping"), ("step", "ratio", "reduction: actual / predicted")]
+  names = {"step": "steps", "seconds": "seconds of training", "cpu_seconds": "CPU seconds of training"}
+  what = f"{plan.setting} setting" if plan.seconds is None else f"{plan.seconds:g} s each"
+  title = f"{plan.problem}, {what}: median and quartiles of {len(results.seeds())} seeds"
   with panels(path, len(shown) // 2, 2, 3.5, title) as grid:
     for axes, (x, y, title) in zip(grid.flat, shown, strict=True):
       draw(axes, results, x, y)
       axes.set(xlabel=names[x], title=title, yscale="linear" if y == "ratio" else "log")
-      if x == "seconds":
+      if x != "step" or plan.seconds:
         axes.set_xscale("log")  # costs per step differ by an order of magnitude
       if y == "ratio":
         axes.axhspan(0.25, 0.75, color="0.9", zorder=0)

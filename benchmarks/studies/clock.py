@@ -38,9 +38,10 @@ from benchmarks.engine.session import run as run_session
 from benchmarks.engine.tune_then_race import TUNING_SEED
 from benchmarks.optimizers import contestant, prepare
 
-SECONDS = {"digits": 1.0, "mnist": 3.0, "addition": 3.0, "charlm": 6.0, "curves": 4.0, "fashion_mnist": 3.0}
+SECONDS = {"digits": 0.4, "mnist": 3.0, "addition": 3.0, "charlm": 6.0, "curves": 4.0, "fashion_mnist": 3.0}
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 EVALUATIONS = 12
+CLOCKS = {"seconds": "seconds", "cpu_seconds": "CPU seconds"}
 
 
 class Entrant(NamedTuple):
@@ -72,6 +73,7 @@ ENTRANTS = {
   "bnp": Entrant("bnp", {"learning_rate": 0.1}, ALL),
 }
 DEFAULT = {"default dpsgd": Entrant("dpsgd_default", {"learning_rate": 0.1})}
+FIELD = ENTRANTS | DEFAULT
 LAYERED = ("digits", "mnist", "fashion_mnist")  # where gls and bnp apply
 TARGETS = {"PSGD's": "psgd of the papers", "Adam's": "adam", "Muon's": "muon"}
 
@@ -116,7 +118,7 @@ def tuned(course: Course, label: str, entrant: Entrant, trials: int) -> list[Tri
 def add_arguments(parser: ArgumentParser) -> None:
   names = arguments.known("problem", SECONDS)
   parser.add_argument("problems", nargs="*", type=names, metavar="PROBLEM", help=f"any of {', '.join(SECONDS)}")
-  parser.add_argument("--seconds", **arguments.NUMBER, help="CPU seconds of a run (default: by problem, 1 to 6)")
+  parser.add_argument("--seconds", **arguments.NUMBER, help="CPU seconds of a run (default: by problem, 0.4 to 6)")
   parser.add_argument("--trials", **arguments.COUNT, default=10, help="of each contestant (default: 10)")
   parser.add_argument("--only", default="", help=f"contestants, with commas: {', '.join(ENTRANTS)} (default: all)")
   arguments.add(parser, "data_dir", "resume", seeds=5)
@@ -130,8 +132,8 @@ def run(args: Namespace) -> None:
     problem, plan, _ = prepare(name, "tuned", "sgd(learning_rate=0.1)", **options)
     field = entrants(name, args.only)
     train, known = jax.tree.map(jnp.asarray, problem.arrays.train), {}
-    chosen = choose(Course(problem, plan, train, Evaluator(problem), known), field, args)
-    everyone = [entered(label, field[label], options) for label, options in chosen.items()]
+    picked = choose(Course(problem, plan, train, Evaluator(problem), known), field, args)
+    everyone = [entered(label, field[label], options) for label, options in picked.items()]
     everyone += [entered(label, entrant, entrant.start) for label, entrant in DEFAULT.items()]
     path = args.out / f"clock-{file_name(name)}.json"
     results = run_session(problem, plan, everyone, range(1, 1 + args.seeds), path, args.resume, known=known)
@@ -156,6 +158,12 @@ def choose(course: Course, field: Mapping[str, Entrant], args: Namespace) -> dic
     write(document, path)
     say(f"  {name}, {label}: {best(trials).point}{'' if bracketed(trials) else ' (rate not bracketed)'}")
   return {label: document["chosen"][label] for label in field}
+
+
+def chosen(problem: str) -> dict[str, Options]:
+  """What was chosen on a problem, as it is committed, and the default."""
+  document = json.loads((arguments.RESULTS / f"tune-clock-{file_name(problem)}.json").read_text())
+  return document["chosen"] | {label: entrant.start for label, entrant in DEFAULT.items()}
 
 
 def losses(results: Results, label: str) -> list[float]:
@@ -198,7 +206,7 @@ def table(results: Results) -> Table:
     f"Data: {plan.data}. Median [quartiles] over {len(results.seeds())} seeds. “To Adam's”: seconds until the final "
     "loss of Adam on the same seed, in units of the budget; –: not within it.",
   )
-  return Table(f"{plan.problem}: after {plan.seconds:g} CPU seconds of training", header, rows, notes)
+  return Table(f"{plan.problem}: after {plan.seconds:g} {CLOCKS[plan.clock]} of training", header, rows, notes)
 
 
 def show(results: Results, path: Path) -> None:

@@ -106,7 +106,7 @@ def test_demo_with_all_optimizers(tmp_path):
   assert main(arguments) == 0
   results = load(tmp_path / "demo.json")
   judged = {run.optimizer.split("(")[0] for run in results.runs if "damping" in run.curves}
-  assert judged == {"psgd+damping", "dpsgd"} and all(run.finished for run in results.runs)
+  assert judged == {"psgd+damping", "dpsgd", "dpsgd_default"} and all(run.finished for run in results.runs)
 
 
 def test_training_and_test_samples_are_limited_apart():
