@@ -39,6 +39,7 @@ from benchmarks.engine.tune_then_race import TUNING_SEED
 from benchmarks.optimizers import contestant, prepare
 
 SECONDS = {"digits": 0.4, "mnist": 3.0, "addition": 3.0, "charlm": 6.0, "curves": 4.0, "fashion_mnist": 3.0}
+SMALL = {"logistic": 0.5, "rosenbrock": 0.2}  # where the two Newton methods are compared, besides
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 EVALUATIONS = 12
 CLOCKS = {"seconds": "seconds", "cpu_seconds": "CPU seconds"}
@@ -67,6 +68,7 @@ ENTRANTS = {
   "psgd+averaging": Entrant("psgd+averaging", AVERAGED, FITS),
   "dpsgd": Entrant("dpsgd_default", NEWTON, FITS),
   "whitening kron": Entrant("psgd_whiten", {"learning_rate": 3e-3, "b1": 0.9}, {"every": (1, 20)} | ALL),
+  "newton kron": Entrant("psgd_newton", NEWTON, FITS),
   "soap": Entrant("soap", {"learning_rate": 3e-3}, ALL),
   "soap newton": Entrant("soap_newton", NEWTON, FITS),
   "gls": Entrant("gls", {"learning_rate": 0.2}, ALL),
@@ -116,8 +118,8 @@ def tuned(course: Course, label: str, entrant: Entrant, trials: int) -> list[Tri
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-  names = arguments.known("problem", SECONDS)
-  parser.add_argument("problems", nargs="*", type=names, metavar="PROBLEM", help=f"any of {', '.join(SECONDS)}")
+  names = arguments.known("problem", SECONDS | SMALL)
+  parser.add_argument("problems", nargs="*", type=names, metavar="PROBLEM", help=f"any of {', '.join(SECONDS | SMALL)}")
   parser.add_argument("--seconds", **arguments.NUMBER, help="CPU seconds of a run (default: by problem, 0.4 to 6)")
   parser.add_argument("--trials", **arguments.COUNT, default=10, help="of each contestant (default: 10)")
   parser.add_argument("--only", default="", help=f"contestants, with commas: {', '.join(ENTRANTS)} (default: all)")
@@ -126,8 +128,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
-  for name in args.problems or SECONDS:
-    seconds = args.seconds or SECONDS[name]
+  for name in args.problems or SECONDS | SMALL:
+    seconds = args.seconds or (SECONDS | SMALL)[name]
     options = {"seconds": seconds, "clock": "cpu_seconds", "evaluations": EVALUATIONS, "data_dir": args.data_dir}
     problem, plan, _ = prepare(name, "tuned", "sgd(learning_rate=0.1)", **options)
     field = entrants(name, args.only)
