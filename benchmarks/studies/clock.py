@@ -10,7 +10,7 @@ seconds of training with one thread, so that a cheap method takes as many steps 
 losses of PSGD as in its papers (a fit on every step, the rate alone tuned), of Adam and of Muon. Controls: PSGD with
 the freedoms of DPSGD, and with its damping and its averaging alone. `default` is DPSGD as it comes: nothing is tuned.
 
-Writes clock-PROBLEM.json and .png, and all trials to tune-clock-PROBLEM.json.
+Writes clock-PROBLEM.json and .png, and all trials to search-PROBLEM.json.
 """
 
 import json
@@ -77,7 +77,8 @@ ENTRANTS = {
 DEFAULT = {"default dpsgd": Entrant("dpsgd_default", {"learning_rate": 0.1})}
 FIELD = ENTRANTS | DEFAULT
 LAYERED = ("digits", "mnist", "fashion_mnist")  # where gls and bnp apply
-TARGETS = {"PSGD's": "psgd of the papers", "Adam's": "adam", "Muon's": "muon"}
+PAPER = "psgd of the papers"
+TARGETS = {"PSGD's": PAPER, "Adam's": "adam", "Muon's": "muon"}
 
 
 def entrants(problem: str, only: str = "") -> dict[str, Entrant]:
@@ -145,7 +146,7 @@ def run(args: Namespace) -> None:
 def choose(course: Course, field: Mapping[str, Entrant], args: Namespace) -> dict[str, Options]:
   """Label -> the options of its best trial; all trials are written as soon as they are there."""
   name = course.problem.name
-  path = args.out / f"tune-clock-{file_name(name)}.json"
+  path = args.out / f"search-{file_name(name)}.json"
   document: dict[str, Any] = {"plan": vars(course.plan), "environment": environment(), "trials": {}, "chosen": {}}
   document |= {"bracketed": {}, "load_average": {}}
   if args.resume and path.exists():
@@ -164,7 +165,7 @@ def choose(course: Course, field: Mapping[str, Entrant], args: Namespace) -> dic
 
 def chosen(problem: str) -> dict[str, Options]:
   """What was chosen on a problem, as it is committed, and the default."""
-  document = json.loads((arguments.RESULTS / f"tune-clock-{file_name(problem)}.json").read_text())
+  document = json.loads((arguments.RESULTS / f"search-{file_name(problem)}.json").read_text())
   return document["chosen"] | {label: entrant.start for label, entrant in DEFAULT.items()}
 
 

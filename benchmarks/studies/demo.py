@@ -2,7 +2,7 @@
 """The digits with every usual optimizer, for half a second each: a table and two pictures, in a few minutes.
 
 Every run ends by the clock, so that a cheap method takes as many steps as it can. Each contestant stands at what
-`clock` chose for it on these digits, in as many trials as the others had: results/tune-clock-digits.json. With
+`clock` chose for it on these digits, in as many trials as the others had: results/search-digits.json. With
 `--optimizers` or `--epochs` the runs end by steps, as those of any problem do.
 """
 

@@ -60,7 +60,7 @@ def test_a_race_by_the_clock_tunes_alike_and_ends_by_seconds(tmp_path, capsys, m
   monkeypatch.setenv("XLA_FLAGS", "")
   only = ["--only", "adam,dpsgd,psgd of the papers", "--trials", "3", "--seeds", "2", "--seconds", "0.05"]
   assert main(["clock", "digits", *only, "--out", str(tmp_path)]) == 0
-  tuned = json.loads((tmp_path / "tune-clock-digits.json").read_text())
+  tuned = json.loads((tmp_path / "search-digits.json").read_text())
   assert {len(trials) for trials in tuned["trials"].values()} == {3}
   results = load(tmp_path / "clock-digits.json")
   assert [*results.contestants] == ["adam", "psgd of the papers", "dpsgd", "default dpsgd"] and results.seeds() == [
