@@ -35,6 +35,7 @@ from benchmarks.engine.report import Table, number
 from benchmarks.engine.tune_then_race import TUNING_SEED, at_edge, best
 from benchmarks.problems import science
 from benchmarks.problems.table import build
+from benchmarks.studies import solved_step
 
 CHUNKS = 100  # of a run: the rate of one that falls is constant within each
 MARKS = (0.1, 0.25, 0.5, 1.0)  # parts of the budget at which a run is looked at
@@ -56,7 +57,9 @@ class Entrant(NamedTuple):
   static: bool = False
 
 
-def transform(make: Callable[[Any], Any], *numbers: float, falls: bool = True, static: bool = False, solved: bool = False):
+def transform(
+  make: Callable[[Any], Any], *numbers: float, falls: bool = True, static: bool = False, solved: bool = False
+):
   """An optax transform, made of its rate."""
 
   def start(problem: Problem, value: float) -> tuple[Callable, Callable, Callable]:
@@ -153,6 +156,7 @@ OURS: dict[str, Entrant] = {
   "gauss_newton": transform(dpo.gauss_newton, 0.5, 1.0, 2.0, falls=False, solved=True),
   "soap": transform(soap, *RATES),
   "psgd": transform(psgd, *RATES),
+  "psgd in a trust region": transform(lambda rate: dpo.trust_region(psgd(rate)), *RATES),
   "dpsgd": transform(dpo.dpsgd, *(10 * rate for rate in RATES), falls=False),
   "adam": transform(optax.adam, *RATES),
   "muon": transform(optax.contrib.muon, *RATES),
@@ -364,6 +368,8 @@ def page(results: Path) -> str:
   """The page with its figures brought up to date."""
   found = documents(results)
   tables = [summary(found), *map(table, found.values())] if found else []
+  if (path := results / "solved_step.json").exists():
+    tables.append(solved_step.table(json.loads(path.read_text())))
   before, rest = PAGE.read_text().split(BEGIN)
   figures = "\n\n".join(each.markdown() for each in tables)
   return f"{before}{BEGIN}\n\n{figures}\n\n{END}{rest.split(END)[1]}"
