@@ -245,7 +245,7 @@ def race(name: str, chosen: list[str], fixed: dict[str, float], args: Namespace)
 
 def tuned(problem: Problem, entrant: Entrant, fixed: float | None, seconds: float, runs: dict[str, Any]) -> "Program":
   """The trials, the best number of which comes into ``runs``, and its program."""
-  numbers = list(entrant.numbers if fixed is None else (fixed,))
+  numbers = [float(f"{tried:.4g}") for tried in (entrant.numbers if fixed is None else (fixed,))]
   program = Program(problem, entrant, numbers[0])
   losses = {float(tried): math.inf if loss is None else loss for tried, loss in runs["trials"].items()}
   while len(numbers) > 1 and len(losses) < MOST_TRIALS:
@@ -256,12 +256,11 @@ def tuned(problem: Problem, entrant: Entrant, fixed: float | None, seconds: floa
     else:
       break
     tried = float(f"{tried:.4g}")
-    numbers = [tried if abs(x - tried) < 1e-3 * x else x for x in numbers]
     program = program.of(tried)
     found = program.timed(tried, TUNING_SEED, seconds)["loss"][-1]
     losses[tried] = found if math.isfinite(found) else math.inf
     runs["trials"] = {f"{tried:g}": loss for tried, loss in losses.items()}
-  chosen = best(losses) if losses else numbers[0]
+  chosen = runs["number"] if runs["seeds"] else best(losses) if losses else numbers[0]
   program = program.of(chosen)
   runs |= {"number": chosen, "at edge": bool(losses) and at_edge(losses)}
   runs["compile_cpu_seconds"] = program.compiling
