@@ -99,7 +99,7 @@ def test_a2_numbers_may_be_schedules():
 @pytest.mark.parametrize("name", ["psgd newton", "dpsgd"])
 def test_a3_levenberg_marquardt_hands_extra_arguments_to_multi_steps(name):
   """Inside it and around it; the transform of `MultiSteps` takes them though its type does not say so."""
-  inner = OPTIMIZERS[name].make()
+  inner = OPTIMIZERS[name].make(every=1)
   for tx in (
     dpo.levenberg_marquardt(optax.MultiSteps(inner, 2)),
     dpo.levenberg_marquardt(optax.MultiSteps(inner, 2).gradient_transformation()),

@@ -17,7 +17,7 @@ from tests.table import PARAMS, counted, loss
 OURS = {
   "psgd": (functools.partial(dpo.psgd, b1=0.9), frozenset()),
   "newton": (lambda lr: dpo.psgd(lr, dpo.kron(), dpo.newton(), every=1), frozenset({"hvp"})),
-  "dpsgd": (functools.partial(dpo.dpsgd, judge_every=2), frozenset({"value", "value_fn", "hvp"})),
+  "dpsgd": (functools.partial(dpo.dpsgd, every=1, judge_every=2), frozenset({"value", "value_fn", "hvp"})),
 }
 ours = pytest.mark.parametrize("name", ["psgd", "dpsgd"])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)

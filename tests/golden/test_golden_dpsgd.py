@@ -256,6 +256,7 @@ def test_without_damping_and_averaging_dpsgd_is_the_authors_psgd(problem):
       hyper["alpha"],
       dpo.damped_kron(average=None, geometry=dpo.eq, normalizer=dpo.geometry.max_abs, step_size=0.01),
       replay,
+      every=1,
       damping=None,
       max_update_norm=0.1 * size**0.5,
     )

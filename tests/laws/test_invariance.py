@@ -164,7 +164,7 @@ def test_swapping_left_and_right_transposes_the_step():
 def test_a_stack_of_layers_is_fitted_like_its_layers_one_by_one(name):
   """Every statistic is one per matrix: gradients of 1e-3 and of 1e3 in one stack do not see each other."""
   make = {"kron": dpo.kron, "damped_kron factored": dpo.damped_kron}[name]
-  p = make(stacked={"apart": {str(i): 0 for i in range(BATCH)}, "stack": 1})
+  p = make(step_size=0.1, stacked={"apart": {str(i): 0 for i in range(BATCH)}, "stack": 1})
   v, h = draw(1, 5, BATCH), draw(2, 5, BATCH)
   h = unflat(flat(h) * np.array([1e-3, 1.0, 1e3, 1.0])[:, None])
   alone = matrix(name, fit(name, start(name), v, h, damping=0.1))[:, 2:, 2:]

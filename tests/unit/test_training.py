@@ -167,7 +167,7 @@ def test_train_state_keeps_flax_s_overwrite_with_gradient():
 def test_multi_steps_in_a_train_state_is_handed_the_extra_arguments():
   """Its transform is a plain `GradientTransformation`, whose `update` takes them: a fit for each real step."""
   k = 4
-  tx = optax.MultiSteps(dpo.dpsgd(0.1, judge_every=1), k)
+  tx = optax.MultiSteps(dpo.dpsgd(0.1, every=1, judge_every=1), k)
   state, loss = linen_problem(tx)
 
   @jax.jit
@@ -183,7 +183,7 @@ def test_multi_steps_in_a_train_state_is_handed_the_extra_arguments():
   inner = state.opt_state.inner_opt_state
   assert state.tx is tx and optax.tree.get(inner, "fits") == 5 and optax.tree.get(inner, "ratio") > 0
   assert len(set(values)) == 5 and values[-1] < 0.9 * values[0]
-  plain, _ = linen_problem(dpo.dpsgd(0.1, judge_every=1))
+  plain, _ = linen_problem(dpo.dpsgd(0.1, every=1, judge_every=1))
   for _ in range(5):
     value, grads = jax.value_and_grad(loss)(plain.params)
     plain = plain.apply_gradients(grads=grads, extra_args={"value": value, "value_fn": loss})
