@@ -96,7 +96,7 @@ def plot(results: Results, path: Path) -> None:
     for axes, (x, y, title) in zip(grid.flat, shown, strict=True):
       draw(axes, results, x, y)
       axes.set(xlabel=names[x], title=title, yscale="linear" if y == "ratio" else "log")
-      if x != "step" or plan.seconds:
+      if (x == "step") == (plan.seconds is not None):
         axes.set_xscale("log")  # costs per step differ by an order of magnitude
       if y == "ratio":
         axes.axhspan(0.25, 0.75, color="0.9", zorder=0)
