@@ -76,9 +76,9 @@ def headline(results: Path) -> str:
       f"![Training loss of the demo](benchmarks/{results.name}/{DEMO}.png)",
       table.markdown(),
       f"Median [quartiles] over {min(seeds)} to {max(seeds)} seeds; the lowest of the row is bold. Everyone had ten "
-      "trials on another seed, over rate, period of fits, schedule, mean of the iterates and clipping; `dpsgd(0.1)` had none; "
-      "of PSGD as in its papers, a fit on every step, the rate alone was tuned. All contestants, with the controls "
-      "of DPSGD: [by the clock](benchmarks/RESULTS.md#by-the-clock).",
+      "trials on another seed, over rate, period of fits, schedule, mean of the iterates and clipping; `dpsgd(0.1)` "
+      "had none; of PSGD as in its papers, a fit on every step, the rate alone was tuned. All contestants, with the "
+      "controls of DPSGD: [by the clock](benchmarks/RESULTS.md#by-the-clock).",
       "With the rates of the paper, change of the seconds until `dpsgd` is at the final training loss of its undamped "
       f"form (median and quartiles): {', '.join(gains)}.",
     )
