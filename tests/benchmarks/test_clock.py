@@ -10,9 +10,11 @@ import optax
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.engine.arguments import RESULTS
 from benchmarks.engine.contestant import mean_of, with_mean
 from benchmarks.engine.records import load
 from benchmarks.engine.search import best, bracketed, search
+from benchmarks.studies import clock, demo
 
 
 def bowl(at):
@@ -74,3 +76,18 @@ def test_a_race_by_the_clock_tunes_alike_and_ends_by_seconds(tmp_path, capsys, m
   assert steps["adam"] > steps["psgd of the papers"]  # who is cheap takes more of them
   assert "to Adam's" in capsys.readouterr().out
   assert (tmp_path / "clock-digits.png").exists()
+
+
+def test_the_demo_gives_everyone_the_same_seconds_at_what_was_committed(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(demo, "SHOWN", ("momentum", "adam"))
+  assert main(["demo", "--seconds", "0.05", "--seeds", "1", "--out", str(tmp_path)]) == 0
+  results = load(tmp_path / "demo.json")
+  committed = json.loads((RESULTS / "search-digits.json").read_text())["chosen"]
+  for label, about in results.contestants.items():
+    assert about["options"] == committed[label]
+    assert results.of(label)[0].curves["seconds"][-1] >= 0.05
+  assert "after 0.05 seconds of training" in capsys.readouterr().out and (tmp_path / "demo.png").exists()
+
+
+def test_the_demo_can_show_every_contestant_that_was_committed():
+  assert {*demo.SHOWN} <= clock.chosen("digits").keys() & clock.FIELD.keys()
