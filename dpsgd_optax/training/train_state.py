@@ -49,8 +49,9 @@ class TrainState(train_state.TrainState):
     >>> outputs = state.apply_fn({"params": state.averaged_params}, x)
   """
 
-  average: float | None = struct.field(pytree_node=False, default=None)
-  mean: optax.EmaState | None = None
+  # by keyword, so that a subclass may have fields without a default, as `batch_stats`
+  average: float | None = struct.field(pytree_node=False, default=None, kw_only=True)
+  mean: optax.EmaState | None = struct.field(default=None, kw_only=True)
 
   @classmethod
   def create(cls, *, apply_fn: Any, params: Any, tx: Any, average: float | None = None, **kwargs: Any) -> "TrainState":

@@ -145,6 +145,16 @@ def test_without_an_average_nothing_is_kept_and_nothing_changes():
   assert state.mean is None and state.averaged_params is state.params
 
 
+def test_a_subclass_has_fields_without_a_default():
+  class WithStatistics(TrainState):
+    batch_stats: Any
+
+  fields = {"apply_fn": None, "params": {"w": jnp.ones(3)}, "tx": optax.sgd(0.5)}
+  state = WithStatistics.create(**fields, batch_stats=jnp.zeros(2), average=0.9)
+  state = state.apply_gradients(grads={"w": jnp.ones(3)}, batch_stats=jnp.ones(2))
+  assert state.batch_stats[0] == 1 and jnp.allclose(state.averaged_params["w"], state.params["w"])
+
+
 @pytest.mark.parametrize("average", [-0.1, 1.0])
 def test_an_average_outside_the_unit_interval_is_a_value_error(average):
   with pytest.raises(ValueError, match="average"):
