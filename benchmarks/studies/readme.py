@@ -101,8 +101,8 @@ def headline(results: Path) -> str:
       f"Median [quartiles] over {min(seeds)} to {max(seeds)} seeds; the lower of the two is bold. Everyone had as many "
       "trials on another seed: ten over rate, period of fits, schedule, mean of the iterates and clipping, or in the "
       "last four rows three to five over the rate. `dpsgd(0.1)` had none; of PSGD as in its papers, a fit on every "
-      "step, the rate alone was tuned. All contestants: [science](notebooks/science.md), and with the controls of DPSGD "
-      "[by the clock](benchmarks/RESULTS.md#by-the-clock).",
+      "step, the rate alone was tuned. All contestants: [science](notebooks/science.md), and with the controls of "
+      "DPSGD [by the clock](benchmarks/RESULTS.md#by-the-clock).",
       "With the rates of the paper, change of the seconds until `dpsgd` is at the final training loss of its undamped "
       f"form (median and quartiles): {', '.join(gains)}.",
     )
