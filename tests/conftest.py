@@ -25,6 +25,15 @@ collect_ignore_glob = ["clients/with_*.py"]
 """Loops that import packages that need not be installed: the cell that asks for one imports it."""
 
 
+@pytest.fixture(autouse=True)
+def precision_is_left_alone():
+  """A problem in float64 switches it on for the whole process: not for the tests after it."""
+  before = jax.config.jax_enable_x64
+  yield
+  if jax.config.jax_enable_x64 != before:
+    jax.config.update("jax_enable_x64", before)
+
+
 @pytest.fixture
 def x64():
   with jax.enable_x64(True):

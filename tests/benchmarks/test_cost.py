@@ -64,6 +64,7 @@ def test_every_row_has_contestants_on_some_workload():
     known |= set(calls.steps(work, name))
   names = {name for row in cost.ROWS for name in row.names}
   packages = {"psgdax": "psgdax", "rollfast": "rollfast", "distributed-kron": "distributed_kron.pro"}
+  packages |= {"SOAP_JAX": "soap_jax"}
   for package, module in (packages | {"psgd-jax": "psgd_jax.kron"}).items():
     if not rivals.module(module):
       known |= {name for name in names if package in name}
