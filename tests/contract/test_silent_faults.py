@@ -126,7 +126,8 @@ def test_b3_a_lasting_product_that_is_not_finite_does_not_freeze_training(name):
   extra = {} if name == "dpsgd" else {"value": None, "value_fn": None}
   found, state = run(OPTIMIZERS[name].make(), params, 50, loss=f, **nothing, **extra)
   assert f(found) < f(params) - 0.1
-  assert int(optax.tree.get(state, "dropped")) == 50 and int(optax.tree.get(state, "skipped")) == 0
+  fits = 10 if name == "dpsgd" else 50  # it fits on every fifth step
+  assert int(optax.tree.get(state, "dropped")) == fits and int(optax.tree.get(state, "skipped")) == 0
 
 
 ROWS, BUSY = 256, 32
