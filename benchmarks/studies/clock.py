@@ -31,7 +31,7 @@ from benchmarks.engine.calls import Options, file_name
 from benchmarks.engine.contestant import Contestant
 from benchmarks.engine.problem import Problem
 from benchmarks.engine.progress import say
-from benchmarks.engine.records import Plan, Results, environment, load_average, write
+from benchmarks.engine.records import Plan, Results, ResumeError, environment, load_average, rounded, write
 from benchmarks.engine.report import Table, between, number
 from benchmarks.engine.runner import Evaluator, Racer, compiled, race
 from benchmarks.engine.search import Trial, best, bracketed, search
@@ -39,7 +39,7 @@ from benchmarks.engine.session import run as run_session
 from benchmarks.engine.tune_then_race import TUNING_SEED
 from benchmarks.optimizers import contestant, prepare
 
-SECONDS = {"digits": 0.4, "mnist": 3.0, "addition": 3.0, "charlm": 6.0, "curves": 4.0, "fashion_mnist": 3.0}
+SECONDS = {"digits": 0.4, "mnist": 2.0, "addition": 2.0, "charlm": 4.0, "curves": 3.0, "fashion_mnist": 2.0}
 SMALL = {"logistic": 0.5, "rosenbrock": 0.2}  # where the two Newton methods are compared, besides
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 EVALUATIONS = 12
@@ -123,7 +123,7 @@ def tuned(course: Course, label: str, entrant: Entrant, trials: int) -> list[Tri
 def add_arguments(parser: ArgumentParser) -> None:
   names = arguments.known("problem", SECONDS | SMALL)
   parser.add_argument("problems", nargs="*", type=names, metavar="PROBLEM", help=f"any of {', '.join(SECONDS | SMALL)}")
-  parser.add_argument("--seconds", **arguments.NUMBER, help="CPU seconds of a run (default: by problem, 0.4 to 6)")
+  parser.add_argument("--seconds", **arguments.NUMBER, help="CPU seconds of a run (default: by problem, 0.2 to 4)")
   parser.add_argument("--trials", **arguments.COUNT, default=10, help="of each contestant (default: 10)")
   parser.add_argument("--only", default="", help=f"contestants, with commas: {', '.join(ENTRANTS)} (default: all)")
   arguments.add(parser, "data_dir", "resume", seeds=5)
@@ -152,7 +152,10 @@ def choose(course: Course, field: Mapping[str, Entrant], args: Namespace) -> dic
   document: dict[str, Any] = {"plan": vars(course.plan), "environment": environment(), "trials": {}, "chosen": {}}
   document |= {"bracketed": {}, "load_average": {}}
   if args.resume and path.exists():
-    document = json.loads(path.read_text())
+    earlier = json.loads(path.read_text())
+    if earlier["plan"] != rounded(document["plan"]):
+      raise ResumeError(f"{path} has trials under another plan. Give the same arguments, or leave out `--resume`.")
+    document = earlier
   for label, entrant in field.items():
     if label in document["chosen"]:
       continue

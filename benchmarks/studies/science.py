@@ -151,13 +151,14 @@ TENTH = 10**-0.5
 RATES = (0.01 * TENTH, 0.01, 0.01 / TENTH)
 soap = lambda rate: dpo.psgd(rate, dpo.soap(), b1=0.95, every=1)
 psgd = lambda rate: dpo.psgd(rate, b1=0.9)
+dpsgd = lambda rate: dpo.dpsgd(rate, dpo.damped_kron(average=0.7, step_size=0.1), every=1)  # as in its paper
 lbfgs = lambda memory: optax.lbfgs(memory_size=int(memory))
 OURS: dict[str, Entrant] = {
   "gauss_newton": transform(dpo.gauss_newton, 0.5, 1.0, 2.0, falls=False, solved=True),
   "soap": transform(soap, *RATES),
   "psgd": transform(psgd, *RATES),
   "psgd in a trust region": transform(lambda rate: dpo.trust_region(psgd(rate)), *RATES),
-  "dpsgd": transform(dpo.dpsgd, *(10 * rate for rate in RATES), falls=False),
+  "dpsgd": transform(dpsgd, *(10 * rate for rate in RATES), falls=False),
   "adam": transform(optax.adam, *RATES),
   "muon": transform(optax.contrib.muon, *RATES),
   "lbfgs": transform(lbfgs, 10, 20, 40, static=True),

@@ -61,8 +61,8 @@ def dpsgd(
       damped (η, Eq. 36 or 46) and laid out. Static.
     curvature: what the factors are fitted on; ``newton()`` if None. Static.
     every, key: T1, and the key of the probes: see :func:`dpsgd_optax.scale_by_preconditioner`. The paper fits on every
-      step; with every fifth a step costs half as much (``python -m benchmarks clock``).
-      A schedule such as :func:`dpsgd_optax.annealed_probability` fits often at first and rarely in the end.
+      step; on every fifth the same time has room for twice the steps (``python -m benchmarks clock digits``). A
+      schedule such as :func:`dpsgd_optax.annealed_probability` fits often at first and rarely in the end.
     max_update_norm: ν, the largest norm of U, as ``max_norm`` of :func:`dpsgd_optax.clipped_learning_rate`.
     judge_every: T2, the period of the Levenberg-Marquardt rule.
     damping: τ_0; None: the factors are not damped, nothing is judged, and the optimizer is (averaged) PSGD.

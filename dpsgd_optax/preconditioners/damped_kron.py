@@ -91,8 +91,8 @@ def damped_kron(
     max_padding: see :func:`dpsgd_optax.kron`.
     max_vector_size: vectors up to this length get a dense factor (k, k), longer ones a diagonal one, so 0 makes all
       diagonal; None leaves vectors and scalars to the plain gradient, at the same learning rate. Static.
-    step_size: see :func:`dpsgd_optax.kron`. The paper has 0.1 and β = 0.7; what a fit forgets more of, an average of
-      fits may keep longer.
+    step_size: see :func:`dpsgd_optax.kron`. The paper has 0.1, with β = 0.7 and a fit on every step. A larger step
+      needs fewer fits, and a larger β averages its noise out.
     stacked: see :func:`dpsgd_optax.kron`.
 
   Raises:

@@ -6,12 +6,18 @@ In NNX the transform sees pure arrays; `hvp` and `value_fn` may be functions of 
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.training import train_state
 
 from dpsgd_optax.base import check_fraction, forward_extra_args
+
+
+def _at_least_single(params: Any) -> Any:
+  """In bfloat16 a mean of weight 0.99 would stand still."""
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
 
 
 class TrainState(train_state.TrainState):
@@ -21,8 +27,10 @@ class TrainState(train_state.TrainState):
   only the collection `params`, so `hvp` and `value_fn` have to be functions of that collection.
 
   With `average=0.95` the state keeps a running mean of the parameters beside them, and `averaged_params` is what to
-  evaluate and to save: noise of the last steps is averaged out of it, at any learning rate, at one more copy of the
-  parameters. Training does not change. The mean has the weight `average` on the old and is debiased, as Adam's.
+  evaluate and to save: noise of the last steps is averaged out of it, at one more copy of the parameters. Training does
+  not change. Equation, with β = `average` and θ_s the parameters after step s:
+
+    averaged = (1 − β) Σ_{s ≤ t} β^{t−s} θ_s / (1 − β^t)
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -57,22 +65,24 @@ class TrainState(train_state.TrainState):
   def create(cls, *, apply_fn: Any, params: Any, tx: Any, average: float | None = None, **kwargs: Any) -> "TrainState":
     """As Flax's; `average`: weight kept by the running mean of the parameters, in [0, 1); None: no mean.
 
+    The mean is kept in float32 at least. Source: Polyak averaging with exponential weights, `optax.ema`.
+
     Raises:
       ValueError: for an `average` outside [0, 1).
     """
     if average is not None:
       check_fraction(average, "average")
-      kwargs["mean"] = optax.ema(average).init(params)
+      kwargs["mean"] = optax.ema(average).init(_at_least_single(params))
     return super().create(apply_fn=apply_fn, params=params, tx=tx, average=average, **kwargs)
 
   @property
   def averaged_params(self) -> Any:
-    """The running mean of the parameters; the parameters themselves before the first step, or without `average`."""
+    """The running mean, shapes and dtypes of the parameters; themselves before the first step or without `average`."""
     if self.average is None or self.mean is None:
       return self.params
     count = self.mean.count
     mean = optax.tree.bias_correction(self.mean.ema, self.average, jnp.maximum(count, 1))
-    return optax.tree.where(count > 0, mean, self.params)
+    return optax.tree.where(count > 0, optax.tree.cast_like(mean, self.params), self.params)
 
   def apply_gradients(self, *, grads: Any, extra_args: dict[str, Any] | None = None, **kwargs: Any) -> "TrainState":
     """One step: `updates, opt_state = tx.update(grads, opt_state, params, **extra_args)`, then apply the updates.
@@ -95,6 +105,6 @@ class TrainState(train_state.TrainState):
     bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
     stepped = super(TrainState, bound).apply_gradients(grads=grads, **kwargs)
     if self.average is not None and self.mean is not None:
-      _, mean = optax.ema(self.average).update(stepped.params, self.mean)
+      _, mean = optax.ema(self.average).update(_at_least_single(stepped.params), self.mean)
       stepped = stepped.replace(mean=mean)
     return stepped.replace(tx=kwargs.get("tx", self.tx))

@@ -14,6 +14,7 @@ from benchmarks.engine.arguments import RESULTS
 from benchmarks.engine.contestant import mean_of, with_mean
 from benchmarks.engine.records import load
 from benchmarks.engine.search import best, bracketed, search
+from benchmarks.optimizers import contestant
 from benchmarks.studies import clock, demo
 
 
@@ -58,6 +59,17 @@ def test_the_mean_of_the_iterates_is_that_of_all_parameters_after_a_step():
   assert np.allclose(mean_of(state, 0.7)["w"], np.tensordot(weights / weights.sum(), np.stack(seen), 1), rtol=1e-6)
 
 
+def test_a_linear_schedule_falls_to_zero_over_the_total_and_a_constant_one_does_not():
+  for schedule, wanted in (("linear", [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]), ("constant", [1.0] * 6)):
+    entered = contestant("sgd", "sgd", {"learning_rate": 0.5, "schedule": schedule})
+    tx, steps = entered.build(1.0, 10, key=0, total=4), []
+    state = tx.init({"w": jnp.zeros(())})
+    for _ in wanted:
+      updates, state = tx.update({"w": jnp.ones(())}, state)
+      steps.append(-2 * float(updates["w"]))
+    assert np.allclose(steps, wanted)
+
+
 def test_a_race_by_the_clock_tunes_alike_and_ends_by_seconds(tmp_path, capsys, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")
   only = ["--only", "adam,dpsgd,psgd of the papers", "--trials", "3", "--seeds", "2", "--seconds", "0.05"]
@@ -75,6 +87,7 @@ def test_a_race_by_the_clock_tunes_alike_and_ends_by_seconds(tmp_path, capsys, m
   steps = {label: results.of(label)[0].curves["step"][-1] for label in results.contestants}
   assert steps["adam"] > steps["psgd of the papers"]  # who is cheap takes more of them
   assert "to Adam's" in capsys.readouterr().out
+  assert main(["clock", "digits", *only[:-1], "0.06", "--resume", "--out", str(tmp_path)]) == 2  # other trials
   assert (tmp_path / "clock-digits.png").exists()
 
 

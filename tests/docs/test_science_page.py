@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page on science: its figures are those of the committed results, and its blocks run and train."""
 
-import importlib
 import math
-import re
 
 import jax
 import pytest
 
 from benchmarks import hyperparameters
 from benchmarks.studies import science
+from tests.docs.test_docs import can_run, python_blocks
 
 
 def test_the_figures_are_those_of_the_committed_results():
@@ -31,26 +30,12 @@ def test_what_was_raced_was_tuned_alike_on_other_seeds():
         assert 0 <= over <= 0.1 * document["seconds"] + 2e-3 * run["ms_per_step"], (name, label)
 
 
-def blocks():
-  return re.findall(r"```python\n(.*?)```", science.PAGE.read_text(), re.S)
-
-
-def can_run(block):
-  needed = re.match(r"# needs: (.*)\n", block)
-  try:
-    for name in needed[1].split(", ") if needed else ():
-      importlib.import_module(name)
-  except ImportError:
-    return False
-  return True
-
-
 @pytest.mark.full
 def test_the_blocks_run_and_train():
   """By a factor of a hundred, in forty steps, wherever one trains."""
   namespace, trained = {}, 0
   before = jax.config.jax_enable_x64
-  for block in filter(can_run, blocks()):
+  for block in filter(can_run, python_blocks(science.PAGE.read_text())):
     earlier = namespace.get("losses")
     exec(compile(block, "science.md", "exec"), namespace)
     if namespace.get("losses") is not earlier:

@@ -145,6 +145,18 @@ def test_without_an_average_nothing_is_kept_and_nothing_changes():
   assert state.mean is None and state.averaged_params is state.params
 
 
+def test_the_mean_of_half_precision_parameters_does_not_stand_still():
+  """0.001 of what is missing falls below half a unit in the last place of bfloat16 once a third of it is there."""
+  params = {"w": jnp.ones(3, jnp.bfloat16)}
+  state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(1.0), average=0.999)
+  step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
+  state = step(state, {"w": jnp.full(3, -1, jnp.bfloat16)})
+  for _ in range(1000):
+    state = step(state, {"w": jnp.zeros(3, jnp.bfloat16)})
+  assert state.averaged_params["w"].dtype == jnp.bfloat16 and state.mean.ema["w"].dtype == jnp.float32
+  np.testing.assert_allclose(np.float32(state.averaged_params["w"]), 2.0, rtol=1e-2)
+
+
 def test_a_subclass_has_fields_without_a_default():
   class WithStatistics(TrainState):
     batch_stats: Any
