@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sphinx: `make docs` builds the pages, the notebooks and the reference into build/docs."""
 
+import os
 import pathlib
 import re
 import sys
@@ -45,6 +46,8 @@ SIGNATURE = 6 * 54  # characters: six lines of a window of 1200 px, where 54 sta
 
 
 def _reachable(address):
+  if os.environ.get("DOCS_OFFLINE"):  # the test of this build says the same with a network and without
+    return False
   try:
     with urllib.request.urlopen(f"{address}/objects.inv", timeout=3) as answer:
       return answer.status == 200
